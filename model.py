@@ -1,0 +1,292 @@
+"""
+The GPT: rows of tokens in, the sum of nats out.
+
+What differs from GPT-2, each with its source: rotary positions (arXiv 2104.09864), RMSNorm without weights
+(arXiv 1910.07467), QK-norm (arXiv 2302.08435), ReLU² (arXiv 2109.08668), an untied head with soft-capped logits
+(arXiv 2408.00118), value embeddings, residual scalars, smear and backout (modded-nanogpt, nanochat). No biases.
+
+`python model.py out/RUN "def main("` writes a continuation.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+ROPE_BASE = 100_000
+SOFTCAP = 15.0  # logits are bounded to ±15; anything from 10 to 30 works about as well
+QK_SCALE = 1.2  # sharpens the normed queries and keys, each
+VALUE_GATE_CHANNELS = 12  # the gates read only the first channels of the stream: nearly free, and enough
+SMEAR_GATE_CHANNELS = 24
+# cuDNN is the fastest exact causal kernel on Hopper; the others follow in order of speed
+ATTENTION_BACKENDS = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+
+
+@dataclass
+class GPTConfig:
+    """The shape of a GPT; every field is an integer ≥ 1, and n_embd is n_head times an even head_dim."""
+
+    vocab_size: int = 4096
+    max_seq_len: int = 512  # T, the longest row
+    n_layer: int = 4
+    n_head: int = 4
+    n_embd: int = 256  # C, the width
+
+    @property
+    def head_dim(self):
+        return self.n_embd // self.n_head
+
+    @property
+    def padded_vocab_size(self):
+        return -(-self.vocab_size // 64) * 64  # tensor cores want multiples of 64
+
+
+def norm(x):
+    """RMSNorm over the last dimension, without weights (arXiv 1910.07467)."""
+    return F.rms_norm(x, (x.size(-1),))
+
+
+def rotary_tables(length, head_dim, device):
+    """cos and sin of arXiv 2104.09864 with base 100,000: two fp32 tensors (length, 1, head_dim / 2)."""
+    frequencies = ROPE_BASE ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
+    angles = torch.outer(torch.arange(length, dtype=torch.float32, device=device), frequencies)
+    return angles.cos()[:, None], angles.sin()[:, None]
+
+
+def apply_rotary(x, cos, sin):
+    """Rotate the half-split pairs of x (B, T, n_head, head_dim) by their positions' angles; keeps the dtype."""
+    x1, x2 = x.chunk(2, dim=-1)
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1)
+
+
+def causal_attention(q, k, v):
+    """
+    Each position attends to itself and to what came before, with normed q and k and scale 1.2² / √head_dim.
+    q, k, v and the result: (B, T, n_head, head_dim), one dtype.
+    """
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, n_head, T, head_dim)
+    scale = QK_SCALE**2 / math.sqrt(q.size(-1))
+    if q.device.type == "cuda":
+        with sdpa_kernel(ATTENTION_BACKENDS, set_priority=True):
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    else:
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    return y.transpose(1, 2)
+
+
+def attention_backend(device):
+    """The name of the kernel family that causal_attention asks for first, for the run's header."""
+    return {"cuda": "cuDNN", "mps": "Metal"}.get(device.type, "flash")
+
+
+class Linear(nn.Linear):
+    """A bias-free linear layer that casts its fp32 weight to the activations' dtype: no autocast needed."""
+
+    def __init__(self, in_features, out_features):
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config, has_value_embedding):
+        super().__init__()
+        self.n_head = config.n_head
+        self.c_q = Linear(config.n_embd, config.n_embd)
+        self.c_k = Linear(config.n_embd, config.n_embd)
+        self.c_v = Linear(config.n_embd, config.n_embd)
+        self.c_proj = Linear(config.n_embd, config.n_embd)
+        self.value_gate = Linear(VALUE_GATE_CHANNELS, config.n_head) if has_value_embedding else None
+
+    def forward(self, x, value_embedding, cos, sin):
+        B, T, C = x.shape
+        q, k, v = (c(x).view(B, T, self.n_head, -1) for c in (self.c_q, self.c_k, self.c_v))
+        if self.value_gate is not None:
+            gate = 3 * torch.sigmoid(self.value_gate(x[..., :VALUE_GATE_CHANNELS]))  # (B, T, n_head)
+            v = v + gate[..., None] * value_embedding.view_as(v)
+        q, k = norm(apply_rotary(q, cos, sin)), norm(apply_rotary(k, cos, sin))
+        return self.c_proj(causal_attention(q, k, v).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x):
+        return self.c_proj(F.relu(self.c_fc(x)).square())
+
+
+class Block(nn.Module):
+    def __init__(self, config, has_value_embedding):
+        super().__init__()
+        self.attn = CausalSelfAttention(config, has_value_embedding)
+        self.mlp = MLP(config)
+
+    def forward(self, x, value_embedding, cos, sin):
+        x = x + self.attn(norm(x), value_embedding, cos, sin)
+        return x + self.mlp(norm(x))
+
+
+class GPT(nn.Module):
+    """
+    A decoder-only transformer; build it under `torch.device("meta")`, then call `init_weights(device, seed)`.
+    Parameters are fp32; activations have `compute_dtype`; the loss is computed in fp32.
+    """
+
+    def __init__(self, config, compute_dtype=torch.float32):
+        super().__init__()
+        self.config = config
+        self.compute_dtype = compute_dtype
+        # every second layer, counted from the last, mixes a second embedding of the token into its values
+        value_layers = [i for i in range(config.n_layer) if (config.n_layer - 1 - i) % 2 == 0]
+        self.embedding = nn.Embedding(config.padded_vocab_size, config.n_embd)
+        self.value_embeddings = nn.ModuleDict(
+            {str(i): nn.Embedding(config.padded_vocab_size, config.n_embd) for i in value_layers}
+        )
+        self.blocks = nn.ModuleList(Block(config, i in value_layers) for i in range(config.n_layer))
+        self.head = Linear(config.n_embd, config.padded_vocab_size)
+        self.resid_lambdas = nn.Parameter(torch.empty(config.n_layer))  # weight of the stream, per layer
+        self.x0_lambdas = nn.Parameter(torch.empty(config.n_layer))  # weight of the embedding, per layer
+        self.smear_gate = Linear(SMEAR_GATE_CHANNELS, 1)
+        self.smear_lambda = nn.Parameter(torch.empty(1))
+        self.backout_lambda = nn.Parameter(torch.empty(1))
+        cos, sin = rotary_tables(config.max_seq_len, config.head_dim, device=None)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    @torch.no_grad()
+    def init_weights(self, device, seed):
+        """Allocate on `device` if still on meta, and draw every weight from `seed` alone (never from the rank)."""
+        if self.head.weight.is_meta:
+            self.to_empty(device=device)
+        generator = torch.Generator(device=device).manual_seed(seed)
+        # bounds of uniform distributions: √3 times the standard deviation, without a normal's outliers
+        bound = math.sqrt(3 / self.config.n_embd)
+        self.embedding.weight.normal_(0, 0.8, generator=generator)
+        self.head.weight.normal_(0, 0.001, generator=generator)
+        for table in self.value_embeddings.values():
+            table.weight.uniform_(-bound, bound, generator=generator)
+        for block in self.blocks:
+            for linear in (block.attn.c_q, block.attn.c_k, block.attn.c_v):
+                linear.weight.uniform_(-bound, bound, generator=generator)
+            block.mlp.c_fc.weight.uniform_(-0.4 * bound, 0.4 * bound, generator=generator)
+            block.attn.c_proj.weight.zero_()  # every block starts as the identity
+            block.mlp.c_proj.weight.zero_()
+            if block.attn.value_gate is not None:
+                block.attn.value_gate.weight.uniform_(0, 0.02, generator=generator)
+        depth = torch.linspace(0, 1, self.config.n_layer, device=device)
+        self.resid_lambdas.copy_(1.15 - 0.10 * depth)
+        self.x0_lambdas.copy_(0.20 - 0.15 * depth)
+        self.smear_gate.weight.uniform_(0, 0.02, generator=generator)
+        self.smear_lambda.zero_()
+        self.backout_lambda.fill_(0.2)
+        cos, sin = rotary_tables(self.config.max_seq_len, self.config.head_dim, device)
+        self.cos.copy_(cos)
+        self.sin.copy_(sin)
+
+    def forward(self, tokens, targets=None):
+        """
+        tokens: (B, T) integers, T ≤ max_seq_len. Without targets: fp32 logits (B, T, vocab_size).
+        With targets (B, T), int64: the sum of -ln p over targets ≥ 0, in nats, a 0-D fp32 tensor.
+        """
+        T = tokens.size(1)
+        cos, sin = self.cos[:T], self.sin[:T]
+        x = norm(self.embedding(tokens).to(self.compute_dtype))  # (B, T, C)
+        smear = self.smear_lambda.to(x.dtype) * torch.sigmoid(self.smear_gate(x[:, 1:, :SMEAR_GATE_CHANNELS]))
+        x = torch.cat([x[:, :1], x[:, 1:] + smear * x[:, :-1]], dim=1)  # a little of the previous token
+        x0 = x
+        resid_lambdas, x0_lambdas = self.resid_lambdas.to(x.dtype), self.x0_lambdas.to(x.dtype)
+        for i, block in enumerate(self.blocks):
+            if i == (self.config.n_layer + 1) // 2:
+                middle = x
+            x = resid_lambdas[i] * x + x0_lambdas[i] * x0
+            table = (
+                self.value_embeddings[str(i)](tokens).to(x.dtype) if str(i) in self.value_embeddings else None
+            )
+            x = block(x, table, cos, sin)
+        if self.config.n_layer > 1:
+            x = (
+                x - self.backout_lambda.to(x.dtype) * middle
+            )  # the head need not see what only later layers used
+        logits = self.head(norm(x))[..., : self.config.vocab_size].float()
+        logits = SOFTCAP * torch.tanh(logits / SOFTCAP)
+        if targets is None:
+            return logits
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="sum")
+
+    def parameter_roles(self):
+        """
+        {role: {name: parameter}}; each parameter stands in exactly one role (asserted).
+        Roles: matrix (all of the blocks), head, embedding, value_embedding, resid_scalar, x0_scalar, smear.
+        """
+        roles = {
+            role: {} for role in "matrix head embedding value_embedding resid_scalar x0_scalar smear".split()
+        }
+        places = {
+            "blocks": "matrix",
+            "head": "head",
+            "embedding": "embedding",
+            "value_embeddings": "value_embedding",
+            "resid_lambdas": "resid_scalar",
+            "x0_lambdas": "x0_scalar",
+            "smear_gate": "smear",
+            "smear_lambda": "smear",
+            "backout_lambda": "smear",
+        }
+        for name, parameter in self.named_parameters():
+            roles[places[name.split(".")[0]]][name] = parameter
+        assert sum(map(len, roles.values())) == len(list(self.parameters()))
+        return roles
+
+    def num_params(self):
+        """{role: number of parameters}, padding of the vocabulary included."""
+        return {
+            role: sum(p.numel() for p in group.values()) for role, group in self.parameter_roles().items()
+        }
+
+    def num_flops_per_token(self, exact_causal=False):
+        """
+        Floating-point operations per trained token, forward and backward, recomputation not counted:
+        6 per weight of every matrix product + 12 · n_embd · keys per layer (arXiv 2204.02311, appendix B).
+        `keys` is max_seq_len in that convention; the exact causal mean is (max_seq_len + 1) / 2.
+        """
+        weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, Linear))
+        keys = (self.config.max_seq_len + 1) / 2 if exact_causal else self.config.max_seq_len
+        return 6 * weights + 12 * self.config.n_layer * self.config.n_embd * keys
+
+    @torch.inference_mode()
+    def generate(self, tokens, max_new_tokens, temperature=0.8, top_k=50, seed=0, bos=None):
+        """
+        Continue `tokens` (a list of ids) by max_new_tokens sampled ids; returns the new ids as a list.
+        temperature 0 takes the likeliest; top_k None samples from all. Past max_seq_len the oldest tokens fall
+        out, and each row starts with `bos`, as the training rows do.
+        """
+        device = self.head.weight.device
+        generator = torch.Generator(device=device).manual_seed(seed)
+        ids = list(tokens)
+        for _ in range(max_new_tokens):
+            row = ids[-self.config.max_seq_len :]
+            if bos is not None and row[0] != bos:
+                row = [bos, *row[-(self.config.max_seq_len - 1) :]]
+            logits = self(torch.tensor([row], device=device))[0, -1]
+            if temperature == 0:
+                ids.append(int(logits.argmax()))
+                continue
+            if top_k is not None:
+                floor = logits.topk(min(top_k, logits.numel())).values[-1]
+                logits = logits.masked_fill(logits < floor, -torch.inf)
+            p = torch.softmax(logits / temperature, dim=-1)
+            ids.append(int(torch.multinomial(p, 1, generator=generator)))
+        return ids[len(tokens) :]
