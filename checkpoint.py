@@ -1,7 +1,7 @@
 """
 Checkpoints: weights and state to disk and back, so that a kill at any moment never costs a good one.
 
-A checkpoint is a folder step_000200 with model.pt, optimizer.pt, state.json and manifest.json, which holds the
+A checkpoint is a folder step_000200 with model.pt, optimizer.pt, state.json and manifest.json, which holds
 size and sha256 of the others. It is written under a temporary name, synced, and renamed once it is complete.
 """
 
@@ -34,7 +34,7 @@ def sha256(path):
 
 def save(root, step, tensors, state, keep):
     """
-    Write root/step_<step>: each {name: state dict} of `tensors` as name.pt, the JSON object `state` as state.json.
+    Write root/step_<step>: each {name: state dict} of `tensors` as name.pt, and `state` as state.json.
     Then delete all but the `keep` newest complete checkpoints. Returns the folder; OSError if the disk fails.
     """
     folder, temporary = Path(root) / f"step_{step:06d}", Path(root) / f".tmp-step_{step:06d}"
@@ -81,7 +81,7 @@ def verify(folder):
 
 
 def newest_valid(root):
-    """-> (the newest checkpoint that verifies, or None; why newer ones were passed over: a list of messages)."""
+    """-> (the newest checkpoint that verifies, or None; the reasons why newer ones were passed over)."""
     reasons = []
     for folder in sorted(Path(root).glob("step_*"), reverse=True):
         try:

@@ -2,8 +2,8 @@
 The data: text to tokens to rows, every token used once an epoch, in an order that does not know how many
 processes read it.
 
-A corpus is prepared once: documents found and split, a BPE trained on the training split (rustbpe), encoded by
-all cores (tiktoken), and kept in a cache folder as uint16 shards in the layout of the public GPT-2 shards.
+A corpus is prepared once: documents found and split, a BPE trained on the training split (rustbpe), all of it
+encoded by all cores (tiktoken), and kept in a cache folder as uint16 shards in the public GPT-2 layout.
 `python dataloader.py PATH` prepares a corpus and says what it found.
 """
 
@@ -31,17 +31,18 @@ import torch
 MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256  # the header of the public GPT-2-tokenized FineWeb shards
 SHARD_TOKENS = 100_000_000
 BOS = "<|bos|>"
-# GPT-4's split pattern with numbers of at most 2 digits, which suits vocabularies far below 100,000 (nanochat)
-SPLIT_PATTERN = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+# GPT-4's split pattern, but numbers of at most 2 digits: that suits vocabularies far below 100,000 (nanochat)
+SPLIT_PATTERN = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}|"
+SPLIT_PATTERN += r" ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 PIECE_CHARS = (
     2**17
 )  # longer documents are encoded in pieces: the regex engine fails on a million blanks in a row
 TOKENIZER_CHARS = 2_000_000_000  # text that the BPE is trained on, at most
 VAL_SHARE = 0.05
 TEXT_SUFFIXES = set(
-    ".txt .text .md .rst .org .tex .py .pyi .c .h .cc .cpp .cxx .hpp .cu .java .js .jsx .ts .tsx .go .rs .rb .php "
-    ".pl .sh .bash .sql .html .htm .css .xml .yaml .yml .toml .ini .cfg .json .csv .tsv .swift .kt .scala .hs .ml "
-    ".lua .r .jl .m .lisp .el .clj .ex .erl .f90 .cs .vb .dart .zig .nim .proto .cmake .log .srt .bib .adoc".split()
+    ".txt .text .md .rst .org .tex .adoc .bib .log .csv .tsv .json .xml .html .htm .css .yaml .yml .toml "
+    ".py .pyi .c .h .cc .cpp .cxx .hpp .cu .java .js .jsx .ts .tsx .go .rs .rb .php .pl .sh .bash .sql "
+    ".swift .kt .scala .hs .ml .lua .r .jl .m .lisp .el .clj .ex .erl .f90 .cs .vb .dart .zig .nim .proto".split()
 )
 
 
@@ -69,7 +70,7 @@ def train_tokenizer(texts, vocab_size):
 
 
 def save_tokenizer(encoding, folder):
-    """Write tokenizer.tiktoken (base64 token and rank, a line each) and tokenizer.json (pattern, specials)."""
+    """Write tokenizer.tiktoken (base64 token and rank on a line) and tokenizer.json (pattern, specials)."""
     folder.mkdir(parents=True, exist_ok=True)
     special = {text: encoding.encode_single_token(text) for text in encoding.special_tokens_set}
     with open(folder / "tokenizer.tiktoken", "wb") as file:
@@ -91,7 +92,7 @@ def load_tokenizer(folder):
 
 
 def gpt2_tokenizer():
-    """GPT-2's vocabulary, from the cache folder's gpt2/ if it was put there by hand, else fetched by tiktoken."""
+    """GPT-2's vocabulary: from the cache folder's gpt2/ if put there by hand, else fetched by tiktoken."""
     folder = cache_folder() / "gpt2"
     try:
         if (folder / "vocab.bpe").exists() and (folder / "encoder.json").exists():
@@ -184,8 +185,8 @@ def read_documents(file):
 
 def split_documents(root, files, split):
     """
-    Yield ("train" or "val", text) over all documents. How `split` decides: "files": by the word val in the name
-    or folder; "hash": 5% of the documents by content, so that adding files moves none; "tail": each file's end.
+    Yield ("train" or "val", text) over all documents. `split` decides: "files": by the word val in name or
+    folder; "hash": 5% of the documents by content, so that adding files moves none; "tail": each file's end.
     """
     for file in files:
         named_val = bool(re.search(r"(?<![a-z])val(?![a-z])", str(file.relative_to(root)).lower()))
@@ -256,7 +257,7 @@ def open_shard(path, sha256=None):
 
 
 def encode_documents(encoding, documents, folder, total_bytes, say):
-    """Encode ("train" or "val", text) documents by all cores into shards in `folder` -> the manifest's entries."""
+    """Encode ("train" or "val", text) documents with all cores into shards -> the manifest's entries."""
     bos = encoding.encode_single_token(BOS)
     counts = {name: {"documents": 0, "bytes": 0, "tokens": 0} for name in ("train", "val")}
     waiting, shards = {"train": [], "val": []}, {"train": [], "val": []}
@@ -300,7 +301,7 @@ def encode_documents(encoding, documents, folder, total_bytes, say):
 
 
 def cut_into_pieces(text):
-    """Yield (is it the first, piece) with pieces of at most PIECE_CHARS, cut after a line end where there is one."""
+    """Yield (is it the first, piece): at most PIECE_CHARS each, cut after a line end where there is one."""
     start = 0
     while start < len(text):
         end = start + PIECE_CHARS
@@ -313,8 +314,8 @@ def cut_into_pieces(text):
 @dataclass
 class Corpus:
     """
-    A tokenized corpus. `fingerprint`: names its content; `shards`: {"train" or "val": [(path, sha256 or None)]};
-    `bos`: the token that starts each document and each row; `spread_val`: take the validation rows from all over.
+    A tokenized corpus. fingerprint: names its content; shards: {"train" or "val": [(path, sha256 or None)]};
+    bos: the token that starts each document and each row; spread_val: take validation rows from all over.
     """
 
     name: str
@@ -329,8 +330,8 @@ class Corpus:
 
 def prepare(data, vocab_size=None, say=lambda line: None):
     """
-    Find, split, tokenize and cache the text of `data` ("stdlib", "fineweb" or a path) -> a Corpus. The work is
-    done once, under a file lock, by whichever process comes first; the others wait. Raises DataError.
+    Find, split, tokenize and cache the text of `data` ("stdlib", "fineweb" or a path) -> a Corpus. The work
+    is done once, under a file lock, by whichever process comes first; the others wait. Raises DataError.
     """
     path = Path(data).expanduser()
     shards = [path] if path.suffix == ".bin" else sorted(path.glob("*.bin")) if path.is_dir() else []
@@ -341,7 +342,7 @@ def prepare(data, vocab_size=None, say=lambda line: None):
     if not sum(size for _, size, _ in stats):
         raise DataError(
             f"--data {data}: there is no text in it.\n"
-            "Known are .txt, .md, .py and other source files, .jsonl and .parquet with a text field, .bin shards."
+            "Known are .txt, .md, .py and other sources, .jsonl and .parquet with a text field, .bin shards."
         )
     identity = json.dumps(
         [1, data if data == "stdlib" else str(root.resolve()), vocab_size, SPLIT_PATTERN, stats]
@@ -409,7 +410,7 @@ def build(folder, root, files, vocab_size, say):
 
 
 def ready_made(data, shards):
-    """A Corpus of .bin shards in the public GPT-2 format: the given ones, or the FineWeb files of the cache folder."""
+    """A Corpus of .bin shards in the public GPT-2 format: the given ones, or FineWeb's in the cache."""
     if data == "fineweb":
         folder = cache_folder() / "fineweb"
         shards = sorted(folder.glob("fineweb_*.bin"))
@@ -449,8 +450,8 @@ def shuffled(n, *seed):
 
 class RowOrder:
     """
-    The global order of rows: shards follow one another in an order drawn from seed and epoch, the rows of each
-    shuffled likewise. `locate(i)` gives (shard, row) of the i-th row that training sees; i runs over all epochs.
+    The global order of rows: shards follow one another in an order drawn from seed and epoch, the rows of
+    each are shuffled likewise. locate(i): (shard, row) of the i-th row that training sees, over all epochs.
     """
 
     def __init__(self, rows_per_shard, seed):
@@ -474,7 +475,7 @@ class RowOrder:
 class DataLoader:
     """
     Iterate over this rank's rows of each global batch: int64 tensors (rows_per_batch / world_size, T + 1) on
-    `device`, inputs in [:, :-1] and targets in [:, 1:]. A thread stays two batches ahead. `wait_time`: seconds
+    `device`, inputs in [:, :-1] and targets in [:, 1:]. A thread stays two batches ahead. wait_time: seconds
     that the loop has waited. Raises DataError for a damaged shard, ValueError for rows that do not divide.
     """
 
@@ -559,7 +560,7 @@ class DataLoader:
 
 class ValidationRows:
     """
-    A fixed, ordered set of rows of the validation split, at most eval_tokens targets (at least one row), the same
+    A fixed, ordered set of rows of the validation split, at most eval_tokens targets (but one row), the same
     for any batch size and world size.
     """
 
@@ -580,8 +581,8 @@ class ValidationRows:
 
     def batches(self, batch_size, device, rank=0, world_size=1):
         """
-        Yield (tokens, targets, number of bytes) for this rank's batches: two int64 tensors (batch_size, T), special
-        tokens and the padding of the last batch with target -1, and the bytes that the other targets stand for.
+        Yield (tokens, targets, number of bytes) for this rank's batches: two int64 tensors (batch_size, T),
+        special tokens and the last batch's padding with target -1, and the bytes of the other targets.
         """
         for start in range(rank * batch_size, len(self.places), world_size * batch_size):
             rows = np.zeros((batch_size, self.T + 1), dtype=np.int64)

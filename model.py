@@ -2,8 +2,8 @@
 The GPT: rows of tokens in, the sum of nats out.
 
 What differs from GPT-2, each with its source: rotary positions (arXiv 2104.09864), RMSNorm without weights
-(arXiv 1910.07467), QK-norm (arXiv 2302.08435), ReLU² (arXiv 2109.08668), an untied head with soft-capped logits
-(arXiv 2408.00118), value embeddings, residual scalars, smear and backout (modded-nanogpt, nanochat). No biases.
+(arXiv 1910.07467), QK-norm (arXiv 2302.08435), ReLU² (arXiv 2109.08668), an untied head with soft-capped
+logits (arXiv 2408.00118), value embeddings, residual scalars, smear, backout (modded-nanogpt, nanochat).
 
 `python model.py out/RUN "def main("` writes a continuation.
 """
@@ -62,7 +62,7 @@ def rotary_tables(length, head_dim, device):
 
 
 def apply_rotary(x, cos, sin):
-    """Rotate the half-split pairs of x (B, T, n_head, head_dim) by their positions' angles; keeps the dtype."""
+    """Rotate the half-split pairs of x (B, T, n_head, head_dim) by their position's angles, in x's dtype."""
     x1, x2 = x.chunk(2, dim=-1)
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1)
@@ -168,7 +168,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, device, seed):
-        """Allocate on `device` if still on meta, and draw every weight from `seed` alone (never from the rank)."""
+        """Allocate on `device` if still on meta, and draw every weight from `seed` alone."""
         if self.head.weight.is_meta:
             self.to_empty(device=device)
         generator = torch.Generator(device=device).manual_seed(seed)
@@ -270,8 +270,8 @@ class GPT(nn.Module):
     def generate(self, tokens, max_new_tokens, temperature=0.8, top_k=50, seed=0, bos=None):
         """
         Continue `tokens` (a list of ids) by max_new_tokens sampled ids; returns the new ids as a list.
-        temperature 0 takes the likeliest; top_k None samples from all. Past max_seq_len the oldest tokens fall
-        out, and each row starts with `bos`, as the training rows do.
+        temperature 0 takes the likeliest; top_k None samples from all. Past max_seq_len the oldest tokens
+        fall out, and each row starts with `bos`, as the training rows do.
         """
         device = self.head.weight.device
         generator = torch.Generator(device=device).manual_seed(seed)

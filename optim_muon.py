@@ -3,7 +3,7 @@ MuonAdamW: gradients in, weights out; one optimizer, the same on one process and
 
 Matrices of the blocks learn by Muon (kellerjordan.github.io/posts/muon), everything else by AdamW
 (arXiv 1711.05101). With several processes the gradients are averaged in here, each rank updates its share of
-the rows or matrices and keeps only their state (ZeRO stage 2, arXiv 1910.02054), and the weights are gathered.
+the rows or matrices and keeps only their state (ZeRO-2, arXiv 1910.02054), and the weights are gathered.
 The schedules are pure functions at the end of the file.
 """
 
@@ -72,7 +72,7 @@ def normalize_neurons(update, second_momentum, beta2, live):
 
 
 def muon_update(weight, grad, state, scalars, cautious, method, dtype):
-    """One Muon step in place on a stack weight (B, rows, cols); `scalars["live"]` 0 makes it change nothing."""
+    """One Muon step in place on a stack weight (B, rows, cols); scalars["live"] = 0: nothing changes."""
     live, lr, momentum = scalars["live"], scalars["lr"], scalars["momentum"]
     grad = torch.where(live > 0, grad.float(), 0.0)  # 0 · NaN is NaN, so a bad gradient is replaced
     state["momentum_buffer"].lerp_(grad, live * (1 - momentum))
@@ -139,7 +139,7 @@ class Bucket:
 
 class MuonAdamW(torch.optim.Optimizer):
     """
-    groups: dicts with "kind" ("adamw" or "muon"), "params" ({name: parameter}), "lr", and what DEFAULTS names.
+    groups: dicts with "kind" ("adamw" or "muon"), "params" ({name: parameter}), "lr" and what DEFAULTS has.
     orthogonalize_dtype: bf16 where its products are fast, else fp32. compile: fuse each update with Inductor.
     Under an initialized process group, `step` averages the gradients over ranks and shards its state.
 
@@ -161,8 +161,8 @@ class MuonAdamW(torch.optim.Optimizer):
                 seen[id(p)] = name
                 if group["kind"] == "muon" and (p.ndim != 2 or "embedding" in name):
                     raise ValueError(
-                        f"parameter {name} {tuple(p.shape)} cannot be in a muon group: Muon is for the matrices of "
-                        "hidden layers; embeddings, vectors and scalars belong in an adamw group"
+                        f"parameter {name} {tuple(p.shape)} cannot be in a muon group: Muon is for the "
+                        "matrices of hidden layers; embeddings, vectors and scalars belong in an adamw group"
                     )
         groups = [
             {**DEFAULTS[g["kind"]], **g, "initial_lr": g["lr"], "params": list(g["params"].items())}
@@ -203,7 +203,7 @@ class MuonAdamW(torch.optim.Optimizer):
         return state
 
     def _refresh_scalars(self):
-        """Copy what the groups say into 0-D device tensors; a fill is asynchronous and happens only on a change."""
+        """Copy what the groups say into 0-D device tensors; a fill is asynchronous, and only on a change."""
         for group, scalars in zip(self.param_groups, self.scalars):
             values = {"lr": group["lr"], "weight_decay": group["weight_decay"]}
             if group["kind"] == "adamw":
@@ -270,7 +270,7 @@ class MuonAdamW(torch.optim.Optimizer):
             self.grad_norm = total.sqrt()
 
     def _reduce(self, bucket):
-        """Start to average a bucket's gradient over ranks -> (this rank's part of it, a handle to wait for)."""
+        """Start to average a bucket's gradient over ranks -> (this rank's part, a handle to wait for)."""
         whole = bucket.whole([p.grad for p in bucket.params])
         if not bucket.sharded:
             return whole, dist.all_reduce(whole, dist.ReduceOp.AVG, async_op=True)
@@ -279,8 +279,8 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def state_dict(self):
         """
-        {"state": {parameter name: {state name: full tensor}}, "param_groups": [...]}, the same for any number
-        of ranks. The tensors are the optimizer's own memory where nothing had to be gathered. A collective call.
+        {"state": {parameter name: {state name: full tensor}}, "param_groups": [...]}, the same for any world
+        size. Where nothing had to be gathered the tensors are the optimizer's own memory. A collective call.
         """
         state = {}
         for bucket in self.buckets:
@@ -301,7 +301,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict):
-        """Take over a `state_dict()` of any world size; ValueError names what is missing or of another shape."""
+        """Take over a state_dict() of any world size; ValueError names what does not fit."""
         saved = state_dict["state"]
         names = [name for bucket in self.buckets for name in bucket.names]
         if set(names) != set(saved):
@@ -332,8 +332,8 @@ def warmdown_progress(step, num_iterations, warmdown_ratio):
 
 def lr_multiplier(step, num_iterations, warmup_steps, warmdown_ratio, final_lr_frac):
     """
-    Warmup, stable, decay (arXiv 2405.18392) for the update after `step` updates: linear up over
-    min(warmup_steps, N / 10) steps, 1, then linear down to final_lr_frac over the last warmdown_ratio of N steps.
+    Warmup, stable, decay (arXiv 2405.18392) for the update after `step` updates, N = num_iterations: linearly
+    up over min(warmup_steps, N / 10) steps, 1, then linearly down to final_lr_frac over warmdown_ratio · N.
     """
     warmup = min(warmup_steps, num_iterations / 10)
     rise = 1.0 if warmup == 0 else min(1.0, (step + 1) / warmup)
@@ -347,5 +347,5 @@ def muon_momentum(step, num_iterations, warmdown_ratio):
 
 
 def weight_decay_multiplier(step, num_iterations, warmdown_ratio):
-    """1, then a half cosine to 0 as the learning rate decays: nothing before the decay depends on the horizon."""
+    """1, then a half cosine to 0 as the learning rate decays: before that nothing depends on the horizon."""
     return 0.5 * (1 + math.cos(math.pi * warmdown_progress(step, num_iterations, warmdown_ratio)))

@@ -58,7 +58,7 @@ def published_peak(device_name):
 
 
 def measured_peak(device, dtype):
-    """FLOP/s of a large matrix product of random numbers on this device: the median of at least 5, under 2 s."""
+    """FLOP/s of a large product of random matrices on this device: the median of 5 or more, in under 2 s."""
     n = {"cuda": 8192, "mps": 4096}.get(device.type, 2048)
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     synchronize, times, start = synchronizer(device.type), [], time.perf_counter()
@@ -71,8 +71,10 @@ def measured_peak(device, dtype):
     return 2 * n**3 / statistics.median(times[1:])
 
 
-def find_peak(device, device_name, dtype):
-    """-> (peak FLOP/s of one device in the training dtype, "published" or "measured")."""
+def find_peak(device, device_name, dtype, given_tflops=None):
+    """-> (peak FLOP/s of one device in the training dtype, "given", "published" or "measured")."""
+    if given_tflops:
+        return given_tflops * 1e12, "given"
     peak = published_peak(device_name) if device.type == "cuda" and dtype == torch.bfloat16 else None
     return (peak, "published") if peak else (measured_peak(device, dtype), "measured")
 
@@ -82,19 +84,21 @@ def synchronizer(device_type):
     return {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize, "cpu": lambda: None}[device_type]
 
 
-def processor_name():
-    """The CPU's model and its number of cores in use, as far as the system tells."""
+def device_name(device):
+    """The name of the GPU or of the CPU, as far as the system tells."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
     name = platform.processor() or platform.machine()
     if sys.platform == "darwin":
         name = os.popen("sysctl -n machdep.cpu.brand_string").read().strip() or name
     elif Path("/proc/cpuinfo").exists():
         found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
         name = found[1].strip() if found else name
-    return f"{name}, {torch.get_num_threads()} threads"
+    return f"{name}, {torch.get_num_threads()} threads" if device.type == "cpu" else name
 
 
 def peak_memory(device):
-    """Bytes at the peak: CUDA's allocator; on MPS the driver's current allocation; on CPU the resident set."""
+    """Bytes at the peak: CUDA's allocator; on MPS the driver's allocation now; on CPU the resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     if device.type == "mps":
@@ -108,7 +112,7 @@ def update_ema(smooth, loss, beta):
 
 
 def debias(smooth, beta, count):
-    """The average without its start at 0, after `count` losses (arXiv 1412.6980, section 3); nan if count is 0."""
+    """The average of `count` losses without its start at 0 (arXiv 1412.6980, section 3); nan for none."""
     return smooth / (1 - beta**count) if count else math.nan
 
 
@@ -152,7 +156,7 @@ def plain(value):
 
 
 class Log:
-    """log.jsonl, one flushed line per record, and wandb if asked for. On other ranks than 0: folder None, silent."""
+    """log.jsonl, one flushed line per record, and wandb if asked for; silent without a folder."""
 
     def __init__(self, folder, wandb=False, config=None):
         self.file = open(folder / "log.jsonl", "a", encoding="utf-8") if folder else None
@@ -210,9 +214,18 @@ def duration(seconds):
     return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
 
 
+def val_line(record, num_iterations):
+    """The console's line for a val record."""
+    total = str(num_iterations)
+    return (
+        f"val  {record['step']:>{len(total)}}/{total}          {record['val_bpb']:.4f} bits per byte, "
+        f"the lowest so far is {record['min_val_bpb']:.4f}"
+    )
+
+
 def step_line(record, num_iterations, val_bpb, mfu_source, eta):
     """The console's line for a step record: at most 120 columns."""
-    of = "" if mfu_source == "published" else " of measured"
+    of = " of measured" if mfu_source == "measured" else ""
     total = str(num_iterations)
     return (
         f"step {record['step']:>{len(total)}}/{total} {record['step'] / num_iterations:6.1%}"
@@ -222,27 +235,23 @@ def step_line(record, num_iterations, val_bpb, mfu_source, eta):
     )
 
 
-def header(config, dtype, compiled, attention, peak, peak_source, plan):
+def header(config, compiled, attention, peak, peak_source, plan):
     """The four lines that a run starts with, from its config.json and what only the machine knows."""
-    shape, params, corpus = config["model"], config["num_params"], config["corpus"]
-    names = {
-        "matrix": "matrix",
-        "head": "head",
-        "embedding": "embedding",
-        "value_embedding": "value embedding",
-    }
-    counts = " · ".join(f"{short(params[role])} {name}" for role, name in names.items())
+    model, params, corpus = config["model"], config["num_params"], config["corpus"]
+    roles = ("matrix", "head", "embedding", "value_embedding")
+    counts = " · ".join(f"{short(params[role])} {role.replace('_', ' ')}" for role in roles)
+    speed = f"peak {short(peak)}FLOP/s ({peak_source})"
     processes = f"{config['world_size']} × " if config["world_size"] > 1 else ""
     return "\n".join(
-        [
-            f"onedial  depth {shape['n_layer']} × {shape['n_embd']} · {counts} parameters · "
+        (
+            f"onedial  depth {model['n_layer']}, width {model['n_embd']} · {counts} parameters · "
             f"{short(config['num_flops_per_token'])}FLOP per token",
-            f"device   {processes}{config['device']} · {str(dtype).removeprefix('torch.')} · "
-            f"{'compiled' if compiled else 'eager'} · {attention} attention · peak {short(peak)}FLOP/s ({peak_source})",
-            f"data     {corpus['name']} · {shape['vocab_size']:,} tokens in the vocabulary · {short(corpus['train']['tokens'])} "
-            f"training tokens · fingerprint {corpus['fingerprint']}",
+            f"device   {processes}{config['device']} · {config['settings']['dtype']} · "
+            f"{'compiled' if compiled else 'eager'} · {attention} attention · {speed}",
+            f"data     {corpus['name']} · vocabulary of {model['vocab_size']:,} · "
+            f"{short(corpus['train']['tokens'])} training tokens · fingerprint {corpus['fingerprint']}",
             f"plan     {plan}",
-        ]
+        )
     )
 
 

@@ -1,9 +1,9 @@
 """
-onedial: train a GPT from text to report. One dial, --depth, sets the model; --minutes sets how long it may take.
+onedial: train a GPT from text to report. One dial, --depth, sets the model; --minutes sets how long it takes.
 
-    python train.py                                                # a laptop: five minutes, no GPU, no network
-    python train.py --depth 12                                     # one GPU
-    torchrun --standalone --nproc_per_node=8 train.py --depth 12   # eight
+    python train.py                                               # a laptop: five minutes, no GPU, no network
+    python train.py --depth 12                                    # one GPU
+    torchrun --standalone --nproc_per_node=8 train.py --depth 12  # eight
 
 Every setting below is also a flag (--max-seq-len 1024); None is `auto`. Read on: it is one story.
 """
@@ -25,7 +25,7 @@ from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 
-os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # less fragmentation near the limit
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # less fragmentation
 
 import torch
 import torch.distributed as dist
@@ -84,17 +84,17 @@ save_minutes: float = 10.0  # minutes between checkpoints
 keep_checkpoints: int = 2  # how many of the newest are kept
 peak_tflops: float | None = None  # peak of one device, for the MFU (auto: as published, else measured)
 
+HORIZONS = ("num_iterations", "minutes", "target_flops", "target_param_data_ratio")
+# what belongs to the machine or the call and not to the run: --resume finds it anew
+NOT_RESUMED = "run out_dir resume wandb device_type dtype compile device_batch_size log_every".split()
+CHOICES = {"device_type": ("cuda", "mps", "cpu"), "dtype": ("bfloat16", "float32")}
+PERIODS = ("eval_every", "sample_every", "save_every", "save_minutes")
+BOUNDS = {"vocab_size": (257, 65_535), "head_dim": (2, 1024), "max_seq_len": (32, 2**20)}
+BOUNDS |= {"warmdown_ratio": (0, 1), "final_lr_frac": (0, 1), "weight_decay": (0, 1e6), "seed": (0, 2**31)}
+BOUNDS |= {"minutes": (0.05, 1e6), "warmup_steps": (0, 10**9), **dict.fromkeys(PERIODS, (-1, 10**9))}
+
 # -----------------------------------------------------------------------------
 # Flags, derived from the settings above
-
-HORIZONS = ("num_iterations", "minutes", "target_flops", "target_param_data_ratio")
-# settings of the machine or the call, not of the run: --resume finds them anew
-NOT_RESUMED = "run out_dir resume wandb device_type dtype compile device_batch_size log_every peak_tflops".split()
-SHARES = ("warmdown_ratio", "final_lr_frac")
-LEAST = {"vocab_size": 257, "head_dim": 2, "max_seq_len": 2, "minutes": 0.05, "seed": 0, "warmup_steps": 0}
-LEAST |= dict.fromkeys(("warmdown_ratio", "final_lr_frac", "weight_decay"), 0)
-LEAST |= dict.fromkeys(("eval_every", "sample_every", "save_every", "save_minutes"), -1)
-CHOICES = {"device_type": ("cuda", "mps", "cpu"), "dtype": ("bfloat16", "float32")}
 
 
 def fail(message):
@@ -108,114 +108,106 @@ def flag(name):
     return "--" + name.replace("_", "-")
 
 
-def reader(type_name, optional):
-    """-> a function that turns a flag's text into a value of that type."""
-
-    def read(text):
-        if optional and text == "auto":
-            return None
-        try:
-            if type_name == "bool":
-                return {"on": True, "true": True, "off": False, "false": False}[text.lower()]
-            return {"int": int, "float": float, "str": str}[type_name](text)
-        except (KeyError, ValueError):
-            raise argparse.ArgumentTypeError(f"{text!r} is not of type {type_name}") from None
-
-    return read
-
-
-settings = {}
+HELP = "`python train.py --help` lists all settings."
+READERS = {"int": int, "float": float, "str": str, "bool": {"on": True, "off": False}.__getitem__}
+settings, kinds = {}, {}
 parser = argparse.ArgumentParser(usage="python train.py [--NAME VALUE ...]", allow_abbrev=False)
-parser.error = lambda message: fail(f"{message}.\n`python train.py --help` lists all settings.")
+parser.error = lambda message: fail(f"{message}.\n{HELP}")
 declaration = re.compile(r"^(\w+): (\w+)( \| None)? = .+?  # (.+)$", re.MULTILINE)
-for name, type_name, optional, comment in declaration.findall(Path(__file__).read_text(encoding="utf-8")):
-    settings[name] = value = globals()[name]
-    shown = "auto" if value is None else {True: "on", False: "off"}[value] if type_name == "bool" else value
+for name, kind, optional, comment in declaration.findall(Path(__file__).read_text(encoding="utf-8")):
+    settings[name], kinds[name] = globals()[name], (kind, bool(optional))
+    shown = "auto" if settings[name] is None else settings[name]
     options = {"help": f"{comment} [{shown}]".replace("%", "%%"), "default": argparse.SUPPRESS, "dest": name}
-    options |= {"type": reader(type_name, optional), "metavar": type_name.upper()}
-    if type_name == "bool":
-        options |= {"nargs": "?", "const": True, "metavar": "on|off"}
-        parser.add_argument(f"--no-{name}", dest=name, action="store_false", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    options["metavar"] = "on|off" if kind == "bool" else kind.upper()
+    if kind == "bool":
+        options |= {"nargs": "?", "const": "on"}
     parser.add_argument(*dict.fromkeys((flag(name), f"--{name}")), **options)
-given, unknown = parser.parse_known_args()
+arguments = [f"--{a[5:]}=off" if a[:5] == "--no-" and a[5:] in settings else a for a in sys.argv[1:]]
+given, unknown = parser.parse_known_args(arguments)
 given = vars(given)
 if unknown:
     near = difflib.get_close_matches(unknown[0].split("=")[0], map(flag, settings), n=1)
-    hint = f"Did you mean {near[0]}?" if near else "`python train.py --help` lists all settings."
-    fail(f"unknown setting {unknown[0]}.\n{hint}")
+    fail(f"unknown setting {unknown[0]}.\n{f'Did you mean {near[0]}?' if near else HELP}")
+for name, text in given.items():
+    kind, optional = kinds[name]
+    try:
+        given[name] = None if optional and text == "auto" else READERS[kind](text)
+    except (KeyError, ValueError):
+        fail(f"{flag(name)} {text} is not of type {kind}.\n{HELP}")
 settings |= given
 
 run_folder = Path(settings["out_dir"]) / settings["run"] if settings["run"] else None
-if settings["resume"] and not run_folder:
-    known = sorted(Path(settings["out_dir"]).glob("*/config.json"), key=os.path.getmtime)
-    run_folder = known[-1].parent if known else fail(f"--resume: no run in {settings['out_dir']}.\nStart one without it.")
-if settings["resume"] and (run_folder / "config.json").exists():
-    saved = json.loads((run_folder / "config.json").read_text())["settings"]
+if settings["resume"]:
+    if not run_folder:
+        known = sorted(Path(settings["out_dir"]).glob("*/config.json"), key=os.path.getmtime)
+        run_folder = known[-1].parent if known else fail(f"{out_dir} holds no run to resume.\nStart one.")
+    config_file = run_folder / "config.json"
+    saved = json.loads(config_file.read_text())["settings"] if config_file.exists() else {}
     if any(given.get(name) is not None for name in HORIZONS):
         saved = {name: value for name, value in saved.items() if name not in HORIZONS}
-    for name, value in saved.items():
-        if name in settings and name not in NOT_RESUMED and name not in given:
-            settings[name] = value
-        elif name in given and given[name] != value and name not in NOT_RESUMED:
-            print(f"resume   {name} {value} -> {given[name]}")
-elif run_folder and run_folder.exists() and not settings["resume"]:
+    for name in saved.keys() & settings.keys() - set(NOT_RESUMED):
+        if name not in given:
+            settings[name] = saved[name]
+        elif given[name] != saved[name] and os.environ.get("RANK", "0") == "0":
+            print(f"resume   --{name} was {saved[name]}, is {given[name]}")
+elif run_folder and run_folder.exists():
     fail(f"the run {run_folder} exists.\nContinue it with --resume or choose another --run.")
 
 for name, value in settings.items():
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        if not LEAST.get(name, 1e-9 if isinstance(value, float) else 1) <= value < math.inf:
-            fail(f"{flag(name)} {value} is out of range.\nGive at least {LEAST.get(name, 'more than 0')}.")
+    if value is not None and kinds[name][0] in ("int", "float"):
+        low, high = BOUNDS.get(name, (1 if kinds[name][0] == "int" else 1e-12, 1e30))
+        if not low <= value <= high:
+            fail(f"{flag(name)} {value} is out of range.\nGive a number from {low:,} to {high:,}.")
     if value is not None and value not in CHOICES.get(name, (value,)):
         fail(f"{flag(name)} {value} is unknown.\nChoose one of: {', '.join(CHOICES[name])}.")
-    if name in SHARES and value > 1:
-        fail(f"{flag(name)} {value} is a share of the whole.\nGive at most 1.")
 horizons = [name for name in HORIZONS if settings[name] is not None]
 if len(horizons) > 1:
     fail(f"two horizons were given: {flag(horizons[0])} and {flag(horizons[1])}.\nGive at most one.")
-if (settings["vocab_size"] or 0) > 65535:
-    fail(f"--vocab-size {settings['vocab_size']}: tokens are stored in 16 bits.\nGive at most 65535.")
-if (settings["head_dim"] or 2) % 2:
+if settings["head_dim"] and settings["head_dim"] % 2:
     fail(f"--head-dim {settings['head_dim']}: rotary positions turn pairs of channels.\nGive an even number.")
 globals().update(settings)
 
 # -----------------------------------------------------------------------------
-# Device, precision, process group
+# Device, precision
 
 found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 device_type = device_type or found
 if not {"cuda": torch.cuda, "mps": torch.backends.mps, "cpu": torch.cpu}[device_type].is_available():
-    fail(f"--device-type {device_type}: this machine or this build of torch has none.\nLeave it out to use {found}.")
-rank, local_rank, world_size = (int(os.environ.get(key, n)) for key, n in zip(("RANK", "LOCAL_RANK", "WORLD_SIZE"), "001"))
-if device_type == "cuda":
-    device = torch.device("cuda", local_rank)
+    fail(f"--device-type {device_type}: not to be had on this machine.\nHere there is {found}.")
+rank, local_rank = (int(os.environ.get(key, 0)) for key in ("RANK", "LOCAL_RANK"))
+world_size = int(os.environ.get("WORLD_SIZE", 1))
+on_gpu = device_type == "cuda"
+device = torch.device(device_type, local_rank) if on_gpu else torch.device(device_type)
+if on_gpu:
     torch.cuda.set_device(device)
     torch.set_float32_matmul_precision("high")
-    device_name, has_bf16 = torch.cuda.get_device_name(), torch.cuda.get_device_capability() >= (8, 0)
-else:
-    device, device_name, has_bf16 = torch.device(device_type), report.processor_name(), False
-on_gpu = device_type == "cuda"
+has_bf16 = on_gpu and torch.cuda.get_device_capability() >= (8, 0)  # elsewhere bf16 is emulated, or slow
 dtype = dtype or ("bfloat16" if has_bf16 else "float32")
 compute_dtype = getattr(torch, dtype)
+compile_is_auto = compile is None
+if compile_is_auto:
+    compile = device_type != "mps" and sys.platform != "win32"
+device_name = report.device_name(device)
 synchronize = report.synchronizer(device_type)
-say = print if rank == 0 else lambda *args, **kwargs: None
+say = (lambda line: print(line, flush=True)) if rank == 0 else (lambda line: None)
 
 # -----------------------------------------------------------------------------
 # Data: prepared before the process group exists, so that no collective waits for a tokenizer
 
+clock = report.Clock(process_start)
+clock.lap("setup")
 data = data or ("fineweb" if on_gpu else "stdlib")
 max_seq_len = max_seq_len or (2048 if on_gpu else 512)
 eval_tokens = eval_tokens or (10_485_760 if on_gpu else 32_768)
-clock = report.Clock(process_start)
-clock.lap("setup")
 try:
-    corpus = dataloader.prepare(data, vocab_size, say=lambda line: say(f"data     {line}", flush=True))
-    clock.lap("preparation of the corpus")
+    corpus = dataloader.prepare(data, vocab_size, say=lambda line: say(f"data     {line}"))
+    clock.lap("corpus")
     validation = dataloader.ValidationRows(corpus, max_seq_len, eval_tokens)
 except dataloader.DataError as error:
     fail(error)
 vocab_size = corpus.tokenizer.n_vocab
 if world_size > 1:
-    dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
+    torch.distributed.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
 
 # -----------------------------------------------------------------------------
 # Model: everything follows from depth
@@ -227,20 +219,19 @@ config = GPTConfig(vocab_size, max_seq_len, n_layer=depth, n_head=n_head, n_embd
 with torch.device("meta"):
     raw_model = GPT(config, compute_dtype)
 raw_model.init_weights(device, seed)
-num_params = raw_model.num_params()
-num_scaling_params = num_params["matrix"] + num_params["head"]
-num_flops_per_token = raw_model.num_flops_per_token()
-if compile is None:
-    compile = device_type != "mps" and sys.platform != "win32"
 model = torch.compile(raw_model, dynamic=False) if compile else raw_model
+num_params = raw_model.num_params()
+num_flops_per_token = raw_model.num_flops_per_token()
 
 # -----------------------------------------------------------------------------
-# Optimizer: one table, role -> settings
+# Optimizer: one table, role -> settings. Source of the numbers: nanochat, tuned at depth 12
+
+LR_BATCH_POWER = 0.2  # lr ∝ batch^power; √batch, the rule for large batches, is 5 × too timid at 2,048 tokens
 
 
-def build_optimizer(tokens_per_step):
-    """MuonAdamW over all roles, with learning rates for this batch size and width."""
-    batch_scale = (tokens_per_step / 2**19) ** LR_BATCH_POWER
+def build_optimizer(batch_size):
+    """MuonAdamW over every role, with the learning rates for this many tokens per step."""
+    batch_scale = (batch_size / 2**19) ** LR_BATCH_POWER
     width_scale = batch_scale * (config.n_embd / 768) ** -0.5
     table = {
         "matrix": dict(kind="muon", lr=matrix_lr * batch_scale, momentum=0.85, weight_decay=weight_decay),
@@ -248,76 +239,74 @@ def build_optimizer(tokens_per_step):
         "embedding": dict(lr=embedding_lr * width_scale, betas=(0.8, 0.995), weight_decay=0.001),
         "value_embedding": dict(lr=0.5 * embedding_lr * width_scale, betas=(0.8, 0.995), weight_decay=0.01),
         "resid_scalar": dict(lr=0.01 * scalar_lr * batch_scale, betas=(0.8, 0.95), weight_decay=0.05),
-        "x0_scalar": dict(lr=scalar_lr * batch_scale, betas=(0.96, 0.95)),
-        "smear": dict(lr=0.4 * scalar_lr * batch_scale, betas=(0.8, 0.95)),
+        "x0_scalar": dict(lr=scalar_lr * batch_scale, betas=(0.96, 0.95), weight_decay=0.0),
+        "smear": dict(lr=0.4 * scalar_lr * batch_scale, betas=(0.8, 0.95), weight_decay=0.0),
     }
-    groups = [{"kind": "adamw", **table[role], "params": params} for role, params in raw_model.parameter_roles().items()]
-    return MuonAdamW(groups, orthogonalize_dtype=torch.bfloat16 if on_gpu else torch.float32, compile=compile and on_gpu)
+    roles = raw_model.parameter_roles()
+    groups = [{"kind": "adamw", **table[role], "params": params} for role, params in roles.items()]
+    orthogonalize_dtype = torch.bfloat16 if has_bf16 else torch.float32
+    # compiling the updates costs 25 s on a CPU and gains 3% of a step there
+    return MuonAdamW(groups, orthogonalize_dtype=orthogonalize_dtype, compile=compile and on_gpu)
 
 
-LR_BATCH_POWER = 0.2  # √batch is the rule at GPU scale; at 2,048 tokens it is 5 times too timid: measured, see README
-optimizer = build_optimizer(total_batch_size or 2**19)
-
-
-def forward_backward(rows, micro_rows):
-    """Accumulate the gradients of this rank's rows (R, T + 1) -> their sum of nats, a 0-D tensor."""
+def forward_backward(rows):
+    """Accumulate gradients over this rank's rows (R, T + 1), micro_rows at a time -> the sum of nats."""
     nats = torch.zeros((), device=device)
     for micro in rows.split(micro_rows):
         loss = model(micro[:, :-1], micro[:, 1:])
-        (loss / (rows.size(0) * max_seq_len)).backward()  # the mean over this rank; the optimizer averages ranks
+        (loss / (len(rows) * max_seq_len)).backward()  # the mean of this rank; the optimizer averages ranks
         nats += loss.detach()
     return nats
 
 
-# -----------------------------------------------------------------------------
-# The trial: one short run on random rows compiles, finds the batch that fits, and measures the speed
-
-
-def divide(rows_per_step, at_most):
-    """-> (rows of one rank and step, the largest divisor of that which is ≤ at_most)."""
-    if rows_per_step % world_size:
-        below = max(world_size, rows_per_step - rows_per_step % world_size)
+def rows_of(batch_size):
+    """Tokens per step -> (whole rows per step, rows per rank, the largest micro-batch that divides those)."""
+    rows = max(1, round(batch_size / max_seq_len))
+    if rows % world_size:
+        below, above = (max(1, rows // world_size + n) * world_size * max_seq_len for n in (0, 1))
         fail(
-            f"--total-batch-size {rows_per_step * max_seq_len} is {rows_per_step} rows of {max_seq_len}, not divisible by "
-            f"{world_size} processes.\nNearest sizes that are: {below * max_seq_len} and {(below + world_size) * max_seq_len}."
+            f"--total-batch-size {batch_size}: {world_size} processes cannot share {rows} rows."
+            f"\nThe nearest sizes that they can share: {below} and {above}."
         )
-    rows = rows_per_step // world_size
-    return rows, max(n for n in range(1, min(rows, at_most) + 1) if rows % n == 0)
+    per_rank = rows // world_size
+    return rows, per_rank, max(n for n in range(1, min(per_rank, micro_rows) + 1) if per_rank % n == 0)
 
+
+# -----------------------------------------------------------------------------
+# The trial: a few steps on random rows compile, find the batch that fits, and measure the speed
 
 micro_rows = device_batch_size or max(1, (65_536 if on_gpu else 2_048) // max_seq_len)
 if total_batch_size:
-    total_rows = max(1, round(total_batch_size / max_seq_len))
-    micro_rows = divide(total_rows, micro_rows)[1]
-say(f"trial    {'compiling and ' * compile}measuring a batch of {micro_rows} × {max_seq_len} tokens", flush=True)
+    micro_rows = rows_of(total_batch_size)[2]
+optimizer = build_optimizer(total_batch_size or 2**19)
+say(f"trial    {'compiling and ' * compile}measuring {micro_rows} × {max_seq_len} tokens")
 timings = []
 while len(timings) < 4:
-    rows = torch.randint(vocab_size, (micro_rows, max_seq_len + 1), device=device)
     try:
         synchronize()
-        start = time.perf_counter()
-        nats = forward_backward(rows, micro_rows)
+        times = [time.perf_counter()]
+        nats = forward_backward(torch.randint(vocab_size, (micro_rows, max_seq_len + 1), device=device))
         synchronize()
-        middle = time.perf_counter()
+        times.append(time.perf_counter())
         optimizer.step(nats)
         synchronize()
-        timings.append((middle - start, time.perf_counter() - middle))
+        timings.append((times[1] - times[0], time.perf_counter() - times[1]))
     except torch.OutOfMemoryError:
-        if device_batch_size or micro_rows == 1:
-            fail(f"{micro_rows} rows of {max_seq_len} tokens do not fit on {device_name}.\nTry --device-batch-size {max(1, micro_rows // 2)} or less.")
-        micro_rows, timings = max(n for n in range(1, micro_rows) if micro_rows % n == 0), []
+        smaller = max((n for n in range(1, micro_rows) if micro_rows % n == 0), default=0)
+        if device_batch_size or not smaller:
+            fail(f"{micro_rows} rows of {max_seq_len} do not fit.\nTry --device-batch-size {smaller or 1}.")
+        micro_rows, timings = smaller, []
     except Exception as error:
-        if not compile or given.get("compile"):
+        if not (compile and compile_is_auto):
             raise
-        say(f"trial    torch.compile does not work here ({type(error).__name__}): eager mode, slower")
+        say(f"trial    torch.compile does not work here ({type(error).__name__}): going on without, slower")
         model, compile, timings = raw_model, False, []
     optimizer.zero_grad(set_to_none=True)
-micro_time, optimizer_time = (min(times) for times in zip(*timings[1:]))  # the first one compiled
-if world_size > 1:  # every rank plans with rank 0's figures
-    shared = torch.tensor([micro_time, optimizer_time], device=device)
-    dist.broadcast(shared, 0)
-    micro_time, optimizer_time = shared.tolist()
-clock.lap("trial and compilation")
+measured = torch.tensor([min(times) for times in zip(*timings[1:])], device=device)  # the first one compiled
+if world_size > 1:
+    dist.broadcast(measured, 0)  # every rank plans with rank 0's figures
+micro_time, optimizer_time = measured.tolist()
+clock.lap("trial")
 
 # -----------------------------------------------------------------------------
 # Horizon and batch
@@ -325,110 +314,111 @@ clock.lap("trial and compilation")
 if not horizons:
     minutes, target_param_data_ratio = (None, 12.0) if on_gpu else (5.0, None)
 eval_every = eval_every or (250 if on_gpu else 100)
-eval_batches = math.ceil(len(validation.places) / (micro_rows * world_size))
-eval_time = eval_batches * micro_time / 2  # a forward pass is a third of a step; a guess until the first evaluation
-closing_time = 5.0  # final checkpoint, sample, report
+# until the first evaluation has been timed: a forward pass is about a third of a step
+eval_time = math.ceil(len(validation.places) / (micro_rows * world_size)) * micro_time / 2
+closing_time = 4.0  # the last checkpoint, sample and report
+elapsed_before = 0.0  # wall time of this run before it was resumed
+
+
+def elapsed():
+    """Seconds that this run has taken, without the preparation of the corpus."""
+    return elapsed_before + time.time() - process_start - clock.spent["corpus"]
 
 
 def time_left():
-    """Seconds of the --minutes budget that are left for training."""
-    spent = time.time() - process_start - clock.spent["preparation of the corpus"] + elapsed_before
-    return 60 * minutes - spent - closing_time - eval_time
+    """Seconds of the --minutes budget that are left for training and the evaluations in between."""
+    return max(0.0, 60 * minutes - elapsed() - eval_time - closing_time)
 
 
-elapsed_before = 0.0  # wall time of the run before it was resumed
+tokens_ahead = None  # unknown where steps are given and the batch is not
 if minutes:
-    tokens_ahead = max(1.0, time_left()) / micro_time * micro_rows * max_seq_len * world_size
+    tokens_ahead = time_left() / micro_time * micro_rows * max_seq_len * world_size
 elif target_flops:
     tokens_ahead = target_flops / num_flops_per_token
 elif target_param_data_ratio:
-    tokens_ahead = target_param_data_ratio * num_scaling_params
-else:
-    tokens_ahead = None
-if total_batch_size is None:
-    if tokens_ahead is None:
-        total_batch_size = 2**19 if on_gpu else 2**12
-    else:  # the best batch grows with tokens^0.383 (arXiv 2505.13738); short runs need at least some 400 steps
-        best = min(2**19 * (tokens_ahead / 1.5e9) ** 0.383, tokens_ahead / 400)
-        total_batch_size = max(2 ** math.floor(math.log2(best)), micro_rows * max_seq_len * world_size)
-total_rows = max(1, round(total_batch_size / max_seq_len))
-total_batch_size = total_rows * max_seq_len
-rows_per_rank, micro_rows = divide(total_rows, micro_rows)
-accumulation = rows_per_rank // micro_rows
-step_time = accumulation * micro_time + optimizer_time
+    tokens_ahead = target_param_data_ratio * (num_params["matrix"] + num_params["head"])
+if total_batch_size is None and tokens_ahead is None:
+    total_batch_size = 2**19 if on_gpu else 2**12
+elif total_batch_size is None:
+    # the best batch grows with tokens^0.383 (arXiv 2505.13738); short runs need some 400 steps all the same
+    best = min(2**19 * (tokens_ahead / 1.5e9) ** 0.383, tokens_ahead / 400)
+    total_batch_size = max(2 ** int(math.log2(max(1, best))), micro_rows * max_seq_len * world_size)
+rows_per_step, rows_per_rank, micro_rows = rows_of(total_batch_size)
+total_batch_size = rows_per_step * max_seq_len
+seconds_per_step = rows_per_rank // micro_rows * micro_time + optimizer_time
 if minutes:
-    num_iterations = max(1, int(time_left() / step_time))
+    num_iterations = max(1, int(time_left() / seconds_per_step))
 elif num_iterations is None:
     num_iterations = max(1, round(tokens_ahead / total_batch_size))
-horizon_is_final = minutes is None
+horizon_is_final = not minutes  # under --minutes it follows the measured speed until the decay begins
 
 try:
-    loader = dataloader.DataLoader(corpus, max_seq_len, total_rows, seed, device, rank, world_size)
+    loader = dataloader.DataLoader(corpus, max_seq_len, rows_per_step, seed, device, rank, world_size)
 except dataloader.DataError as error:
     fail(error)
-if loader.order.rows_per_epoch < total_rows:
+if loader.order.rows_per_epoch < rows_per_step:
     fail(
-        f"the corpus has {loader.order.rows_per_epoch} training rows of {max_seq_len} tokens, one batch needs {total_rows}."
+        f"the corpus has {loader.order.rows_per_epoch} training rows of {max_seq_len}, a batch {rows_per_step}."
         "\nGive more text, a smaller --total-batch-size or a smaller --max-seq-len."
     )
-raw_model.init_weights(device, seed)  # anew: the trial has left no trace
+raw_model.init_weights(device, seed)  # anew: the trial leaves no trace
 optimizer = build_optimizer(total_batch_size)
 
 # -----------------------------------------------------------------------------
-# The run's folder, and its state
+# The state of the loop, new or from a checkpoint
 
-step = 0  # updates done
-smooth_train_loss, ema_beta, losses_seen = 0.0, 0.9, 0  # exponential moving average of the loss, and its debiasing
-min_val_bpb = val_bpb = math.inf  # only falls
-total_training_time = 0.0  # without the first 10 steps after a start, evaluation, sampling and saving
+step = 0  # updates done, skipped ones included
+min_val_bpb = val_bpb = math.inf  # the first only falls
+smooth_train_loss, ema_beta = 0.0, 0.9  # exponential moving average of the train loss, starting at 0
+losses_seen = 0  # by that average, to take the start at 0 out again
+total_training_time = 0.0  # without the first 10 steps after each start, evaluation, sampling and saving
 timed_steps = 0  # the steps in it
-skipped_steps = 0  # non-finite loss or gradient: nothing changed
-samples = []
+skipped_steps = 0  # loss or gradient was not finite, and nothing changed
+STATE = (
+    "step num_iterations horizon_is_final min_val_bpb val_bpb smooth_train_loss losses_seen "
+    "total_training_time timed_steps skipped_steps"
+).split()
 
-run = run_folder.name if run_folder else run or f"d{depth}-{datetime.now():%Y%m%d-%H%M%S}"
+names = [run_folder.name if run_folder else run or f"d{depth}-{datetime.now():%Y%m%d-%H%M%S}"]
 if world_size > 1:
-    names = [run]
-    dist.broadcast_object_list(names, 0)  # one clock decides
-    run = names[0]
+    dist.broadcast_object_list(names, 0)  # one clock names the run
+run = names[0]
 run_folder = Path(out_dir) / run
 checkpoints = run_folder / "checkpoints"
-resumed_from = None
-if resume:
-    resumed_from, reasons = checkpoint.newest_valid(checkpoints)
-    for reason in reasons:
-        say(f"resume   passed over: {reason}")
-    if resumed_from:
-        state = checkpoint.load(resumed_from, "state")
-        try:
-            raw_model.load_state_dict(checkpoint.load(resumed_from, "model"))
-            optimizer.load_state_dict(checkpoint.load(resumed_from, "optimizer"))
-            loader.load_state_dict(state["data"])
-        except (RuntimeError, ValueError) as error:
-            fail(f"{resumed_from} does not fit these settings: {str(error).splitlines()[-1].strip()}")
-        step, smooth_train_loss, losses_seen = state["step"], state["smooth_train_loss"], state["losses_seen"]
-        min_val_bpb, val_bpb = state["min_val_bpb"], state["val_bpb"]
-        total_training_time, timed_steps = state["total_training_time"], state["timed_steps"]
-        skipped_steps, elapsed_before = state["skipped_steps"], state["elapsed"]
-        if state["horizon_is_final"] and not any(given.get(name) is not None for name in HORIZONS):
-            num_iterations, horizon_is_final = state["num_iterations"], True
-        elif minutes:
-            num_iterations = step + max(0, int(time_left() / step_time))
-    else:
-        say(f"resume   no checkpoint in {run_folder}: starting at step 0")
+resumed_from, passed_over = checkpoint.newest_valid(checkpoints) if resume else (None, [])
+for reason in passed_over:
+    say(f"resume   passed over: {reason}")
+if resumed_from:
+    state = checkpoint.load(resumed_from, "state")
+    try:
+        raw_model.load_state_dict(checkpoint.load(resumed_from, "model"))
+        optimizer.load_state_dict(checkpoint.load(resumed_from, "optimizer"))
+        loader.load_state_dict(state["data"])
+    except (RuntimeError, ValueError) as error:
+        fail(f"{resumed_from} does not fit these settings: {str(error).splitlines()[-1].strip()}")
+    planned = num_iterations
+    globals().update({name: state[name] for name in STATE})
+    elapsed_before = state["elapsed"]
+    if not minutes:
+        num_iterations, horizon_is_final = planned, True
+    elif not horizon_is_final or given.get("minutes"):
+        num_iterations, horizon_is_final = step + int(time_left() / seconds_per_step), False
+elif resume:
+    say(f"resume   there is no checkpoint in {run_folder} yet: starting at step 0")
 
-peak, peak_source = report.find_peak(device, device_name, compute_dtype) if not peak_tflops else (peak_tflops * 1e12, "given")
-clock.lap("setup")
-resolved = {name: globals()[name] for name in settings}
-if horizons != ["num_iterations"]:
-    resolved["num_iterations"] = None  # the horizon is what was asked for; state.json holds the steps
+# -----------------------------------------------------------------------------
+# The run's folder
+
+peak, peak_source = report.find_peak(device, device_name, compute_dtype, peak_tflops)
 record = {
-    "settings": resolved,
+    # the horizon stays what was asked for: state.json and summary.json have the steps that came of it
+    "settings": {n: globals()[n] if n != "num_iterations" or n in horizons else None for n in settings},
     "given": given,
     "model": asdict(config),
     "num_params": num_params,
     "num_flops_per_token": num_flops_per_token,
     "num_flops_per_token_causal": raw_model.num_flops_per_token(exact_causal=True),
-    "corpus": {"name": corpus.name, "fingerprint": corpus.fingerprint, "split": corpus.split, **corpus.counts},
+    "corpus": {"name": corpus.name, "fingerprint": corpus.fingerprint, **corpus.counts},
     "device": device_name,
     "world_size": world_size,
     "versions": report.versions(),
@@ -438,79 +428,52 @@ if rank == 0:
         checkpoints.mkdir(parents=True, exist_ok=True)
         (run_folder / "config.json").write_text(json.dumps(record, indent=2))
         dataloader.save_tokenizer(corpus.tokenizer, run_folder / "tokenizer")
-        if resume:
-            report.cut_log(run_folder, step)
+        report.cut_log(run_folder, step)
     except OSError as error:
-        fail(f"the run cannot be written to {run_folder}: {error.strerror}.\nMake room there or choose another --out-dir.")
+        fail(f"{run_folder} cannot be written: {error.strerror}.\nChoose another --out-dir or make room.")
 log = report.Log(run_folder if rank == 0 else None, wandb, record)
 plan = (
-    f"{num_iterations:,} steps × {total_batch_size:,} tokens ({accumulation} × {micro_rows} × {max_seq_len:,}) · "
-    f"{num_iterations * total_batch_size * num_flops_per_token:.2g} FLOPs · "
-    f"about {report.duration(num_iterations * step_time)}"
+    f"{num_iterations:,} steps × {total_batch_size:,} tokens "
+    f"({rows_per_rank // micro_rows} × {micro_rows} × {max_seq_len:,}) · "
+    f"{num_flops_per_token * total_batch_size * num_iterations:.2g} FLOPs · "
+    f"about {report.duration(num_iterations * seconds_per_step)} · {run_folder}"
 )
-say(report.header(record, compute_dtype, compile, attention_backend(device), peak, peak_source, plan))
+say(report.header(record, compile, attention_backend(device), peak, peak_source, plan))
 if resumed_from:
-    say(f"resume   {resumed_from} at step {step}")
+    say(f"resume   from {resumed_from}")
 log.write("event", step=step, event="resumed" if resumed_from else "started")
-
-# -----------------------------------------------------------------------------
-# What happens between windows: evaluate, sample, save
-
-
-def evaluate():
-    """val_bpb on the fixed validation rows, over all ranks; the model in training uses the same compiled graph."""
-    batches = validation.batches(micro_rows, device, rank, world_size)
-    bpb = report.bits_per_byte(model, batches, device)
-    return bpb
 
 
 def sample():
-    """What the model writes from nothing, and from the start of a validation document."""
-    eos = corpus.bos
-    prompts = [[corpus.bos], validation.prompt(32)]
+    """What the model writes from nothing and from the start of a validation row: [[prompt, text], ...]."""
     texts = []
-    for number, prompt in enumerate(prompts):
-        new = raw_model.generate(prompt, 96, temperature=0.8, top_k=50, seed=seed + number, bos=eos)
+    for number, prompt in enumerate([[corpus.bos], validation.prompt(24)]):
+        new = raw_model.generate(prompt, 128, seed=seed + number, bos=corpus.bos)
         texts.append([corpus.tokenizer.decode(prompt[1:]), corpus.tokenizer.decode(new)])
     return texts
 
 
 def save():
-    """Write a checkpoint of the whole state; a collective call, rank 0 writes."""
+    """Write a checkpoint -> whether that went well. A collective call; rank 0 writes."""
     tensors = {"model": raw_model.state_dict(), "optimizer": optimizer.state_dict()}
-    state = {
-        "step": step,
-        "num_iterations": num_iterations,
-        "horizon_is_final": horizon_is_final,
-        "smooth_train_loss": smooth_train_loss,
-        "losses_seen": losses_seen,
-        "min_val_bpb": min_val_bpb,
-        "val_bpb": val_bpb,
-        "total_training_time": total_training_time,
-        "timed_steps": timed_steps,
-        "skipped_steps": skipped_steps,
-        "elapsed": elapsed_before + time.time() - process_start - clock.spent["preparation of the corpus"],
-        "data": loader.state_dict(),
-    }
-    if rank == 0:
-        try:
+    state = {name: globals()[name] for name in STATE} | {"elapsed": elapsed(), "data": loader.state_dict()}
+    try:
+        if rank == 0:
             folder = checkpoint.save(checkpoints, step, tensors, state, keep_checkpoints)
             log.write("event", step=step, event="saved", folder=folder.name)
-            return True
-        except OSError as error:
-            say(f"save     failed, training goes on: {error.strerror or error}", flush=True)
-            return False
+    except OSError as error:
+        say(f"save     failed, training goes on: {error.strerror or error}")
+        return False
     return True
 
 
-interruption = 0  # the signal that asked to stop
-saving_asked = False
+interruption, saving_is_due = 0, False  # the signal that asked to stop; is a checkpoint due
 
 
 def on_signal(number, frame):
-    global interruption, saving_asked
+    global interruption, saving_is_due
     if number == signal.SIGUSR1:
-        saving_asked = True
+        saving_is_due = True
     else:
         interruption = number
         signal.signal(number, signal.SIG_DFL)  # a second one stops at once
@@ -522,43 +485,47 @@ for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
 # -----------------------------------------------------------------------------
 # The loop. Host and device meet only at the end of a window of steps
 
-start_step = last_saved = step
-last_save_time, next_length, skips_in_a_row, seconds_per_step = time.time(), 1, 0, step_time
+start_step, last_saved, last_save_time = step, step if resumed_from else -1, time.time()
+next_length, skips_in_a_row, samples, saved = 1, 0, [], True
 clock.lap("setup")
 while True:
-    # evaluate, sample, save, stop: before the first step, and where a window was closed for it
-    is_last = step >= num_iterations
-    if step == 0 or is_last or (eval_every > 0 and step % eval_every == 0):
+    # between windows: evaluate, sample, save, stop
+    at_end = step >= num_iterations
+    if step == 0 or at_end or (eval_every > 0 and step % eval_every == 0):
         begin = time.time()
-        val_bpb = evaluate()
+        batches = validation.batches(micro_rows, device, rank, world_size)
+        val_bpb = report.bits_per_byte(model, batches, device)
         min_val_bpb = min(min_val_bpb, val_bpb)
         eval_time = time.time() - begin
-        totals = {"total_training_flops": num_flops_per_token * total_batch_size * step, "total_training_time": total_training_time}
-        log.write("val", step=step, val_bpb=val_bpb, min_val_bpb=min_val_bpb, **totals)
-        say(f"val  {step:>{len(str(num_iterations))}}/{num_iterations}   {val_bpb:.4f} bits per byte, lowest {min_val_bpb:.4f}", flush=True)
+        flops_so_far = num_flops_per_token * total_batch_size * step
+        figures = {"step": step, "val_bpb": val_bpb, "min_val_bpb": min_val_bpb}
+        figures |= {"total_training_flops": flops_so_far, "total_training_time": total_training_time}
+        log.write("val", **figures)
+        say(report.val_line(figures, num_iterations))
         clock.lap("evaluation")
-    if rank == 0 and (is_last or (sample_every > 0 and step > start_step and step % sample_every == 0)):
+    if rank == 0 and (at_end or (sample_every > 0 and step > start_step and step % sample_every == 0)):
         samples = sample()
-        say(report.show_samples(samples), flush=True)
+        say(report.show_samples(samples))
         clock.lap("sampling")
-    if is_last or saving_asked or interruption or (save_every > 0 and step > last_saved and step % save_every == 0):
-        saved = last_saved == step > start_step or save()
-        last_saved, last_save_time, saving_asked = step, time.time(), False
+    saving_is_due |= at_end or interruption > 0 or (save_every > 0 and step > 0 and step % save_every == 0)
+    if saving_is_due and last_saved != step:
+        saved = save()
+        last_saved, last_save_time, saving_is_due = step if saved else -1, time.time(), False
         clock.lap("saving")
-    if is_last or interruption:
+    if at_end or interruption:
         break
 
-    # ---- a window of steps: nothing in it waits for the device
+    # a window of steps: nothing in it waits for the device
     window_end = min(step + next_length, num_iterations)
-    if step < start_step + 10:
-        window_end = min(window_end, start_step + 10)  # warm-up of caches and allocators: not in total_training_time
+    if step < start_step + 10:  # caches and allocators warm up: these steps are not in total_training_time
+        window_end = min(window_end, start_step + 10)
     for period in (eval_every, sample_every, save_every):
         if period > 0:
             window_end = min(window_end, step - step % period + period)
-    if not horizon_is_final:  # close the window where the decay would begin: the horizon is corrected there
+    if not horizon_is_final:  # close it where the decay would begin: there the horizon is made final
         window_end = min(window_end, max(step + 1, math.ceil((1 - warmdown_ratio) * num_iterations)))
     losses, norms, skips = [], [], []
-    data_wait, window_start = -loader.wait_time, time.perf_counter()
+    wait_before, window_start = loader.wait_time, time.perf_counter()
     while step < window_end and not (interruption and world_size == 1):
         lrm = lr_multiplier(step, num_iterations, warmup_steps, warmdown_ratio, final_lr_frac)
         momentum = muon_momentum(step, num_iterations, warmdown_ratio)
@@ -571,44 +538,37 @@ while True:
             rows = next(loader)
         except dataloader.DataError as error:
             fail(error)
-        nats = forward_backward(rows, micro_rows)
+        nats = forward_backward(rows)
         optimizer.step(nats)
         optimizer.zero_grad(set_to_none=True)
         losses.append(nats)
         norms.append(optimizer.grad_norm)
         skips.append(optimizer.skipped)
         step += 1
-
-    # ---- its end: one transfer, one synchronization, one record
-    if not losses:
+    if not losses:  # a signal came between the windows
         continue
-    numbers = torch.stack([torch.stack(losses), torch.stack(norms), torch.stack(skips)])  # (3, steps of the window)
+
+    # its end: one transfer, one synchronization, one record
+    numbers = torch.stack([torch.stack(losses), torch.stack(norms), torch.stack(skips)])  # (3, steps)
     if world_size > 1:
         dist.all_reduce(numbers[0])
     losses, norms, skips = numbers.tolist()
     synchronize()
     dt = (time.perf_counter() - window_start) / len(losses)
-    data_wait += loader.wait_time
     for loss, skipped in zip(losses, skips):
-        if skipped:  # counts in schedule and tokens, not in the loss
-            skipped_steps += 1
-            skips_in_a_row += 1
-            train_loss = math.nan
+        train_loss = math.nan if skipped else loss / total_batch_size  # mean over the global batch, in nats
+        if skipped:
+            skipped_steps, skips_in_a_row = skipped_steps + 1, skips_in_a_row + 1
         else:
-            skips_in_a_row = 0
-            losses_seen += 1
-            train_loss = loss / total_batch_size  # nats, mean over the targets of the global batch
             smooth_train_loss = report.update_ema(smooth_train_loss, train_loss, ema_beta)
+            losses_seen, skips_in_a_row = losses_seen + 1, 0
     debiased_smooth_loss = report.debias(smooth_train_loss, ema_beta, losses_seen)
     if step > start_step + 10:
         total_training_time += dt * len(losses)
         timed_steps += len(losses)
-        seconds_per_step = total_training_time / timed_steps
-    else:
-        seconds_per_step = dt
+    seconds_per_step = total_training_time / timed_steps if timed_steps else dt
     flops_so_far = num_flops_per_token * total_batch_size * step
-    tok_per_sec = total_batch_size / dt
-    record = {
+    figures = {
         "step": step,
         "train_loss": train_loss,
         "train_loss_ema": debiased_smooth_loss,
@@ -617,9 +577,9 @@ while True:
         "weight_decay": decay,
         "grad_norm": norms[-1],
         "dt": dt,
-        "tok_per_sec": tok_per_sec,
-        "mfu": num_flops_per_token * tok_per_sec / (peak * world_size),
-        "data_wait": data_wait / (dt * len(losses)),
+        "tok_per_sec": total_batch_size / dt,
+        "mfu": num_flops_per_token * total_batch_size / dt / (peak * world_size),
+        "data_wait": (loader.wait_time - wait_before) / (dt * len(losses)),
         "tokens": total_batch_size * step,
         "total_training_flops": flops_so_far,
         "total_training_time": total_training_time,
@@ -627,64 +587,59 @@ while True:
         "peak_memory": report.peak_memory(device),
         "skipped_steps": skipped_steps,
     }
-    log.write("step", **record)
-    if eval_every > 0:
-        seconds_per_step += eval_time / eval_every
-    say(report.step_line(record, num_iterations, val_bpb, peak_source, (num_iterations - step) * seconds_per_step), flush=True)
+    log.write("step", **figures)
+    if any(skips):
+        log.write("event", step=step, event="skipped_step", skipped_steps=skipped_steps, cursor=loader.cursor)
+    pace = seconds_per_step + (eval_time / eval_every if eval_every > 0 else 0.0)
+    say(report.step_line(figures, num_iterations, val_bpb, peak_source, (num_iterations - step) * pace))
+    if skips_in_a_row >= 5:
+        forward_backward(rows)  # once more, to name the culprit
+        bad = [name for name, p in raw_model.named_parameters() if not torch.isfinite(p.grad).all()]
+        log.write("event", step=step, event="not_finite", parameters=bad)
+        culprit, good = (bad or ["the loss"])[0], (checkpoint.complete(checkpoints) or ["none"])[0]
+        say(f"error: loss or gradient not finite {skips_in_a_row} times in a row, first in {culprit}.")
+        say(f"The last good checkpoint: {good}.")
+        sys.exit(1)
 
-    # ---- rank 0 decides, all ranks hear of it
+    # rank 0 decides, and all ranks hear of it
     if not horizon_is_final:
-        num_iterations = max(step, step + int(time_left() / seconds_per_step))
-        if step >= (1 - warmdown_ratio) * num_iterations:  # now the decay begins: it shall end in time
-            num_iterations = max(step, int(step / (1 - warmdown_ratio))) if warmdown_ratio < 1 else num_iterations
+        num_iterations = step + int(time_left() / pace)
+        if step >= (1 - warmdown_ratio) * num_iterations:  # the decay begins here, and it shall end in time
             horizon_is_final = True
+            if warmdown_ratio < 1:  # exactly here, so that --num-iterations repeats the run
+                num_iterations = max(step, int(step / (1 - warmdown_ratio)))
     next_length = log_every or (1 if step < start_step + 10 else min(10, max(1, int(0.5 / dt))))
-    saving_asked |= save_minutes > 0 and time.time() - last_save_time > 60 * save_minutes
+    saving_is_due |= save_minutes > 0 and time.time() - last_save_time > 60 * save_minutes
     if world_size > 1:
-        decision = [num_iterations, horizon_is_final, next_length, saving_asked] if rank == 0 else [0] * 4
-        decision += [interruption == number for number in (signal.SIGINT, signal.SIGTERM)]
+        decision = [num_iterations, horizon_is_final, next_length, saving_is_due] if rank == 0 else [0] * 4
+        decision += [interruption == signal.SIGINT, interruption == signal.SIGTERM]  # of any rank
         decision = torch.tensor(decision, dtype=torch.int64, device=device)
         dist.all_reduce(decision)
-        num_iterations, horizon_is_final, next_length, saving_asked, interrupted, terminated = decision.tolist()
-        interruption = signal.SIGTERM if terminated else signal.SIGINT if interrupted else 0
-    if sum(skips):
-        log.write("event", step=step, event="skipped_step", skipped_steps=skipped_steps, cursor=loader.cursor)
-    if skips_in_a_row >= 5:
-        forward_backward(rows, micro_rows)  # once more, to name the culprit
-        bad = [name for name, p in raw_model.named_parameters() if not torch.isfinite(p.grad).all()]
-        say(
-            f"error: loss or gradient not finite in {skips_in_a_row} steps in a row, first in {bad[0] if bad else 'another rank'}."
-            f"\nThe last good checkpoint is {(checkpoint.complete(checkpoints) or ['none'])[0]}.",
-            flush=True,
-        )
-        log.write("event", step=step, event="not_finite", parameters=bad)
-        sys.exit(1)
-    clock.lap("training")
+        num_iterations, horizon_is_final, next_length, saving_is_due, *signals = decision.tolist()
+        interruption = signal.SIGTERM if signals[1] else signal.SIGINT if signals[0] else 0
     if step == start_step + 10:
         gc.collect()
-        gc.freeze()  # what lives now lives to the end: no need to look at it again
+        gc.freeze()  # what lives now lives to the end
+    clock.lap("training")
 
 # -----------------------------------------------------------------------------
-# The end: summary, report
+# The end
 
 if interruption:
-    log.write("event", step=step, event="interrupted", signal=int(interruption))
-    say(f"stopped  by {signal.Signals(interruption).name} at step {step}\ncontinue with: python train.py --run {run} --resume")
-else:
-    log.write("event", step=step, event="finished")
-wall_time = elapsed_before + time.time() - process_start
-timed_tokens_per_sec = total_batch_size * timed_steps / total_training_time if timed_steps else tok_per_sec
+    say(f"stopped  by {signal.Signals(interruption).name} after step {step}")
+    say(f"continue with: python train.py --run {run} --resume")
+log.write("event", step=step, event="interrupted" if interruption else "finished")
 summary = {
     "val_bpb": val_bpb,
     "min_val_bpb": min_val_bpb,
     "train_loss_ema": report.debias(smooth_train_loss, ema_beta, losses_seen),
     "steps": step,
     "tokens": total_batch_size * step,
-    "total_training_flops": num_flops_per_token * total_batch_size * step,
+    "total_training_flops": flops_so_far,
     "total_training_time": total_training_time,
-    "wall_time": wall_time,
-    "tok_per_sec": timed_tokens_per_sec,
-    "mfu": num_flops_per_token * timed_tokens_per_sec / (peak * world_size),
+    "wall_time": elapsed_before + time.time() - process_start,
+    "tok_per_sec": total_batch_size / seconds_per_step,
+    "mfu": num_flops_per_token * total_batch_size / seconds_per_step / (peak * world_size),
     "mfu_peak": peak,
     "mfu_peak_source": peak_source,
     "peak_memory": report.peak_memory(device),
