@@ -290,3 +290,35 @@ class GPT(nn.Module):
             p = torch.softmax(logits / temperature, dim=-1)
             ids.append(int(torch.multinomial(p, 1, generator=generator)))
         return ids[len(tokens) :]
+
+
+if __name__ == "__main__":
+    import argparse
+    import json
+    import sys
+    from pathlib import Path
+
+    import checkpoint
+    from dataloader import load_tokenizer
+
+    parser = argparse.ArgumentParser(description="Continue a prompt with a trained run.")
+    parser.add_argument("run", type=Path, help="the run's folder, out/NAME")
+    parser.add_argument("prompt", nargs="?", default="", help="the text to continue")
+    parser.add_argument("--tokens", type=int, default=200, help="how many to write [200]")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token [0.8]")
+    parser.add_argument("--top-k", type=int, default=50, help="sample from the k likeliest [50]")
+    parser.add_argument("--seed", type=int, default=0, help="another seed, another text [0]")
+    arguments = parser.parse_args()
+    folder, reasons = checkpoint.newest_valid(arguments.run / "checkpoints")
+    if folder is None:
+        sys.exit("\n".join([f"error: {arguments.run} holds no valid checkpoint", *reasons]))
+    tokenizer = load_tokenizer(arguments.run / "tokenizer")
+    bos = max(tokenizer.encode_single_token(text) for text in tokenizer.special_tokens_set)
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**json.loads((arguments.run / "config.json").read_text())["model"]))
+    model.init_weights("cpu", seed=0)
+    model.load_state_dict(checkpoint.load(folder, "model"))
+    prompt = [bos, *tokenizer.encode_ordinary(arguments.prompt)]
+    options = {name: getattr(arguments, name) for name in ("temperature", "top_k", "seed")}
+    new = model.generate(prompt, arguments.tokens, bos=bos, **options)
+    print(arguments.prompt + tokenizer.decode(new))

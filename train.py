@@ -358,7 +358,7 @@ except dataloader.DataError as error:
     fail(error)
 if loader.order.rows_per_epoch < rows_per_step:
     fail(
-        f"the corpus has {loader.order.rows_per_epoch} training rows of {max_seq_len}, a batch {rows_per_step}."
+        f"the corpus has {loader.order.rows_per_epoch} rows to train on, a batch {rows_per_step}."
         "\nGive more text, a smaller --total-batch-size or a smaller --max-seq-len."
     )
 raw_model.init_weights(device, seed)  # anew: the trial leaves no trace

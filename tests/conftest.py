@@ -1,0 +1,80 @@
+"""What the tests share: the path to the flat files, a small corpus, and a way to run train.py like a user."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+REPO = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPO))
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: more threads only wait for each other
+
+TINY = (
+    "--depth 2 --aspect-ratio 32 --head-dim 32 --max-seq-len 64 --total-batch-size 512 --vocab-size 512 "
+    "--eval-tokens 1024 --compile off --peak-tflops 0.1 --device-type cpu "
+    # mild learning rates: rounding differences between two orders of summation stay small for 20 steps
+    "--matrix-lr 0.004 --embedding-lr 0.06 --unembedding-lr 0.002 --scalar-lr 0.1"
+).split()
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory):
+    """A cache folder and a text corpus of a few hundred kB, both for the whole session."""
+    folder = tmp_path_factory.mktemp("home")
+    text = folder / "text"
+    text.mkdir()
+    library = Path(json.__file__).parent.parent
+    for file in sorted(library.glob("*.py"))[:40]:
+        (text / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+@pytest.fixture
+def train(home, tmp_path):
+    """
+    train("--num-iterations", 20, ...) runs train.py in a subprocess on the tiny corpus and model, and returns
+    code, output, folder (of --run a, the default), log (records), summary and config (or None).
+    """
+
+    def start(*flags, processes=1, tiny=True, script=REPO / "train.py"):
+        command = [sys.executable, str(script)]
+        if processes > 1:  # torchrun takes --run for its own --run-path unless -- comes first
+            torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+            command = [sys.executable, *torchrun, str(script), "--"]
+        flags = [str(f) for f in flags]
+        if tiny:
+            flags = [*TINY, "--data", str(home / "text"), "--out-dir", str(tmp_path / "out"), *flags]
+        if tiny and "--run" not in flags and "--resume" not in flags:
+            flags += ["--run", "a"]
+        env = {**os.environ, "ONEDIAL_HOME": str(home / "cache"), "OMP_NUM_THREADS": "1"}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        return subprocess.Popen(command + flags, cwd=tmp_path, env=env, **pipes)
+
+    def finish(process, run="a"):
+        output = process.communicate(timeout=300)[0]
+        folder = tmp_path / "out" / run
+        read = lambda name: json.loads((folder / name).read_text()) if (folder / name).exists() else None  # noqa: E731
+        log = (folder / "log.jsonl").read_text().splitlines() if (folder / "log.jsonl").exists() else []
+        return SimpleNamespace(
+            code=process.returncode,
+            output=output,
+            folder=folder,
+            log=[json.loads(line) for line in log],
+            summary=read("summary.json"),
+            config=read("config.json"),
+        )
+
+    def run(*flags, run="a", **options):
+        return finish(start(*flags, **options), run)
+
+    run.start, run.finish = start, finish
+    return run
+
+
+def losses(result):
+    """{step: train_loss} of a run."""
+    return {r["step"]: r["train_loss"] for r in result.log if r["kind"] == "step"}

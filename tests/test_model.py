@@ -1,0 +1,180 @@
+"""The model against independent references: roles, FLOPs, causality, attention, positions, generation."""
+
+import math
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from model import GPT, QK_SCALE, GPTConfig, apply_rotary, causal_attention, norm, rotary_tables
+
+
+def build(seed=0, **shape):
+    small = {"vocab_size": 300, "max_seq_len": 32, "n_layer": 3, "n_head": 2, "n_embd": 64}
+    config = GPTConfig(**{**small, **shape})
+    with torch.device("meta"):
+        model = GPT(config)
+    model.init_weights("cpu", seed)
+    return model
+
+
+def wake(model):
+    """Fill what starts at zero, so that every path carries signal."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=generator) * 0.05)
+    return model
+
+
+def tokens_of(model, B=2, T=32, seed=0):
+    return torch.randint(model.config.vocab_size, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+def test_weights_depend_on_the_seed_alone():
+    one, same, other = build(3), build(3), build(4)
+    torch.manual_seed(99)
+    one.init_weights("cpu", 3)
+    for (name, a), b in zip(one.named_parameters(), same.parameters()):
+        assert torch.equal(a, b), name
+    assert not torch.equal(one.embedding.weight, other.embedding.weight)
+    assert not any(p.is_meta for p in one.parameters())
+
+
+def test_initial_loss_is_that_of_a_uniform_guess():
+    model = build()
+    tokens = tokens_of(model)
+    assert model(tokens, tokens).item() / tokens.numel() == pytest.approx(math.log(300), abs=0.01)
+
+
+@pytest.mark.parametrize("n_layer", [1, 2, 3, 4])
+def test_every_parameter_has_exactly_one_role(n_layer):
+    model = build(n_layer=n_layer)
+    roles = model.parameter_roles()
+    names = [name for group in roles.values() for name in group]
+    assert sorted(names) == sorted(name for name, _ in model.named_parameters())
+    assert len(names) == len(set(names))
+    assert all(p.ndim == 2 and name.startswith("blocks.") for name, p in roles["matrix"].items())
+    assert str(n_layer - 1) in model.value_embeddings  # the last layer always has one
+    assert sum(model.num_params().values()) == sum(p.numel() for p in model.parameters())
+    assert model.num_params()["embedding"] == 320 * 64
+
+
+def test_every_parameter_gets_a_gradient():
+    model = wake(build())
+    tokens = tokens_of(model)
+    model(tokens, tokens).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+def test_flops_per_token_by_hand():
+    model = build(n_layer=4, n_head=2, n_embd=128, max_seq_len=64, vocab_size=256)
+    block = 4 * 128 * 128 + 2 * 128 * 512  # q, k, v, output; up, down
+    weights = 4 * block + 2 * 12 * 2 + 24 + 128 * 256  # two value gates, the smear gate, the head
+    assert model.num_flops_per_token() == 6 * weights + 12 * 4 * 128 * 64
+    assert model.num_flops_per_token(exact_causal=True) == 6 * weights + 12 * 4 * 128 * 65 / 2
+
+
+def test_flops_of_the_linear_layers_against_torch():
+    model = build(n_layer=2, n_embd=128, vocab_size=256)
+    tokens = tokens_of(model)
+    counter = FlopCounterMode(display=False)
+    with counter:
+        model(tokens, tokens).backward()
+    counted = counter.get_flop_counts()["Global"]
+    products = sum(n for op, n in counted.items() if str(op) in ("aten.mm", "aten.addmm", "aten.bmm"))
+    attention = 12 * 2 * 128 * 32
+    # the smear gate looks at T - 1 positions; nothing else is approximate
+    assert products == (model.num_flops_per_token() - attention) * tokens.numel() - 6 * 24 * len(tokens)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("T", [31, 32])
+def test_the_future_never_leaks(grad, T):
+    model = wake(build())
+    with torch.set_grad_enabled(grad):
+        tokens = tokens_of(model, T=T)
+        before = model(tokens)
+        for place in (1, 7, T - 1):
+            changed = tokens.clone()
+            changed[:, place] = (changed[:, place] + 1) % 300
+            after = model(changed)
+            assert torch.equal(after[:, :place], before[:, :place])
+            assert not torch.equal(after[:, place], before[:, place])
+
+
+def test_attention_against_the_formula():
+    q, k, v = torch.randn(3, 2, 9, 4, 8, generator=torch.Generator().manual_seed(0)).double().unbind()
+    expected = torch.zeros_like(v)
+    for b in range(2):
+        for h in range(4):
+            for t in range(9):
+                scores = torch.stack([q[b, t, h] @ k[b, s, h] for s in range(t + 1)])
+                p = torch.softmax(scores * QK_SCALE**2 / math.sqrt(8), dim=0)
+                expected[b, t, h] = p @ v[b, : t + 1, h]
+    torch.testing.assert_close(causal_attention(q, k, v), expected)
+
+
+def test_rotary_products_depend_on_the_distance_alone():
+    cos, sin = rotary_tables(40, 16, "cpu")
+    q, k = torch.randn(2, 16, generator=torch.Generator().manual_seed(0))
+    turned_q, turned_k = (apply_rotary(x.expand(1, 40, 1, 16), cos, sin)[0, :, 0] for x in (q, k))
+    products = turned_q @ turned_k.T
+    for distance in (0, 3, 17):
+        diagonal = products.diagonal(-distance)
+        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(turned_q.norm(dim=-1), q.norm().expand(40))
+
+
+def test_loss_is_a_sum_that_leaves_out_negative_targets():
+    model = wake(build())
+    tokens, targets = tokens_of(model), tokens_of(model, seed=1)
+    targets[0, 5:] = -1
+    logits = model(tokens).double()
+    p = torch.log_softmax(logits, dim=-1)
+    expected = -sum(p[b, t, targets[b, t]] for b in range(2) for t in range(32) if targets[b, t] >= 0)
+    assert model(tokens, targets).item() == pytest.approx(expected.item(), rel=1e-6)
+    assert logits.shape == (2, 32, 300) and logits.abs().max() <= 15
+
+
+def test_padding_of_the_vocabulary_never_gets_probability():
+    model = wake(build(vocab_size=257))
+    assert model.head.weight.shape[0] == 320
+    assert model(tokens_of(model)).shape[-1] == 257
+
+
+def test_generate_is_greedy_seeded_and_crosses_the_end_of_the_context():
+    model = wake(build(max_seq_len=16))
+    prompt = [299, 5, 6]
+    greedy = model.generate(prompt, 30, temperature=0, bos=299)
+    row = list(prompt)
+    for new in greedy:
+        window = row if len(row) <= 16 else [299, *row[-15:]]
+        assert model(torch.tensor([window]))[0, -1].argmax().item() == new
+        row.append(new)
+    assert model.generate(prompt, 20, seed=1) == model.generate(prompt, 20, seed=1)
+    assert model.generate(prompt, 20, seed=1) != model.generate(prompt, 20, seed=2)
+    assert model.generate(prompt, 20, top_k=1, seed=3) == model.generate(prompt, 20, temperature=0)
+
+
+def test_norm_has_unit_mean_square():
+    x = 7 * torch.randn(5, 64)
+    torch.testing.assert_close(norm(x).square().mean(-1), torch.ones(5), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_the_future_never_leaks_on_cuda(grad):
+    if not torch.cuda.is_available():
+        pytest.skip("needs CUDA")
+    config = GPTConfig(vocab_size=300, max_seq_len=256, n_layer=2, n_head=2, n_embd=256)
+    with torch.device("meta"):
+        model = GPT(config, torch.bfloat16)
+    model.init_weights("cuda", 0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    with torch.set_grad_enabled(grad):
+        tokens = torch.randint(300, (2, 256), device="cuda")
+        before, changed = model(tokens), tokens.clone()
+        changed[:, 100] = (changed[:, 100] + 1) % 300
+        assert torch.equal(model(changed)[:, :100], before[:, :100])

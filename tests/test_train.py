@@ -1,0 +1,257 @@
+"""The front door: train.py in a subprocess, as a user runs it, judged by what it writes."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import REPO, TINY, losses
+
+STEP_FIELDS = (
+    "kind step train_loss train_loss_ema lrm muon_momentum weight_decay grad_norm dt tok_per_sec mfu "
+    "data_wait tokens total_training_flops total_training_time epoch peak_memory skipped_steps"
+)
+SUMMARY_FIELDS = (
+    "val_bpb min_val_bpb train_loss_ema steps tokens total_training_flops total_training_time wall_time "
+    "tok_per_sec mfu mfu_peak mfu_peak_source peak_memory num_params num_flops_per_token depth device "
+    "world_size samples"
+)
+
+
+@pytest.fixture(scope="module")
+def reference(home, tmp_path_factory):
+    """One run of 20 steps with checkpoints every 10, which several tests look at."""
+    out = tmp_path_factory.mktemp("reference")
+    flags = ["--data", home / "text", "--out-dir", out, "--run", "a", "--num-iterations", 20]
+    command = [sys.executable, REPO / "train.py", *TINY, *flags, "--eval-every", 10, "--save-every", 10]
+    env = {**os.environ, "ONEDIAL_HOME": str(home / "cache")}
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, env=env, cwd=out)
+    assert done.returncode == 0, done.stdout + done.stderr
+    folder = out / "a"
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return folder, log, json.loads((folder / "summary.json").read_text()), done.stdout
+
+
+def test_a_run_writes_all_that_is_promised(reference):
+    folder, log, summary, output = reference
+    steps = [r for r in log if r["kind"] == "step"]
+    vals = [r for r in log if r["kind"] == "val"]
+    assert all(set(STEP_FIELDS.split()) == set(r) for r in steps)
+    assert [r["step"] for r in vals] == [0, 10, 20]
+    assert [r["step"] for r in steps][:10] == list(range(1, 11)) and steps[-1]["step"] == 20
+    assert set(SUMMARY_FIELDS.split()) <= set(summary)
+    assert {r["event"] for r in log if r["kind"] == "event"} == {"started", "saved", "finished"}
+    for name in ("config.json", "report.md", "tokenizer/tokenizer.json", "checkpoints/step_000020/model.pt"):
+        assert (folder / name).exists(), name
+    assert all(line in output for line in ("val_bpb: ", "onedial", "device", "data", "plan"))
+
+
+def test_the_numbers_of_a_run_add_up(reference):
+    _, log, summary, _ = reference
+    steps = [r for r in log if r["kind"] == "step"]
+    vals = [r for r in log if r["kind"] == "val"]
+    for r in steps:
+        assert r["tokens"] == 512 * r["step"]
+        assert r["total_training_flops"] == summary["num_flops_per_token"] * 512 * r["step"]
+        assert r["tok_per_sec"] == pytest.approx(512 / r["dt"])
+        assert r["mfu"] == pytest.approx(r["tok_per_sec"] * summary["num_flops_per_token"] / 0.1e12)
+    smooth = 0.0
+    for n, r in enumerate(steps[:10], 1):
+        smooth = 0.9 * smooth + 0.1 * r["train_loss"]
+        assert r["train_loss_ema"] == pytest.approx(smooth / (1 - 0.9**n))
+    assert steps[0]["train_loss_ema"] == pytest.approx(steps[0]["train_loss"])
+    assert steps[0]["train_loss"] == pytest.approx(math.log(512), abs=0.02)
+    assert all(r["total_training_time"] == 0 for r in steps if r["step"] <= 10)
+    window, before = sum(r["dt"] for r in steps if r["step"] > 10), steps[-1]["total_training_time"]
+    assert 0 < before <= 10 * max(r["dt"] for r in steps) and window > 0
+    assert [r["min_val_bpb"] for r in vals] == [min(v["val_bpb"] for v in vals[: i + 1]) for i in range(3)]
+    assert steps[-1]["train_loss"] < steps[0]["train_loss"] - 0.3
+    assert vals[-1]["val_bpb"] < vals[0]["val_bpb"] - 0.2
+    assert sum(summary["time"].values()) == pytest.approx(summary["wall_time"], abs=1.0)
+    assert all(len(text) > 20 for _, text in summary["samples"])
+
+
+def test_the_same_seed_gives_the_same_run_bit_for_bit(reference, train):
+    again = train("--num-iterations", 20, "--eval-every", 10)
+    first = {r["step"]: r for r in reference[1] if r["kind"] == "step"}
+    second = {r["step"]: r for r in again.log if r["kind"] == "step"}
+    common = first.keys() & second.keys()
+    assert len(common) >= 11
+    assert all(first[s]["train_loss"] == second[s]["train_loss"] for s in common)
+    assert all(first[s]["grad_norm"] == second[s]["grad_norm"] for s in common)
+    assert reference[2]["val_bpb"] == again.summary["val_bpb"]
+    assert reference[2]["samples"] == again.summary["samples"]
+
+
+def test_a_resumed_run_ends_with_the_same_bits(reference, train, tmp_path):
+    shutil.copytree(reference[0], tmp_path / "out" / "a")
+    shutil.rmtree(tmp_path / "out" / "a" / "checkpoints" / "step_000020")
+    resumed = train("--resume")
+    assert resumed.code == 0, resumed.output
+    weights = "checkpoints/step_000020"
+    model, same = (torch.load(f / weights / "model.pt") for f in (resumed.folder, reference[0]))
+    assert all(torch.equal(model[name], same[name]) for name in same)
+    state, same = (torch.load(f / weights / "optimizer.pt")["state"] for f in (resumed.folder, reference[0]))
+    assert all(torch.equal(state[name][key], same[name][key]) for name in same for key in same[name])
+    steps = [r["step"] for r in resumed.log if r["kind"] == "step"]
+    assert steps == sorted(set(steps)) and steps[-1] == 20
+    assert resumed.summary["val_bpb"] == reference[2]["val_bpb"]
+    assert resumed.summary["train_loss_ema"] == reference[2]["train_loss_ema"]
+
+
+def test_micro_batches_change_nothing_but_rounding(reference, train):
+    split = train("--num-iterations", 20, "--device-batch-size", 3)  # the largest divisor of 8 rows ≤ 3 is 2
+    assert "(4 × 2 × 64)" in split.output
+    first = {r["step"]: r["train_loss"] for r in reference[1] if r["kind"] == "step"}
+    second = losses(split)
+    assert all(first[s] == pytest.approx(second[s], rel=1e-4) for s in first.keys() & second.keys())
+    assert split.summary["val_bpb"] == pytest.approx(reference[2]["val_bpb"], rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+def test_more_processes_train_the_same_model(reference, train, processes):
+    many = train("--num-iterations", 20, processes=processes)
+    assert many.code == 0, many.output
+    first = {r["step"]: r["train_loss"] for r in reference[1] if r["kind"] == "step"}
+    second = losses(many)
+    assert len(first.keys() & second.keys()) >= 10
+    assert all(first[s] == pytest.approx(second[s], rel=1e-4) for s in first.keys() & second.keys())
+    assert many.summary["val_bpb"] == pytest.approx(reference[2]["val_bpb"], rel=1e-4)
+    assert many.summary["world_size"] == processes
+    assert many.output.count("plan ") == 1  # rank 0 alone prints
+
+
+@pytest.mark.slow
+def test_processes_that_cannot_share_the_rows_hear_the_nearest_sizes(train):
+    result = train("--num-iterations", 20, processes=3)
+    assert result.code == 1 and "384 and 576" in result.output and result.config is None
+
+
+def test_sigterm_saves_and_resume_goes_on(train):
+    process = train.start("--num-iterations", 100_000)
+    wait_for_step(process)
+    process.send_signal(signal.SIGTERM)
+    result = train.finish(process)
+    assert result.code == 128 + signal.SIGTERM, result.output
+    assert "--resume" in result.output
+    last = result.log[-1]
+    assert last["event"] == "interrupted"
+    assert (result.folder / "checkpoints" / f"step_{last['step']:06d}" / "manifest.json").exists()
+    resumed = train("--resume", "--num-iterations", last["step"] + 3)
+    assert resumed.code == 0, resumed.output
+    assert resumed.summary["steps"] == last["step"] + 3
+    steps = [r["step"] for r in resumed.log if r["kind"] == "step"]
+    assert steps == sorted(set(steps))
+
+
+def wait_for_step(process):
+    """Read the run's output up to its first step line."""
+    for line in process.stdout:
+        if line.startswith("step"):
+            return
+
+
+@pytest.mark.slow
+def test_minutes_end_in_time_and_can_be_repeated_by_steps(train):
+    begin = time.time()
+    flags = ["--total-batch-size", 2048, "--warmup-steps", 4]
+    timed = train("--minutes", 0.35, *flags)
+    assert timed.code == 0, timed.output
+    assert time.time() - begin < 0.35 * 60 + 8
+    steps = timed.summary["steps"]
+    assert min(r["lrm"] for r in timed.log if r["kind"] == "step") < 0.2  # the decay completed
+    repeated = train("--num-iterations", steps, *flags, "--run", "b", run="b")
+    assert repeated.summary["val_bpb"] == timed.summary["val_bpb"]
+    common = losses(timed).keys() & losses(repeated).keys()
+    assert len(common) > 10 and all(losses(timed)[s] == losses(repeated)[s] for s in common)
+
+
+def test_horizons_and_resolved_settings(train):
+    result = train("--target-flops", 2e10)
+    steps = round(2e10 / result.config["num_flops_per_token"] / 512)
+    assert result.summary["steps"] == steps
+    settings = result.config["settings"]
+    assert settings["depth"] == 2 and settings["head_dim"] == 32 and settings["eval_every"] == 100
+    assert settings["num_iterations"] is None and settings["target_flops"] == 2e10
+    assert result.config["model"]["n_embd"] == 64
+    ratio = train("--target-param-data-ratio", 0.05, "--run", "b", run="b")
+    params = ratio.config["num_params"]
+    assert ratio.summary["steps"] == round(0.05 * (params["matrix"] + params["head"]) / 512)
+
+
+def test_editing_a_constant_is_the_same_as_a_flag(train, tmp_path):
+    for name in ("train", "model", "optim_muon", "dataloader", "report", "checkpoint"):
+        (tmp_path / f"{name}.py").write_bytes((REPO / f"{name}.py").read_bytes())
+    script = tmp_path / "train.py"
+    text = script.read_text()
+    assert text.count("warmup_steps: int = 40") == 1
+    script.write_text(text.replace("warmup_steps: int = 40", "warmup_steps: int = 3"))
+    edited = train("--num-iterations", 40, script=script)
+    flagged = train("--num-iterations", 40, "--warmup-steps", 3, "--run", "b", run="b")
+    assert edited.config["settings"]["warmup_steps"] == 3
+    assert edited.summary["val_bpb"] == flagged.summary["val_bpb"]
+
+
+def test_help_lists_every_setting(train):
+    output = train.finish(train.start("--help", tiny=False)).output
+    for name in ("--depth", "--num-iterations", "--matrix-lr", "--keep-checkpoints", "--wandb"):
+        assert name in output
+    assert "[auto]" in output and "[0.65]" in output
+
+
+BAD = {
+    "--dept 3": "Did you mean --depth",
+    "--depth x": "--depth x is not of type int",
+    "--depth 0": "--depth 0 is out of range",
+    "--minutes 1 --num-iterations 3": "two horizons",
+    "--data /no/such/place": "there is no such file or folder",
+    "--data EMPTY": "there is no text in it",
+    "--data SHORT": "--max-seq-len 64",
+    "--vocab-size 70000": "65,535",
+    "--device-type cuda": "cuda",
+    "--device-type tpu": "Choose one of: cuda, mps, cpu",
+    "--compile maybe": "is not of type bool",
+    "--head-dim 33": "even",
+    "--total-batch-size 100000000": "Give more text",
+    "--warmdown-ratio 1.5": "out of range",
+    "--matrix-lr nan": "out of range",
+}
+
+
+@pytest.mark.parametrize("flags", BAD)
+def test_bad_input_gets_two_lines_and_writes_nothing(train, tmp_path, flags):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "short").mkdir()
+    (tmp_path / "short" / "a.txt").write_text("A short text.\n" * 5)
+    places = {"EMPTY": str(tmp_path / "empty"), "SHORT": str(tmp_path / "short")}
+    if flags == "--device-type cuda" and torch.cuda.is_available():
+        pytest.skip("there is CUDA here")
+    result = train(*[places.get(word, word) for word in flags.split()])
+    lines = [line for line in result.output.strip().splitlines() if not line.startswith(("data ", "trial "))]
+    assert result.code == 2, result.output
+    assert BAD[flags] in result.output
+    assert lines[0].startswith("error: ") and len(lines) <= 2 and "Traceback" not in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_existing_run_is_not_overwritten(train, tmp_path):
+    (tmp_path / "out" / "a").mkdir(parents=True)
+    (tmp_path / "out" / "a" / "log.jsonl").write_text("precious\n")
+    code, output = (lambda p: (p.communicate()[0], p.returncode)[::-1])(train.start("--num-iterations", 2))
+    assert code == 2 and "--resume" in output
+    assert (tmp_path / "out" / "a" / "log.jsonl").read_text() == "precious\n"
+
+
+def test_model_py_continues_a_prompt(reference):
+    command = [sys.executable, str(REPO / "model.py"), str(reference[0]), "def main(", "--tokens", "12"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("def main("), done.stderr
+    assert len(done.stdout) > len("def main(") + 5
+    assert subprocess.run(command, capture_output=True, text=True).stdout == done.stdout
