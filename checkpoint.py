@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 from pathlib import Path
 
 import torch
@@ -16,6 +17,96 @@ import torch
 
 class CheckpointError(Exception):
     """A checkpoint that cannot be used; the message names the file and what is wrong with it."""
+
+
+class Saver:
+    """
+    Writes checkpoints into `root` from a background thread, one at a time, and keeps the `keep` newest. The
+    caller waits only while tensors are copied into host buffers: reused ones, and pinned if `pin` is set.
+    """
+
+    def __init__(self, root, keep, pin=False, synchronize=lambda: None):
+        self.root, self.keep, self.pin, self.synchronize = Path(root), keep, pin, synchronize
+        self.buffers, self.thread, self.outcome = {}, None, None
+
+    def save(self, step, tensors, state):
+        """
+        Begin to write step_<step>: each {name: state dict} of `tensors` as name.pt, `state` as state.json.
+        A save that is still being written is waited for. -> the outcome of that one, as of `wait`.
+        """
+        outcome = self.wait()
+        copies = {name: self.copy(content, name) for name, content in tensors.items()}
+        self.synchronize()  # the copies from the device are asynchronous
+        self.thread = threading.Thread(target=self.write, args=(step, copies, state))
+        self.thread.start()
+        return outcome
+
+    def copy(self, content, place):
+        """The same nested dicts and lists, with each tensor copied into the host buffer of its place."""
+        if isinstance(content, dict):
+            return {key: self.copy(value, f"{place}/{key}") for key, value in content.items()}
+        if not isinstance(content, torch.Tensor):
+            return content
+        buffer = self.buffers.get(place)
+        if buffer is None or buffer.shape != content.shape or buffer.dtype != content.dtype:
+            buffer = torch.empty(content.shape, dtype=content.dtype, pin_memory=self.pin)
+            self.buffers[place] = buffer
+        return buffer.copy_(content.detach(), non_blocking=self.pin)
+
+    def write(self, step, tensors, state):
+        try:
+            self.outcome = write(self.root, step, tensors, state, self.keep), None
+        except (OSError, RuntimeError) as error:  # torch.save turns some disk errors into a RuntimeError
+            self.outcome = None, error
+            clean_up(self.root)  # what was written of it takes room that the log may need
+
+    def poll(self):
+        """Once for each save that has ended: (its folder, None) or (None, the error); else None."""
+        return self.wait() if self.thread and not self.thread.is_alive() else None
+
+    def wait(self):
+        """Wait for the save that is being written -> its outcome as of `poll`, or None if there is none."""
+        if self.thread:
+            self.thread.join()
+        outcome, self.thread, self.outcome = self.outcome, None, None
+        return outcome
+
+
+def write(root, step, tensors, state, keep):
+    """Write one checkpoint, then delete all but the `keep` newest valid ones -> its folder."""
+    folder, temporary = root / f"step_{step:06d}", root / f".tmp-step_{step:06d}"
+    clean_up(root)  # what a killed run has left
+    temporary.mkdir(parents=True)
+    for name, content in tensors.items():
+        with open(temporary / f"{name}.pt", "wb") as file:  # a file of Python's names the disk's error
+            torch.save(content, file)
+    (temporary / "state.json").write_text(json.dumps(state, indent=2))
+    manifest = {}
+    for file in sorted(temporary.iterdir()):
+        sync(file)
+        manifest[file.name] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
+    manifest["manifest.json"] = {"sha256": own_sha256(manifest)}
+    (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2))
+    sync(temporary / "manifest.json")
+    sync(temporary)
+    if folder.exists():  # a damaged one, or else the run would have gone on from there
+        os.rename(folder, root / f".tmp-old-{folder.name}")
+    os.rename(temporary, folder)
+    sync(root)
+    clean_up(root)
+    valid = 0
+    for old in complete(root):
+        if valid >= keep:
+            shutil.rmtree(old)
+        elif old == folder or is_valid(old):
+            valid += 1
+    return folder
+
+
+def clean_up(root):
+    """Delete what was not written to its end."""
+    for left_over in root.glob(".tmp-*"):
+        shutil.rmtree(left_over, ignore_errors=True)
 
 
 def sync(path):
@@ -32,44 +123,38 @@ def sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def save(root, step, tensors, state, keep):
-    """
-    Write root/step_<step>: each {name: state dict} of `tensors` as name.pt, and `state` as state.json.
-    Then delete all but the `keep` newest complete checkpoints. Returns the folder; OSError if the disk fails.
-    """
-    folder, temporary = Path(root) / f"step_{step:06d}", Path(root) / f".tmp-step_{step:06d}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    for name, content in tensors.items():
-        torch.save(content, temporary / f"{name}.pt")
-    (temporary / "state.json").write_text(json.dumps(state, indent=2))
-    manifest = {}
-    for file in sorted(temporary.iterdir()):
-        sync(file)
-        manifest[file.name] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
-    (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2))
-    sync(temporary / "manifest.json")
-    sync(temporary)
-    if folder.exists():  # the same step, reached again after resuming from an earlier one
-        shutil.rmtree(folder)
-    os.rename(temporary, folder)
-    sync(folder.parent)
-    for old in complete(root)[keep:] if keep > 0 else []:
-        shutil.rmtree(old)
-    return folder
+def own_sha256(manifest):
+    """The checksum of a manifest's entries for the other files."""
+    entries = {name: entry for name, entry in manifest.items() if name != "manifest.json"}
+    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
 
 
 def complete(root):
     """The checkpoints under `root` that were written to their end, newest first."""
-    return sorted((p.parent for p in Path(root).glob("step_*/manifest.json")), reverse=True)
+    return sorted((p.parent for p in Path(root).glob("step_*/manifest.json")), key=step_of, reverse=True)
+
+
+def step_of(folder):
+    return int(folder.name.removeprefix("step_"))
+
+
+def is_valid(folder):
+    try:
+        verify(folder)
+    except CheckpointError:
+        return False
+    return True
 
 
 def verify(folder):
     """Compare each file with the manifest; CheckpointError names the first that is missing or changed."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-    except (OSError, ValueError):
-        raise CheckpointError(f"{folder / 'manifest.json'} is missing or damaged") from None
+        intact = manifest.pop("manifest.json")["sha256"] == own_sha256(manifest)
+    except (OSError, ValueError, AttributeError, TypeError, KeyError):
+        intact = False
+    if not intact:
+        raise CheckpointError(f"{folder / 'manifest.json'} is missing or damaged")
     for name, entry in manifest.items():
         path = folder / name
         if not path.exists():
@@ -83,7 +168,7 @@ def verify(folder):
 def newest_valid(root):
     """-> (the newest checkpoint that verifies, or None; the reasons why newer ones were passed over)."""
     reasons = []
-    for folder in sorted(Path(root).glob("step_*"), reverse=True):
+    for folder in sorted(Path(root).glob("step_*"), key=step_of, reverse=True):
         try:
             verify(folder)
             return folder, reasons
@@ -93,7 +178,7 @@ def newest_valid(root):
 
 
 def load(folder, name):
-    """Read name.pt onto the CPU, or name.json; tensors and plain values only, never pickled code."""
+    """Read name.json, or name.pt onto the CPU: tensors and plain values only, never pickled code."""
     if (folder / f"{name}.json").exists():
         return json.loads((folder / f"{name}.json").read_text())
     return torch.load(folder / f"{name}.pt", map_location="cpu", weights_only=True, mmap=True)

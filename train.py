@@ -14,6 +14,7 @@ process_start = time.time()  # --minutes counts from here, the slow imports incl
 
 import argparse
 import difflib
+import faulthandler
 import gc
 import json
 import math
@@ -22,11 +23,12 @@ import re
 import signal
 import sys
 from dataclasses import asdict
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # less fragmentation
 
+import filelock
 import torch
 import torch.distributed as dist
 
@@ -91,6 +93,7 @@ CHOICES = {"device_type": ("cuda", "mps", "cpu"), "dtype": ("bfloat16", "float32
 PERIODS = ("eval_every", "sample_every", "save_every", "save_minutes")
 BOUNDS = {"vocab_size": (257, 65_535), "head_dim": (2, 1024), "max_seq_len": (32, 2**20)}
 BOUNDS |= {"warmdown_ratio": (0, 1), "final_lr_frac": (0, 1), "weight_decay": (0, 1e6), "seed": (0, 2**31)}
+HANG_SECONDS = 600  # a window of steps or a collective that takes longer ends the run, with all stacks shown
 BOUNDS |= {"minutes": (0.05, 1e6), "warmup_steps": (0, 10**9), **dict.fromkeys(PERIODS, (-1, 10**9))}
 
 # -----------------------------------------------------------------------------
@@ -176,6 +179,8 @@ if not {"cuda": torch.cuda, "mps": torch.backends.mps, "cpu": torch.cpu}[device_
     fail(f"--device-type {device_type}: not to be had on this machine.\nHere there is {found}.")
 rank, local_rank = (int(os.environ.get(key, 0)) for key in ("RANK", "LOCAL_RANK"))
 world_size = int(os.environ.get("WORLD_SIZE", 1))
+if world_size > 1 and device_type == "mps":
+    fail("several processes cannot share one MPS device.\nStart one, without torchrun.")
 on_gpu = device_type == "cuda"
 device = torch.device(device_type, local_rank) if on_gpu else torch.device(device_type)
 if on_gpu:
@@ -207,7 +212,8 @@ except dataloader.DataError as error:
     fail(error)
 vocab_size = corpus.tokenizer.n_vocab
 if world_size > 1:
-    torch.distributed.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
+    backend, device_id = ("nccl", device) if on_gpu else ("gloo", None)
+    dist.init_process_group(backend, device_id=device_id, timeout=timedelta(seconds=HANG_SECONDS))
 
 # -----------------------------------------------------------------------------
 # Model: everything follows from depth
@@ -245,7 +251,7 @@ def build_optimizer(batch_size):
     roles = raw_model.parameter_roles()
     groups = [{"kind": "adamw", **table[role], "params": params} for role, params in roles.items()]
     orthogonalize_dtype = torch.bfloat16 if has_bf16 else torch.float32
-    # compiling the updates costs 25 s on a CPU and gains 3% of a step there
+    # compiling the updates costs 25 s on a CPU and gains 4% of a step there
     return MuonAdamW(groups, orthogonalize_dtype=orthogonalize_dtype, compile=compile and on_gpu)
 
 
@@ -374,8 +380,9 @@ losses_seen = 0  # by that average, to take the start at 0 out again
 total_training_time = 0.0  # without the first 10 steps after each start, evaluation, sampling and saving
 timed_steps = 0  # the steps in it
 skipped_steps = 0  # loss or gradient was not finite, and nothing changed
+val_step = -1  # of the last evaluation
 STATE = (
-    "step num_iterations horizon_is_final min_val_bpb val_bpb smooth_train_loss losses_seen "
+    "step num_iterations horizon_is_final min_val_bpb val_bpb val_step smooth_train_loss losses_seen "
     "total_training_time timed_steps skipped_steps"
 ).split()
 
@@ -424,11 +431,16 @@ record = {
     "versions": report.versions(),
 }
 if rank == 0:
+    lock = filelock.FileLock(run_folder / "lock")  # held to the end, and let go by any end
     try:
+        run_folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
         checkpoints.mkdir(parents=True, exist_ok=True)
         (run_folder / "config.json").write_text(json.dumps(record, indent=2))
         dataloader.save_tokenizer(corpus.tokenizer, run_folder / "tokenizer")
         report.cut_log(run_folder, step)
+    except filelock.Timeout:
+        fail(f"{run_folder} is being written by a run that is still going.\nStop that one first.")
     except OSError as error:
         fail(f"{run_folder} cannot be written: {error.strerror}.\nChoose another --out-dir or make room.")
 log = report.Log(run_folder if rank == 0 else None, wandb, record)
@@ -454,19 +466,34 @@ def sample():
 
 
 def save():
-    """Write a checkpoint -> whether that went well. A collective call; rank 0 writes."""
+    """Begin to write a checkpoint. A collective call; rank 0 writes. All ranks must hold the same weights."""
+    if world_size > 1:
+        weights = [p.detach().view(torch.int32) for p in raw_model.parameters()]
+        bits = torch.stack([w.sum(dtype=torch.int64) for w in weights])
+        sums = [torch.zeros_like(bits) for _ in range(world_size)]
+        dist.all_gather(sums, bits)
+        strange = [r for r in range(world_size) if not torch.equal(sums[r], sums[0])]
+        if strange:
+            say(f"error: the weights of rank {strange[0]} differ from those of rank 0; nothing is saved.")
+            sys.exit(1)
     tensors = {"model": raw_model.state_dict(), "optimizer": optimizer.state_dict()}
     state = {name: globals()[name] for name in STATE} | {"elapsed": elapsed(), "data": loader.state_dict()}
-    try:
-        if rank == 0:
-            folder = checkpoint.save(checkpoints, step, tensors, state, keep_checkpoints)
-            log.write("event", step=step, event="saved", folder=folder.name)
-    except OSError as error:
-        say(f"save     failed, training goes on: {error.strerror or error}")
-        return False
-    return True
+    if rank == 0:
+        tell_saved(saver.save(step, tensors, state | {k: record[k] for k in ("settings", "versions")}))
 
 
+def tell_saved(outcome):
+    """Log how a save ended -> whether it failed."""
+    folder, error = outcome or (None, None)
+    if folder:
+        log.write("event", step=step, event="saved", folder=folder.name)
+    if error:
+        log.write("event", step=step, event="save_failed", error=str(error))
+        say(f"save     failed, the next one tries again: {error}")
+    return bool(error)
+
+
+saver = checkpoint.Saver(checkpoints, keep_checkpoints, pin=on_gpu, synchronize=synchronize)
 interruption, saving_is_due = 0, False  # the signal that asked to stop; is a checkpoint due
 
 
@@ -477,6 +504,8 @@ def on_signal(number, frame):
     else:
         interruption = number
         signal.signal(number, signal.SIG_DFL)  # a second one stops at once
+        if world_size > 1:  # another rank may be gone, and the end of the window never come
+            faulthandler.dump_traceback_later(60, exit=True)
 
 
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
@@ -486,16 +515,16 @@ for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
 # The loop. Host and device meet only at the end of a window of steps
 
 start_step, last_saved, last_save_time = step, step if resumed_from else -1, time.time()
-next_length, skips_in_a_row, samples, saved = 1, 0, [], True
+next_length, skips_in_a_row, samples = 1, 0, []
 clock.lap("setup")
 while True:
     # between windows: evaluate, sample, save, stop
     at_end = step >= num_iterations
-    if step == 0 or at_end or (eval_every > 0 and step % eval_every == 0):
+    if val_step != step and (step == 0 or at_end or (eval_every > 0 and step % eval_every == 0)):
         begin = time.time()
         batches = validation.batches(micro_rows, device, rank, world_size)
         val_bpb = report.bits_per_byte(model, batches, device)
-        min_val_bpb = min(min_val_bpb, val_bpb)
+        min_val_bpb, val_step = min(min_val_bpb, val_bpb), step
         eval_time = time.time() - begin
         flops_so_far = num_flops_per_token * total_batch_size * step
         figures = {"step": step, "val_bpb": val_bpb, "min_val_bpb": min_val_bpb}
@@ -509,13 +538,15 @@ while True:
         clock.lap("sampling")
     saving_is_due |= at_end or interruption > 0 or (save_every > 0 and step > 0 and step % save_every == 0)
     if saving_is_due and last_saved != step:
-        saved = save()
-        last_saved, last_save_time, saving_is_due = step if saved else -1, time.time(), False
+        save()
+        last_saved, last_save_time, saving_is_due = step, time.time(), False
         clock.lap("saving")
     if at_end or interruption:
         break
 
     # a window of steps: nothing in it waits for the device
+    if world_size > 1:
+        faulthandler.dump_traceback_later(HANG_SECONDS, exit=True)
     window_end = min(step + next_length, num_iterations)
     if step < start_step + 10:  # caches and allocators warm up: these steps are not in total_training_time
         window_end = min(window_end, start_step + 10)
@@ -594,14 +625,19 @@ while True:
     say(report.step_line(figures, num_iterations, val_bpb, peak_source, (num_iterations - step) * pace))
     if skips_in_a_row >= 5:
         forward_backward(rows)  # once more, to name the culprit
-        bad = [name for name, p in raw_model.named_parameters() if not torch.isfinite(p.grad).all()]
-        log.write("event", step=step, event="not_finite", parameters=bad)
-        culprit, good = (bad or ["the loss"])[0], (checkpoint.complete(checkpoints) or ["none"])[0]
+        bad = [i for i, p in enumerate(raw_model.parameters()) if not torch.isfinite(p.grad).all()]
+        first = torch.tensor(min(bad, default=len(list(raw_model.parameters()))), device=device)
+        if world_size > 1:
+            dist.all_reduce(first, dist.ReduceOp.MIN)
+        culprit = [*(name for name, _ in raw_model.named_parameters()), "the loss"][first]
+        good = (checkpoint.complete(checkpoints) or ["none"])[0]
+        log.write("event", step=step, event="not_finite", parameter=culprit)
         say(f"error: loss or gradient not finite {skips_in_a_row} times in a row, first in {culprit}.")
         say(f"The last good checkpoint: {good}.")
         sys.exit(1)
 
     # rank 0 decides, and all ranks hear of it
+    tell_saved(saver.poll())
     if not horizon_is_final:
         num_iterations = step + int(time_left() / pace)
         if step >= (1 - warmdown_ratio) * num_iterations:  # the decay begins here, and it shall end in time
@@ -625,6 +661,9 @@ while True:
 # -----------------------------------------------------------------------------
 # The end
 
+failed = tell_saved(saver.wait())
+clock.lap("saving")
+faulthandler.cancel_dump_traceback_later()
 if interruption:
     say(f"stopped  by {signal.Signals(interruption).name} after step {step}")
     say(f"continue with: python train.py --run {run} --resume")
@@ -654,8 +693,12 @@ summary = {
 }
 log.close(summary)
 if rank == 0:
-    report.finish(run_folder, summary)
+    try:
+        report.finish(run_folder, summary)
+    except OSError as error:
+        failed = True
+        say(f"report   failed: {error}")
 if world_size > 1:
     dist.barrier()
     dist.destroy_process_group()
-sys.exit(128 + interruption if interruption else 0 if saved else 1)
+sys.exit(128 + interruption if interruption else int(failed))

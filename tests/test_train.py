@@ -101,6 +101,7 @@ def test_a_resumed_run_ends_with_the_same_bits(reference, train, tmp_path):
     assert all(torch.equal(state[name][key], same[name][key]) for name in same for key in same[name])
     steps = [r["step"] for r in resumed.log if r["kind"] == "step"]
     assert steps == sorted(set(steps)) and steps[-1] == 20
+    assert [r["step"] for r in resumed.log if r["kind"] == "val"] == [0, 10, 20]
     assert resumed.summary["val_bpb"] == reference[2]["val_bpb"]
     assert resumed.summary["train_loss_ema"] == reference[2]["train_loss_ema"]
 
@@ -255,3 +256,14 @@ def test_model_py_continues_a_prompt(reference):
     assert done.returncode == 0 and done.stdout.startswith("def main("), done.stderr
     assert len(done.stdout) > len("def main(") + 5
     assert subprocess.run(command, capture_output=True, text=True).stdout == done.stdout
+
+
+def test_a_run_that_explodes_stops_and_names_a_parameter(train):
+    result = train("--num-iterations", 30, "--embedding-lr", 1e29, "--save-every", 1)
+    assert result.code == 1, result.output
+    assert "not finite 5 times in a row, first in " in result.output and "step_00000" in result.output
+    steps = [r for r in result.log if r["kind"] == "step"]
+    assert steps[-1]["skipped_steps"] == 5 and steps[-1]["train_loss"] is None
+    assert math.isfinite(steps[-1]["train_loss_ema"])
+    assert {"skipped_step", "not_finite"} <= {r.get("event") for r in result.log}
+    assert "Traceback" not in result.output
