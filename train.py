@@ -185,6 +185,7 @@ on_gpu = device_type == "cuda"
 device = torch.device(device_type, local_rank) if on_gpu else torch.device(device_type)
 if on_gpu:
     torch.cuda.set_device(device)
+    gpu_memory = torch.cuda.get_device_properties(device).total_memory
     torch.set_float32_matmul_precision("high")
 has_bf16 = on_gpu and torch.cuda.get_device_capability() >= (8, 0)  # elsewhere bf16 is emulated, or slow
 dtype = dtype or ("bfloat16" if has_bf16 else "float32")
@@ -286,27 +287,40 @@ if total_batch_size:
     micro_rows = rows_of(total_batch_size)[2]
 optimizer = build_optimizer(total_batch_size or 2**19)
 say(f"trial    {'compiling and ' * compile}measuring {micro_rows} × {max_seq_len} tokens")
+FITS, NO_COMPILER, TOO_LARGE = 2, 1, 0
 timings = []
 while len(timings) < 4:
+    outcome, begin = FITS, time.perf_counter()
     try:
-        synchronize()
-        times = [time.perf_counter()]
         nats = forward_backward(torch.randint(vocab_size, (micro_rows, max_seq_len + 1), device=device))
         synchronize()
-        times.append(time.perf_counter())
-        optimizer.step(nats)
-        synchronize()
-        timings.append((times[1] - times[0], time.perf_counter() - times[1]))
+        if on_gpu and not device_batch_size and torch.cuda.max_memory_reserved() > 0.95 * gpu_memory:
+            outcome = TOO_LARGE
     except torch.OutOfMemoryError:
-        smaller = max((n for n in range(1, micro_rows) if micro_rows % n == 0), default=0)
-        if device_batch_size or not smaller:
-            fail(f"{micro_rows} rows of {max_seq_len} do not fit.\nTry --device-batch-size {smaller or 1}.")
-        micro_rows, timings = smaller, []
+        outcome = TOO_LARGE
     except Exception as error:
         if not (compile and compile_is_auto):
             raise
         say(f"trial    torch.compile does not work here ({type(error).__name__}): going on without, slower")
+        outcome = NO_COMPILER
+    middle = time.perf_counter()
+    if world_size > 1:  # what one rank cannot do, none does
+        outcome = torch.tensor(outcome, device=device)
+        dist.all_reduce(outcome, dist.ReduceOp.MIN)
+    if outcome == FITS:
+        optimizer.step(nats)
+        synchronize()
+        timings.append((middle - begin, time.perf_counter() - middle))
+    elif outcome == NO_COMPILER:
         model, compile, timings = raw_model, False, []
+    else:
+        smaller = max((n for n in range(1, micro_rows) if micro_rows % n == 0), default=0)
+        if device_batch_size or not smaller:
+            fail(f"{micro_rows} rows of {max_seq_len} do not fit.\nTry --device-batch-size {smaller or 1}.")
+        micro_rows, timings = smaller, []
+        if on_gpu:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
     optimizer.zero_grad(set_to_none=True)
 measured = torch.tensor([min(times) for times in zip(*timings[1:])], device=device)  # the first one compiled
 if world_size > 1:

@@ -18,7 +18,7 @@ DISK_CALLS = {"open", "os.rename", "os.mkdir", "shutil.rmtree", "os.remove", "os
 
 
 def write_and_die(root, moment):
-DISK_CALLS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.scandir", "shutil.rmtree"}
+    """Write step 2 in a forked process that kills itself at its moment-th disk call -> its exit status."""
     child = os.fork()
     if child == 0:
         calls = iter(range(1, moment))
@@ -206,12 +206,8 @@ def test_a_checkpoint_moves_between_world_sizes(train):
 @pytest.mark.slow
 def test_sigterm_to_one_of_two_ranks_saves_on_both_at_one_step(train):
     process = train.start("--num-iterations", 100_000, processes=2)
-    for line in process.stdout:
-        if line.startswith("step"):
-            break
-    pattern = f"{REPO / 'train.py'}.*num-iterations 100000"
-    ranks = subprocess.run(["pgrep", "-f", pattern], capture_output=True, text=True)
-    children = [int(pid) for pid in ranks.stdout.split() if int(pid) != process.pid]
+    first_step(process)
+    children = ranks_of(process, "train.py.*num-iterations 100000")
     os.kill(max(children), signal.SIGTERM)
     result = train.finish(process)
     last = result.log[-1]
@@ -243,9 +239,7 @@ def test_a_full_disk_is_one_line_and_training_goes_on(train, tmp_path):
 @pytest.mark.slow
 def test_a_run_that_is_still_going_cannot_be_resumed(train):
     process = train.start("--num-iterations", 100_000)
-    for line in process.stdout:
-        if line.startswith("step"):
-            break
+    first_step(process)
     second = train("--resume", "--run", "a")
     assert second.code == 2 and "still going" in second.output
     process.send_signal(signal.SIGINT)
@@ -264,3 +258,44 @@ def test_sigusr1_saves_and_training_goes_on(train):
     saved = [r for r in result.log if r.get("event") == "saved"]
     assert result.code == 0 and result.summary["steps"] == 400
     assert len(saved) == 2 and saved[0]["folder"] < "step_000400" == saved[1]["folder"]
+
+
+def first_step(process):
+    """Read a run's output up to its first step line."""
+    for line in process.stdout:
+        if line.startswith("step"):
+            return
+
+
+def ranks_of(process, pattern):
+    """The pids of the training processes that torchrun started, in the order of their start."""
+    found = subprocess.run(["pgrep", "-f", pattern], capture_output=True, text=True).stdout.split()
+    return sorted(int(pid) for pid in found if int(pid) != process.pid)
+
+
+@pytest.mark.slow
+def test_when_one_rank_dies_all_end(train):
+    process = train.start("--num-iterations", 100_001, processes=2)
+    first_step(process)
+    begin = time.time()
+    os.kill(ranks_of(process, "train.py.*num-iterations 100001")[-1], signal.SIGKILL)
+    result = train.finish(process)
+    assert result.code == 1 and time.time() - begin < 60
+    assert ranks_of(process, "train.py.*num-iterations 100001") == []
+
+
+@pytest.mark.slow
+def test_a_hanging_rank_ends_the_run_with_all_stacks(train, tmp_path):
+    for name in ("train", "model", "optim_muon", "dataloader", "report", "checkpoint"):
+        (tmp_path / f"{name}.py").write_bytes((REPO / f"{name}.py").read_bytes())
+    script = tmp_path / "train.py"
+    assert "HANG_SECONDS = 600" in script.read_text()
+    script.write_text(script.read_text().replace("HANG_SECONDS = 600", "HANG_SECONDS = 8"))
+    process = train.start("--num-iterations", 100_002, processes=2, script=script)
+    first_step(process)
+    begin = time.time()
+    stopped = ranks_of(process, "train.py.*num-iterations 100002")[-1]
+    os.kill(stopped, signal.SIGSTOP)
+    result = train.finish(process)
+    assert result.code == 1 and time.time() - begin < 60
+    assert "most recent call first" in result.output and "train.py" in result.output

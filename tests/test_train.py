@@ -267,3 +267,33 @@ def test_a_run_that_explodes_stops_and_names_a_parameter(train):
     assert math.isfinite(steps[-1]["train_loss_ema"])
     assert {"skipped_step", "not_finite"} <= {r.get("event") for r in result.log}
     assert "Traceback" not in result.output
+
+
+# a train.py in which the given rank runs out of memory above so many targets
+LIMITED = """
+import os, runpy, sys
+import torch.nn.functional as F
+import torch
+entropy = F.cross_entropy
+def limited(logits, *arguments, **options):
+    if len(logits) > {limit} and os.environ.get("RANK", "0") == "{rank}":
+        raise torch.OutOfMemoryError("as if")
+    return entropy(logits, *arguments, **options)
+F.cross_entropy = limited
+sys.path.insert(0, {repo!r})
+runpy.run_path({repo!r} + "/train.py", run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_device_batch_shrinks_until_it_fits_on_every_rank(train, tmp_path, reference, processes):
+    script = tmp_path / "limited.py"
+    script.write_text(LIMITED.format(limit=2 * 64, rank=processes - 1, repo=str(REPO)))
+    result = train("--num-iterations", 20, script=script, processes=processes)
+    assert result.code == 0, result.output
+    assert f"({4 // processes} × 2 × 64)" in result.output
+    assert result.summary["val_bpb"] == pytest.approx(reference[2]["val_bpb"], rel=1e-4)
+    if processes == 1:
+        stuck = train("--num-iterations", 20, "--device-batch-size", 4, "--run", "b", script=script, run="b")
+        assert stuck.code == 2 and "Try --device-batch-size 2" in stuck.output and stuck.config is None
