@@ -233,15 +233,16 @@ num_flops_per_token = raw_model.num_flops_per_token()
 # -----------------------------------------------------------------------------
 # Optimizer: one table, role -> settings. Source of the numbers: nanochat, tuned at depth 12
 
-LR_BATCH_POWER = 0.2  # lr ∝ batch^power; √batch, the rule for large batches, is 5 × too timid at 2,048 tokens
-
 
 def build_optimizer(batch_size):
     """MuonAdamW over every role, with the learning rates for this many tokens per step."""
-    batch_scale = (batch_size / 2**19) ** LR_BATCH_POWER
+    ratio = batch_size / 2**19
+    # above the reference lr ∝ √batch (nanochat); below, that is far too timid: at 2,048 tokens Muon did best
+    # with its full rate and AdamW with half of it
+    batch_scale, muon_scale = (ratio**0.5, ratio**0.5) if ratio > 1 else (ratio**0.125, 1.0)
     width_scale = batch_scale * (config.n_embd / 768) ** -0.5
     table = {
-        "matrix": dict(kind="muon", lr=matrix_lr * batch_scale, momentum=0.85, weight_decay=weight_decay),
+        "matrix": dict(kind="muon", lr=matrix_lr * muon_scale, momentum=0.85, weight_decay=weight_decay),
         "head": dict(lr=unembedding_lr * width_scale, betas=(0.8, 0.96), weight_decay=0.01),
         "embedding": dict(lr=embedding_lr * width_scale, betas=(0.8, 0.995), weight_decay=0.001),
         "value_embedding": dict(lr=0.5 * embedding_lr * width_scale, betas=(0.8, 0.995), weight_decay=0.01),
@@ -360,9 +361,9 @@ elif target_param_data_ratio:
 if total_batch_size is None and tokens_ahead is None:
     total_batch_size = 2**19 if on_gpu else 2**12
 elif total_batch_size is None:
-    # the best batch grows with tokens^0.383 (arXiv 2505.13738); short runs need some 400 steps all the same
-    best = min(2**19 * (tokens_ahead / 1.5e9) ** 0.383, tokens_ahead / 400)
-    total_batch_size = max(2 ** int(math.log2(max(1, best))), micro_rows * max_seq_len * world_size)
+    # the best batch grows with tokens^0.383 (arXiv 2505.13738); short runs need some 600 steps all the same
+    best = min(2**19 * (tokens_ahead / 1.5e9) ** 0.383, tokens_ahead / 600)
+    total_batch_size = max(2 ** round(math.log2(max(1, best))), micro_rows * max_seq_len * world_size)
 rows_per_step, rows_per_rank, micro_rows = rows_of(total_batch_size)
 total_batch_size = rows_per_step * max_seq_len
 seconds_per_step = rows_per_rank // micro_rows * micro_time + optimizer_time
@@ -370,6 +371,8 @@ if minutes:
     num_iterations = max(1, int(time_left() / seconds_per_step))
 elif num_iterations is None:
     num_iterations = max(1, round(tokens_ahead / total_batch_size))
+# longer runs want less decay (arXiv 2405.13698): the steps' decay adds up to the same over a run
+decay_scale = min(1.0, (total_batch_size / 2**19) ** 0.5 * 1.5e9 / (num_iterations * total_batch_size))
 horizon_is_final = not minutes  # under --minutes it follows the measured speed until the decay begins
 
 try:
@@ -396,8 +399,8 @@ timed_steps = 0  # the steps in it
 skipped_steps = 0  # loss or gradient was not finite, and nothing changed
 val_step = -1  # of the last evaluation
 STATE = (
-    "step num_iterations horizon_is_final min_val_bpb val_bpb val_step smooth_train_loss losses_seen "
-    "total_training_time timed_steps skipped_steps"
+    "step num_iterations horizon_is_final decay_scale min_val_bpb val_bpb val_step smooth_train_loss "
+    "losses_seen total_training_time timed_steps skipped_steps"
 ).split()
 
 names = [run_folder.name if run_folder else run or f"d{depth}-{datetime.now():%Y%m%d-%H%M%S}"]
@@ -574,7 +577,7 @@ while True:
     while step < window_end and not (interruption and world_size == 1):
         lrm = lr_multiplier(step, num_iterations, warmup_steps, warmdown_ratio, final_lr_frac)
         momentum = muon_momentum(step, num_iterations, warmdown_ratio)
-        decay = weight_decay * weight_decay_multiplier(step, num_iterations, warmdown_ratio)
+        decay = weight_decay * decay_scale * weight_decay_multiplier(step, num_iterations, warmdown_ratio)
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * lrm
             if group["kind"] == "muon":
