@@ -2,8 +2,8 @@
 The data: text to tokens to rows, every token used once an epoch, in an order that does not know how many
 processes read it.
 
-A corpus is prepared once: documents found and split, a BPE trained on the training split (rustbpe), all of it
-encoded by all cores (tiktoken), and kept in a cache folder as uint16 shards in the public GPT-2 layout.
+A corpus is prepared once: documents found and split, a BPE trained on the training split (rustbpe), all of
+it encoded by all cores (tiktoken), and kept in a cache folder as uint16 shards in the public GPT-2 layout.
 `python dataloader.py PATH` prepares a corpus and says what it found.
 """
 
@@ -19,7 +19,8 @@ import sysconfig
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import filelock
@@ -30,24 +31,32 @@ import torch
 
 MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256  # the header of the public GPT-2-tokenized FineWeb shards
 SHARD_TOKENS = 100_000_000
-BOS = "<|bos|>"
-# GPT-4's split pattern, but numbers of at most 2 digits: that suits vocabularies far below 100,000 (nanochat)
+PIECE_CHARS = 2**16  # longer documents are encoded in pieces: the regex engines fail on a million blanks
+TOKENIZER_CHARS = 2_000_000_000  # text that a BPE is trained on, at most
+VAL_SHARE = 0.05
+# GPT-4's split pattern, but numbers of at most 2 digits: that suits vocabularies below 100,000 (nanochat)
 SPLIT_PATTERN = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}|"
 SPLIT_PATTERN += r" ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
-PIECE_CHARS = (
-    2**17
-)  # longer documents are encoded in pieces: the regex engine fails on a million blanks in a row
-TOKENIZER_CHARS = 2_000_000_000  # text that the BPE is trained on, at most
-VAL_SHARE = 0.05
-TEXT_SUFFIXES = set(
-    ".txt .text .md .rst .org .tex .adoc .bib .log .csv .tsv .json .xml .html .htm .css .yaml .yml .toml "
-    ".py .pyi .c .h .cc .cpp .cxx .hpp .cu .java .js .jsx .ts .tsx .go .rs .rb .php .pl .sh .bash .sql "
-    ".swift .kt .scala .hs .ml .lua .r .jl .m .lisp .el .clj .ex .erl .f90 .cs .vb .dart .zig .nim .proto".split()
-)
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+TEXT_SUFFIXES = """
+    .txt .text .md .rst .org .tex .adoc .bib .log .csv .tsv .json .xml .html .htm .css .yaml .yml .toml .py
+    .pyi .c .h .cc .cpp .cxx .hpp .cu .java .js .jsx .ts .tsx .go .rs .rb .php .pl .sh .bash .sql .swift .kt
+    .scala .hs .ml .lua .r .jl .m .lisp .el .clj .ex .erl .f90 .cs .vb .dart .zig .nim .proto""".split()
+FINE, MIX = "kjj0/fineweb10B-gpt2", "karpathy/climbmix-400b-shuffle"
+PUBLIC = {  # name: (repository, MB in a file, validation file, training files in the order of epoch 0)
+    "fineweb": (FINE, 200, "fineweb_val_000000.bin", [f"fineweb_train_{n:06}.bin" for n in range(1, 104)]),
+    "climbmix": (MIX, 90, "shard_06542.parquet", [f"shard_{n:05}.parquet" for n in range(6542)]),
+}
+REVISION = "main"
+INSTEAD = "or train now with --data stdlib or --data PATH."
 
 
 class DataError(Exception):
-    """Something about the data that a person must mend; the message says what, with which value, and how."""
+    """Something about the data that a person must mend; the message says what and how."""
+
+
+# -----------------------------------------------------------------------------
+# The cache: each thing in it is made once, by one process, and is whole or not there
 
 
 def cache_folder():
@@ -55,69 +64,162 @@ def cache_folder():
     return Path(os.environ.get("ONEDIAL_HOME") or "~/.cache/onedial").expanduser()
 
 
+def fingerprint(*values):
+    """A short name for plain values."""
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:12]
+
+
+def sha256(path):
+    """The hash of a file's content, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write(path, *contents):
+    """Write bytes or arrays to a file, forced to the disk -> their sha256."""
+    digest = hashlib.sha256()
+    with open(path, "wb") as file:
+        for content in contents:
+            file.write(content)
+            digest.update(content)
+        file.flush()
+        os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
+def make_once(folder, make):
+    """
+    -> the manifest of `folder`. If there is none, make(temporary folder) fills it and returns the manifest:
+    under a lock, so that others wait, and a temporary name, so that a kill leaves nothing that is trusted
+    later. A folder that is there is only read. DataError if the disk fails.
+    """
+    manifest, temporary = folder / "manifest.json", folder.with_name(f".tmp-{folder.name}")
+    try:
+        if not manifest.exists():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with filelock.FileLock(folder.with_name(f".{folder.name}.lock")):
+                if not manifest.exists():
+                    shutil.rmtree(temporary, ignore_errors=True)
+                    try:
+                        temporary.mkdir()
+                        write(temporary / "manifest.json", json.dumps(make(temporary), indent=1).encode())
+                        shutil.rmtree(folder, ignore_errors=True)
+                        os.rename(temporary, folder)
+                    finally:
+                        shutil.rmtree(temporary, ignore_errors=True)
+        return json.loads(manifest.read_bytes())
+    except OSError as error:
+        advice = "Make room there, or set ONEDIAL_HOME to another folder."
+        raise DataError(f"{folder} cannot be written: {error.strerror or error}.\n{advice}") from None
+    except ValueError:
+        raise damaged(manifest, "it is no JSON") from None
+
+
+def damaged(path, what):
+    """The DataError for a file that is not what it should be."""
+    made = path if cache_folder() in path.parents else cache_folder() / "checked"
+    made = next((folder for folder in list(path.parents)[:2] if (folder / "manifest.json").exists()), made)
+    return DataError(f"{path} is damaged: {what}.\nPut the right one back or delete {made} to begin anew.")
+
+
+def fetch(path, temporary, say):
+    """Have `path`, a file of a public data set, in the cache: whole, its header valid, or not at all."""
+    if path.exists():
+        return
+    import huggingface_hub  # slow to import, and seldom needed
+
+    repository, megabytes, *_ = PUBLIC[path.parent.name]
+    say(f"fetching {path.name} of {repository}, about {megabytes} MB")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        options = {"repo_type": "dataset", "revision": REVISION, "local_dir": temporary / "fetched"}
+        fetched = Path(huggingface_hub.hf_hub_download(repository, path.name, **options))  # checks the size
+        if path.suffix == ".bin":
+            open_shard(fetched)
+        os.rename(fetched, path)
+        shutil.rmtree(temporary / "fetched")
+    except Exception as error:  # the hub lets any error of the network through
+        if isinstance(error, DataError) or (type(error) in (OSError, PermissionError) and error.errno):
+            raise  # it arrived damaged, or the disk failed
+        reason = str(error.__cause__ or error).split("\n")[0].rstrip(".") or type(error).__name__
+        advice = f"Put it (and those after it, for a long run) into {path.parent} by hand, {INSTEAD}"
+        raise DataError(f"{path.name} of {repository} cannot be fetched: {reason}.\n{advice}") from None
+
+
 # -----------------------------------------------------------------------------
-# The tokenizer: a tiktoken Encoding, kept as plain text
+# The tokenizer: a tiktoken Encoding; its one special token, the last, starts each document
 
 
 def train_tokenizer(texts, vocab_size):
-    """Train a byte-level BPE of vocab_size tokens, the last of them <|bos|>, on an iterable of strings."""
+    """Train a byte-level BPE of at most vocab_size tokens, <|bos|> the last of them, on strings."""
+    assert vocab_size <= 2**16, "tokens are kept as uint16"
+
+    def pieces(left=TOKENIZER_CHARS):
+        for _, piece in cut_into_pieces(texts):
+            if left > 0:
+                yield piece
+            left -= len(piece)
+
     trainer = rustbpe.Tokenizer()
-    trainer.train_from_iterator(iter(texts), vocab_size - 1, pattern=SPLIT_PATTERN)
+    trainer.train_from_iterator(pieces(), vocab_size - 1, buffer_size=1024, pattern=SPLIT_PATTERN)
     ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
     return tiktoken.Encoding(
-        "onedial", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens={BOS: len(ranks)}
+        "onedial", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens={"<|bos|>": len(ranks)}
     )
 
 
 def save_tokenizer(encoding, folder):
-    """Write tokenizer.tiktoken (base64 token and rank on a line) and tokenizer.json (pattern, specials)."""
+    """Write tokenizer.tiktoken (lines of base64, rank) and tokenizer.json (the rest) -> {file: sha256}."""
     folder.mkdir(parents=True, exist_ok=True)
     special = {text: encoding.encode_single_token(text) for text in encoding.special_tokens_set}
-    with open(folder / "tokenizer.tiktoken", "wb") as file:
-        for token in range(encoding.n_vocab):
-            if token not in special.values():
-                file.write(base64.b64encode(encoding.decode_single_token_bytes(token)) + b" %d\n" % token)
-    pattern = {"name": encoding.name, "pattern": encoding._pat_str, "special_tokens": special}
-    (folder / "tokenizer.json").write_text(json.dumps(pattern, indent=2))
+    rest = {"name": encoding.name, "pattern": encoding._pat_str, "special_tokens": special}
+    ranks = [token for token in range(encoding.n_vocab) if token not in special.values()]
+    lines = (base64.b64encode(encoding.decode_single_token_bytes(rank)) + b" %d\n" % rank for rank in ranks)
+    files = {"tokenizer.tiktoken": b"".join(lines), "tokenizer.json": json.dumps(rest, indent=2).encode()}
+    return {name: write(folder / name, content) for name, content in files.items()}
 
 
-def load_tokenizer(folder):
-    """Read what save_tokenizer wrote."""
-    meta = json.loads((folder / "tokenizer.json").read_text())
-    lines = (folder / "tokenizer.tiktoken").read_bytes().splitlines()
-    ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines)}
-    return tiktoken.Encoding(
-        meta["name"], pat_str=meta["pattern"], mergeable_ranks=ranks, special_tokens=meta["special_tokens"]
-    )
+def load_tokenizer(folder, expected=None):
+    """Read what save_tokenizer wrote; DataError for a file whose sha256 is not the expected one."""
+    for name, digest in (expected or {}).items():
+        if not (folder / name).exists() or sha256(folder / name) != digest:
+            raise damaged(folder / name, "its sha256 has changed")
+    rest = json.loads((folder / "tokenizer.json").read_text())
+    pattern, special = rest["pattern"], rest["special_tokens"]
+    ranks = read_ranks(folder / "tokenizer.tiktoken")
+    return tiktoken.Encoding(rest["name"], pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
 
-def gpt2_tokenizer():
-    """GPT-2's vocabulary: from the cache folder's gpt2/ if put there by hand, else fetched by tiktoken."""
-    folder = cache_folder() / "gpt2"
+def read_ranks(path):
+    """A file of lines of base64 and rank -> {token's bytes: rank}."""
+    lines = (line.split() for line in path.read_bytes().splitlines())
+    return {base64.b64decode(token): int(rank) for token, rank in lines}
+
+
+def gpt2_tokenizer(vocab_size):
+    """GPT-2's tokenizer, fetched by tiktoken, or from its one file, put into the cache by hand."""
+    if vocab_size not in (None, 50257):
+        raise DataError(f"--vocab-size {vocab_size}: this corpus has GPT-2's 50,257 tokens.\nLeave it out.")
+    path = cache_folder() / "r50k_base.tiktoken"  # the name under which OpenAI publishes it
+    os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(cache_folder() / "tiktoken"))  # instead of /tmp
     try:
-        if (folder / "vocab.bpe").exists() and (folder / "encoder.json").exists():
-            ranks = tiktoken.load.data_gym_to_mergeable_bpe_ranks(
-                str(folder / "vocab.bpe"), str(folder / "encoder.json")
-            )
-            pattern = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-            special = {"<|endoftext|>": 50256}
-            return tiktoken.Encoding("gpt2", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
-        return tiktoken.get_encoding("gpt2")
-    except Exception as error:  # tiktoken lets any network error through
-        raise DataError(
-            f"GPT-2's vocabulary is neither in {folder} nor to be fetched ({type(error).__name__}).\n"
-            f"Put vocab.bpe and encoder.json of GPT-2 into {folder}, or train on --data stdlib or a path."
-        ) from None
+        ranks = read_ranks(path) if path.exists() else tiktoken.get_encoding("r50k_base")._mergeable_ranks
+        if sorted(ranks.values()) != list(range(50256)):
+            raise ValueError(f"it has {len(ranks):,} tokens")
+    except Exception as error:  # tiktoken lets any error of the network through
+        if path.exists():
+            raise damaged(path, error) from None
+        what = f"GPT-2's vocabulary cannot be fetched: {type(error).__name__}"
+        raise DataError(f"{what}.\nPut {path.name} into {path.parent} by hand, {INSTEAD}") from None
+    special = {"<|endoftext|>": 50256}
+    return tiktoken.Encoding("gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special)
 
 
 def bytes_per_token(encoding):
     """int64 array (n_vocab,): the number of bytes that each token stands for, 0 for special tokens."""
     special = {encoding.encode_single_token(text) for text in encoding.special_tokens_set}
-    lengths = [
-        0 if token in special else len(encoding.decode_single_token_bytes(token))
-        for token in range(encoding.n_vocab)
-    ]
-    return np.array(lengths, dtype=np.int64)
+    tokens = range(encoding.n_vocab)
+    return np.array([0 if t in special else len(encoding.decode_single_token_bytes(t)) for t in tokens])
 
 
 # -----------------------------------------------------------------------------
@@ -125,93 +227,86 @@ def bytes_per_token(encoding):
 
 
 def find_files(data):
-    """`stdlib` or a path -> (root, its text files in a fixed order)."""
+    """`stdlib` or a path -> (root, its text files or else its .bin shards, in a fixed order)."""
+    root, suffixes, skip = Path(data).expanduser(), [*TEXT_SUFFIXES, ".jsonl", ".parquet", ".bin"], ()
     if data == "stdlib":
-        root = Path(sysconfig.get_path("stdlib"))
-        skip = {"site-packages", "dist-packages", "__pycache__"}
-        return root, sorted(f for f in root.rglob("*.py") if not skip & set(f.relative_to(root).parts))
-    root = Path(data).expanduser()
+        root, suffixes, skip = Path(sysconfig.get_path("stdlib")), ".py", ("site-packages", "dist-packages")
     if not root.exists():
-        raise DataError(
-            f"--data {data}: there is no such file or folder.\n"
-            "Give a text file, a folder of text, or one of: stdlib, fineweb."
-        )
+        advice = f"Give a text file, a folder of text, or one of: stdlib, {', '.join(PUBLIC)}."
+        raise DataError(f"--data {data}: there is no such file or folder.\n{advice}")
     if root.is_file():
         return root.parent, [root]
-    suffixes = TEXT_SUFFIXES | {".jsonl", ".parquet"}
-    hidden = lambda f: any(part.startswith(".") for part in f.relative_to(root).parts)  # noqa: E731
-    return root, sorted(
-        f for f in root.rglob("*") if f.suffix.lower() in suffixes and f.is_file() and not hidden(f)
-    )
+    files = []
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".") and name not in skip]
+        files += [Path(folder, name) for name in names if not name.startswith(".")]
+    files = sorted(file for file in files if file.suffix.lower() in suffixes and file.is_file())
+    shards = [file for file in files if file.suffix == ".bin"]
+    if any(np.fromfile(file, dtype="<i4", count=1) == MAGIC for file in shards):
+        return root, shards
+    return root, [file for file in files if file.suffix != ".bin"]
+
+
+def split_by_name(root, file):
+    """val where that is a word in the name of the file, or of a folder between it and root, else train."""
+    return "val" if re.search(r"(?<![a-z])val(?![a-z])", str(file.relative_to(root)).lower()) else "train"
 
 
 def read_documents(file):
-    """Yield (share of the file that came before, text) for each document of a file; text is never empty."""
-    if file.suffix == ".jsonl":
-        size, place = file.stat().st_size, 0
+    """Yield the documents of a file: strings of valid Unicode, not empty."""
+    if file.suffix.lower() == ".jsonl":
         with open(file, "rb") as lines:
             for number, line in enumerate(lines, 1):
-                if line.strip():
-                    try:
-                        text = json.loads(line.decode("utf-8", "replace"))["text"]
-                    except (ValueError, KeyError, TypeError):
-                        raise DataError(
-                            f'{file}, line {number}: no JSON object with a "text" field.'
-                        ) from None
-                    if text:
-                        yield place / size, text
-                place += len(line)
-    elif file.suffix == ".parquet":
+                try:
+                    text = json.loads(line.decode("utf-8", "replace"))["text"] if line.strip() else ""
+                    text = text.encode("utf-8", "replace").decode()  # JSON may hold half a surrogate pair
+                except (ValueError, KeyError, TypeError, AttributeError):
+                    what = f'{file}, line {number}: no JSON object with a "text" string'
+                    raise DataError(f"{what}.\nMend or delete that line.") from None
+                if text:
+                    yield text
+    elif file.suffix.lower() == ".parquet":
         try:
             import pyarrow.parquet as parquet
         except ImportError:
-            raise DataError(
-                f'{file}: reading parquet needs pyarrow: pip install "onedial[parquet]"'
-            ) from None
-        table = parquet.ParquetFile(file)
-        if "text" not in table.schema_arrow.names:
-            raise DataError(f'{file}: there is no "text" column, only {", ".join(table.schema_arrow.names)}.')
-        number, count = 0, table.metadata.num_rows
-        for batch in table.iter_batches(batch_size=1024, columns=["text"]):
-            for text in batch.column(0).to_pylist():
-                if text:
-                    yield number / count, text
-                number += 1
+            raise DataError(f'{file} takes pyarrow to read.\npip install "onedial[parquet]"') from None
+        for batch in parquet.ParquetFile(file).iter_batches(batch_size=1024, columns=["text"]):
+            yield from filter(None, batch.column("text").cast("string").to_pylist())
     else:
         content = file.read_bytes()
         if content and b"\0" not in content[:8192]:  # a NUL byte: not text
-            yield 0.0, content.decode("utf-8", "replace")
+            yield content.decode("utf-8", "replace")
 
 
 def split_documents(root, files, split):
     """
     Yield ("train" or "val", text) over all documents. `split` decides: "files": by the word val in name or
-    folder; "hash": 5% of the documents by content, so that adding files moves none; "tail": each file's end.
+    folder; "hash": 5% of the documents by content, so that adding files moves none; "tail": each one's end.
     """
     for file in files:
-        named_val = bool(re.search(r"(?<![a-z])val(?![a-z])", str(file.relative_to(root)).lower()))
-        for place, text in read_documents(file):
-            if split == "files":
-                yield ("val" if named_val else "train"), text
-            elif split == "hash":
-                digest = hashlib.sha256(text.encode("utf-8", "replace")).digest()
-                yield ("val" if int.from_bytes(digest[:4], "big") < VAL_SHARE * 2**32 else "train"), text
-            elif file.suffix in (".jsonl", ".parquet"):
-                yield ("val" if place >= 1 - VAL_SHARE else "train"), text
-            else:
-                cut = int(len(text) * (1 - VAL_SHARE))
-                cut = text.rfind("\n", 0, cut) + 1 or cut
-                yield from (
-                    (name, part) for name, part in (("train", text[:cut]), ("val", text[cut:])) if part
-                )
+        try:
+            for text in read_documents(file):
+                if split == "files":
+                    yield split_by_name(root, file), text
+                elif split == "hash":
+                    place = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") / 2**32
+                    yield "val" if place < VAL_SHARE else "train", text
+                else:
+                    cut = int((1 - VAL_SHARE) * len(text))
+                    cut = text.rfind("\n", int(0.8 * len(text)), cut) + 1 or cut
+                    yield from (part for part in (("train", text[:cut]), ("val", text[cut:])) if part[1])
+        except (OSError, ValueError, KeyError) as error:
+            raise DataError(f"{file} cannot be read: {error}.\nMend it, or take it out.") from None
 
 
 def choose_split(root, files):
-    """-> (split, {"train": bytes, "val": bytes} of UTF-8 text), trying files, then hash, then tail."""
+    """-> (the first of the splits files, hash, tail that will do, {"train" or "val": bytes of UTF-8})."""
     for split in ("files", "hash", "tail"):
+        if split == "files" and len({split_by_name(root, file) for file in files}) < 2:
+            continue
         sizes = {"train": 0, "val": 0}
         for name, text in split_documents(root, files, split):
-            sizes[name] += len(text.encode("utf-8", "replace"))
+            sizes[name] += len(text.encode())
         share = sizes["val"] / max(1, sum(sizes.values()))
         if (split == "files" and 0 < share < 1) or (split == "hash" and 0.01 <= share <= 0.20):
             break
@@ -222,221 +317,233 @@ def choose_split(root, files):
 # Tokens on disk
 
 
-def write_shard(path, tokens):
-    """Write uint16 tokens behind the public header -> the shard's entry in the manifest."""
-    header = np.zeros(HEADER_INTS, dtype="<i4")
-    header[:3] = MAGIC, VERSION, len(tokens)
-    content = header.tobytes() + tokens.astype("<u2").tobytes()
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    return {"file": path.name, "tokens": len(tokens), "sha256": hashlib.sha256(content).hexdigest()}
-
-
-def open_shard(path, sha256=None):
+def open_shard(path, expected=None):
     """Memory-map a shard's tokens (uint16), after checking header, size and, if given, its sha256."""
     try:
-        header = np.fromfile(path, dtype="<i4", count=HEADER_INTS)
+        header, size = np.fromfile(path, dtype="<i4", count=HEADER_INTS), path.stat().st_size
         if len(header) < HEADER_INTS or header[0] != MAGIC or header[1] != VERSION:
-            raise DataError(f"{path} is no token shard: its first numbers are {header[:3].tolist()}.")
-        expected = 4 * HEADER_INTS + 2 * int(header[2])
-        if path.stat().st_size != expected:
-            raise DataError(
-                f"{path} is damaged: {path.stat().st_size:,} bytes instead of {expected:,}.\nDelete it."
-            )
-        if sha256:
-            with open(path, "rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-                    raise DataError(
-                        f"{path} is damaged: its sha256 has changed.\nDelete its folder; it is made anew."
-                    )
+            raise damaged(path, f"no token shard starts with {header[:3].tolist()}")
+        if size != 4 * HEADER_INTS + 2 * int(header[2]):
+            raise damaged(path, f"{size:,} bytes instead of {4 * HEADER_INTS + 2 * int(header[2]):,}")
+        if expected and sha256(path) != expected:
+            raise damaged(path, "its sha256 has changed")
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}.") from None
-    return np.memmap(path, dtype="<u2", mode="r", offset=4 * HEADER_INTS, shape=(int(header[2]),))
+        raise damaged(path, error.strerror) from None
+    return np.asarray(np.memmap(path, dtype="<u2", mode="r"))[2 * HEADER_INTS :]
 
 
-def encode_documents(encoding, documents, folder, total_bytes, say):
-    """Encode ("train" or "val", text) documents with all cores into shards -> the manifest's entries."""
-    bos = encoding.encode_single_token(BOS)
-    counts = {name: {"documents": 0, "bytes": 0, "tokens": 0} for name in ("train", "val")}
-    waiting, shards = {"train": [], "val": []}, {"train": [], "val": []}
+def cut_into_pieces(texts):
+    """Yield (does it start a text, piece): at most PIECE_CHARS, cut after a line end where there is one."""
+    for text in texts:
+        start = 0
+        while start < len(text):
+            end = start + PIECE_CHARS
+            if end < len(text):
+                end = text.rfind("\n", start, end) + 1 or end
+            yield start == 0, text[start:end]
+            start = end
 
-    def encode(piece):
-        return encoding.encode_to_numpy(piece, disallowed_special=()).astype(np.uint16)
 
-    def flush(name, final):
-        while waiting[name] and (final or sum(map(len, waiting[name])) >= SHARD_TOKENS):
-            tokens = np.concatenate(waiting[name])
-            path = folder / f"{name}_{len(shards[name]):06d}.bin"
-            shards[name].append(write_shard(path, tokens[:SHARD_TOKENS]))
-            waiting[name] = [tokens[SHARD_TOKENS:]] if len(tokens) > SHARD_TOKENS else []
+def encode_texts(encoding, texts, folder, split, say):
+    """Encode texts with all cores into folder/SPLIT_000000.bin … -> the manifest's entry for the split."""
+    bos = np.array([encoding.n_vocab - 1], dtype=np.uint32)
+    documents, size, waiting, shards, said = 0, 0, [], [], time.monotonic()
 
-    def encode_block(pool, block):
-        pieces = [(name, start, p) for name, text in block for start, p in cut_into_pieces(text)]
-        for (name, start, piece), tokens in zip(pieces, pool.map(encode, (p for _, _, p in pieces))):
-            waiting[name] += [np.array([bos], dtype=np.uint16), tokens] if start else [tokens]
-            counts[name]["documents"] += start
-            counts[name]["bytes"] += len(piece.encode("utf-8", "replace"))
-            counts[name]["tokens"] += len(tokens) + start
-        for name in waiting:
-            flush(name, final=False)
+    def encode(block):  # the text of a special token is text like any other
+        parts = []
+        for first, piece in block:
+            parts += bos[:first], encoding.encode_to_numpy(piece, disallowed_special=())
+        return np.concatenate(parts).astype("<u2")
 
+    def write_shards(least):
+        while sum(map(len, waiting)) >= least:
+            tokens = np.concatenate(waiting)
+            waiting[:], tokens = [tokens[SHARD_TOKENS:]], tokens[:SHARD_TOKENS]
+            header = np.array([MAGIC, VERSION, len(tokens)] + [0] * (HEADER_INTS - 3), dtype="<i4")
+            name = f"{split}_{len(shards):06}.bin"
+            digest = write(folder / name, header, tokens)
+            shards.append({"file": name, "tokens": len(tokens), "sha256": digest})
+
+    pieces = cut_into_pieces(texts)
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # tiktoken releases the GIL
-        block, size, said = [], 0, time.monotonic()
-        for name, text in documents:
-            block.append((name, text))
-            size += len(text)
-            if size > 2**24:
-                encode_block(pool, block)
-                block, size = [], 0
-                if time.monotonic() - said > 2:
-                    said = time.monotonic()
-                    done = sum(count["bytes"] for count in counts.values())
-                    say(f"tokenizing {done / 1e6:,.0f} of {total_bytes / 1e6:,.0f} MB")
-        encode_block(pool, block)
-    for name in waiting:
-        flush(name, final=True)
-    return {"counts": counts, "shards": shards}
+        while batch := list(islice(pieces, 256 * os.cpu_count())):  # bounds the memory
+            waiting += pool.map(encode, (batch[i : i + 16] for i in range(0, len(batch), 16)))
+            documents += sum(first for first, _ in batch)
+            size += sum(len(piece.encode()) for _, piece in batch)
+            write_shards(SHARD_TOKENS)
+            if time.monotonic() - said > 2:
+                said = time.monotonic()
+                say(f"{size / 1e6:,.0f} MB are tokenized")
+    write_shards(1)
+    tokens = sum(shard["tokens"] for shard in shards)
+    return {"documents": documents, "bytes": size, "tokens": tokens, "shards": shards}
 
 
-def cut_into_pieces(text):
-    """Yield (is it the first, piece): at most PIECE_CHARS each, cut after a line end where there is one."""
-    start = 0
-    while start < len(text):
-        end = start + PIECE_CHARS
-        if end < len(text):
-            end = text.rfind("\n", start, end) + 1 or end
-        yield start == 0, text[start:end]
-        start = end
+# -----------------------------------------------------------------------------
+# A corpus: tokens with their tokenizer
 
 
 @dataclass
 class Corpus:
     """
-    A tokenized corpus. fingerprint: names its content; shards: {"train" or "val": [(path, sha256 or None)]};
-    bos: the token that starts each document and each row; spread_val: take validation rows from all over.
+    A tokenized corpus. fingerprint: names its content; split: how train and val were told apart; shards:
+    {"train" or "val": [(path, sha256)]}; counts: {"train" or "val": {"tokens": …}}; spread_val: validation
+    rows are from all over; more: training files of a public data set not yet in use; else None.
     """
 
     name: str
     fingerprint: str
     tokenizer: tiktoken.Encoding
-    bos: int
-    shards: dict
-    counts: dict
-    split: str
-    spread_val: bool
+    split: str = "files"
+    spread_val: bool = False
+    more: list | None = None
+    shards: dict = field(default_factory=lambda: {"train": [], "val": []})
+    counts: dict = field(default_factory=lambda: {"train": {}, "val": {}})
+
+    @property
+    def bos(self):
+        """The token that starts each document and each row."""
+        return self.tokenizer.n_vocab - 1
+
+    def add(self, root, split, entry):
+        """Take in a manifest's entry for a split: its counts, and its shards, which lie in root."""
+        self.shards[split] += [(root / shard["file"], shard["sha256"]) for shard in entry["shards"]]
+        for key in [key for key in ("documents", "bytes", "tokens") if key in entry]:
+            self.counts[split][key] = self.counts[split].get(key, 0) + entry[key]
+
+    def rows(self, split, T):
+        """The number of rows of T tokens in each shard of a split, a list; DataError if there is none."""
+        rows = [len(open_shard(path)) // T for path, _ in self.shards[split]]
+        if not any(rows):
+            advice = "Give more text, or a smaller --max-seq-len."
+            raise DataError(f"the {split} split of {self.name} has no row of {T} tokens.\n{advice}")
+        return rows
 
 
 def prepare(data, vocab_size=None, say=lambda line: None):
     """
-    Find, split, tokenize and cache the text of `data` ("stdlib", "fineweb" or a path) -> a Corpus. The work
-    is done once, under a file lock, by whichever process comes first; the others wait. Raises DataError.
+    Find, split, tokenize and cache the text of `data` ("stdlib", a name in PUBLIC, or a path) -> a Corpus.
+    The work is done once, by whichever process comes first; the others wait. Of a public data set only the
+    first training file is taken, fetch_more takes the next ones. Raises DataError.
     """
-    path = Path(data).expanduser()
-    shards = [path] if path.suffix == ".bin" else sorted(path.glob("*.bin")) if path.is_dir() else []
-    if data == "fineweb" or shards:
-        return ready_made(data, shards)
-    root, files = find_files(data)
-    stats = [(str(f.relative_to(root)), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    if not sum(size for _, size, _ in stats):
-        raise DataError(
-            f"--data {data}: there is no text in it.\n"
-            "Known are .txt, .md, .py and other sources, .jsonl and .parquet with a text field, .bin shards."
-        )
-    identity = json.dumps(
-        [1, data if data == "stdlib" else str(root.resolve()), vocab_size, SPLIT_PATTERN, stats]
-    )
-    name = f"{Path(data).stem}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
-    folder = cache_folder() / "corpora" / name
-    if not (folder / "manifest.json").exists():
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with filelock.FileLock(folder.with_name(f"{name}.lock")):
-                if not (folder / "manifest.json").exists():
-                    build(folder, root, files, vocab_size, say)
-        except OSError as error:
-            raise DataError(
-                f"the corpus cannot be written to {folder.parent}: {error.strerror}.\n"
-                "Make room there or set ONEDIAL_HOME to another folder."
-            ) from None
-    text = (folder / "manifest.json").read_text()
-    manifest = json.loads(text)
-    shards = {
-        split: [(folder / s["file"], s["sha256"]) for s in manifest["shards"][split]]
-        for split in ("train", "val")
-    }
-    encoding = load_tokenizer(folder / "tokenizer")
-    return Corpus(
-        name=Path(data).name,
-        fingerprint=hashlib.sha256(text.encode()).hexdigest()[:12],
-        tokenizer=encoding,
-        bos=encoding.encode_single_token(BOS),
-        shards=shards,
-        counts=manifest["counts"],
-        split=manifest["split"],
-        spread_val=True,
-    )
+    try:
+        if data in PUBLIC:
+            return prepare_public(data, vocab_size, say)
+        root, files = find_files(data)
+        stats = [(file, file.stat()) for file in files]
+        stats = [(str(file.relative_to(root)), stat.st_size, stat.st_mtime_ns) for file, stat in stats]
+        if not sum(size for _, size, _ in stats):
+            known = ".txt, .md, .py and other sources, .jsonl and .parquet with a text field, .bin shards"
+            raise DataError(f"--data {data}: there is no text in it.\nKnown are {known}.")
+        name = Path(data).resolve().stem
+        if files[0].suffix == ".bin":
+            return prepare_shards(name, root, files, vocab_size, say)
+        return prepare_text(name, root, files, stats, vocab_size, say)
+    except OSError as error:
+        raise DataError(f"{error.filename or data} cannot be read: {error.strerror}.\nMend that.") from None
 
 
-def build(folder, root, files, vocab_size, say):
-    """Make the corpus under a temporary name and rename it, so that a kill leaves nothing half-made."""
-    temporary = folder.with_name(f".tmp-{folder.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    say(f"reading {len(files):,} files")
-    split, sizes = choose_split(root, files)
-    if vocab_size is None:  # √bytes to the nearest power of two: 4,096 for 20 MB, 32,768 for 1 GB
-        vocab_size = 2 ** min(15, max(9, round(np.log2(max(1, sizes["train"])) / 2)))
-    say(f"training a BPE of {vocab_size:,} tokens on {sizes['train'] / 1e6:,.1f} MB")
+def prepare_text(name, root, files, stats, vocab_size, say):
+    """A corpus of text files: split, BPE and tokens are made anew whenever a file has changed."""
+    total = sum(size for _, size, _ in stats)
+    # √bytes to the nearest power of two: 4,096 for 20 MB, 32,768 for 1 GB
+    vocab_size = vocab_size or int(2 ** np.clip(round(np.log2(total) / 2), 9, 15))
 
-    def training_texts():
-        chars = 0
-        for name, text in split_documents(root, files, split):
-            if name == "train" and chars < TOKENIZER_CHARS:
-                chars += len(text)
-                yield text
+    def make(temporary):
+        say(f"reading {len(files):,} files, {total / 1e6:,.1f} MB")
+        split, sizes = choose_split(root, files)
+        if not sum(sizes.values()):
+            raise DataError(f"{root}: there is no text in {len(files)} files.\nThey are empty, or binary.")
 
-    encoding = train_tokenizer(training_texts(), vocab_size)
-    save_tokenizer(encoding, temporary / "tokenizer")
-    say(f"tokenizing {sum(sizes.values()) / 1e6:,.1f} MB")
-    manifest = encode_documents(
-        encoding, split_documents(root, files, split), temporary, sum(sizes.values()), say
-    )
-    manifest = {"format": 1, "split": split, "files": len(files), "vocab_size": encoding.n_vocab, **manifest}
-    (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2))
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
+        def texts(part):
+            return (text for name, text in split_documents(root, files, split) if name == part)
+
+        say(f"training a BPE of {vocab_size:,} tokens on {sizes['train'] / 1e6:,.1f} MB")
+        encoding = train_tokenizer(texts("train"), vocab_size)
+        manifest = {"split": split, "sources": [[name, size] for name, size, _ in stats]}
+        manifest["tokenizer"] = save_tokenizer(encoding, temporary / "tokenizer")
+        for part in ("train", "val"):
+            say(f"tokenizing {sizes[part] / 1e6:,.1f} MB of the {part} split")
+            manifest[part] = encode_texts(encoding, texts(part), temporary, part, say)
+        return manifest
+
+    identity = fingerprint(2, str(root.resolve()), vocab_size, SPLIT_PATTERN, stats)
+    folder = cache_folder() / "corpora" / f"{name}-{identity}"
+    manifest = make_once(folder, make)
+    encoding = load_tokenizer(folder / "tokenizer", manifest["tokenizer"])
+    corpus = Corpus(name, fingerprint(manifest), encoding, manifest["split"], spread_val=True)
+    for part in ("train", "val"):
+        corpus.add(folder, part, manifest[part])
+    return corpus
 
 
-def ready_made(data, shards):
-    """A Corpus of .bin shards in the public GPT-2 format: the given ones, or FineWeb's in the cache."""
-    if data == "fineweb":
-        folder = cache_folder() / "fineweb"
-        shards = sorted(folder.glob("fineweb_*.bin"))
-        if not shards:
-            raise DataError(
-                f"the FineWeb shards are not in {folder}.\n"
-                "Put fineweb_val_000000.bin and fineweb_train_000001.bin … of the public data set "
-                "kjj0/fineweb10B-gpt2 there, or train on --data stdlib or a path."
-            )
-    split = {"train": [], "val": []}
-    for shard in shards:
-        split["val" if re.search(r"(?<![a-z])val(?![a-z])", shard.name.lower()) else "train"].append(
-            (shard, None)
-        )
-    for name in split:
-        if not split[name]:
-            raise DataError(
-                f"--data {data}: no .bin shard for the {name} split ({name} must stand in its name)."
-            )
-    encoding = gpt2_tokenizer()
-    counts = {name: {"tokens": sum(len(open_shard(path)) for path, _ in split[name])} for name in split}
-    identity = (
-        "fineweb10B-gpt2" if data == "fineweb" else json.dumps([(s.name, s.stat().st_size) for s in shards])
-    )
-    fingerprint = hashlib.sha256(identity.encode()).hexdigest()[:12]
-    return Corpus(Path(data).name, fingerprint, encoding, encoding.eot_token, split, counts, "files", False)
+def prepare_shards(name, root, files, vocab_size, say):
+    """A corpus of .bin shards with GPT-2's tokens that were made elsewhere."""
+    corpus = Corpus(name, "", gpt2_tokenizer(vocab_size))
+    for file in files:
+        take(corpus, split_by_name(root, file), file, say)
+    corpus.fingerprint = fingerprint([[sha for _, sha in shards] for shards in corpus.shards.values()])
+    return corpus
+
+
+def prepare_public(name, vocab_size, say):
+    """A public data set: its validation file and its first training file."""
+    repository, _, val, train = PUBLIC[name]
+    folder = cache_folder() / name
+    if val.endswith(".bin"):
+        encoding, identity = gpt2_tokenizer(vocab_size), "gpt2"
+    else:
+        vocab_size = vocab_size or 32_768
+
+        def make(temporary):
+            fetch(folder / train[0], temporary, say)
+            say(f"training a BPE of {vocab_size:,} tokens on {train[0]}")
+            return save_tokenizer(train_tokenizer(read_documents(folder / train[0]), vocab_size), temporary)
+
+        tokenizer = cache_folder() / "tokens" / f"{name}-tokenizer-{vocab_size}"
+        identity = make_once(tokenizer, make)
+        encoding = load_tokenizer(tokenizer, identity)
+    corpus = Corpus(name, fingerprint(name, repository, REVISION, identity), encoding, more=list(train))
+    take(corpus, "val", folder / val, say)
+    take(corpus, "train", folder / corpus.more.pop(0), say)
+    return corpus
+
+
+def fetch_more(corpus, rows, T, say=lambda line: None):
+    """
+    Have a public data set hold `rows` training rows of T tokens, or all that there are: its next files are
+    taken in their order, so that rows already there keep their places in epoch 0. Others stay as they are.
+    """
+    have = corpus.rows("train", T)
+    if corpus.more and sum(have) < rows:
+        files = min(len(corpus.more), -(-(rows - sum(have)) * len(have) // sum(have)))
+        size = files * PUBLIC[corpus.name][1] / 1000
+        say(f"{files} more files of {corpus.name} are needed, {size:.1f} GB in all")
+    while corpus.more and sum(corpus.rows("train", T)) < rows:
+        take(corpus, "train", cache_folder() / corpus.name / corpus.more.pop(0), say)
+
+
+def take(corpus, split, path, say):
+    """Add a file to a corpus: .bin shards as they are, but checked once; text as tokens, made once."""
+    ready = path.suffix == ".bin"
+    identity = fingerprint(os.path.relpath(path.resolve(), cache_folder().resolve()), corpus.fingerprint)
+    folder = cache_folder() / ("checked" if ready else "tokens") / f"{path.stem}-{identity}"
+    if ready and not path.exists():  # what was known of it holds no more
+        shutil.rmtree(folder, ignore_errors=True)
+
+    def make(temporary):
+        if corpus.more is not None:
+            fetch(path, temporary, say)
+        if not ready:
+            say(f"tokenizing {path.name}")
+            return encode_texts(corpus.tokenizer, read_documents(path), temporary, split, say)
+        say(f"checking {path.name}")
+        tokens, digest = open_shard(path), sha256(path)
+        if len(tokens) and tokens.max() > corpus.bos:
+            raise damaged(path, f"it has a token {tokens.max():,}, and GPT-2's last is {corpus.bos:,}")
+        return {"tokens": len(tokens), "shards": [{"file": path.name, "sha256": digest}]}
+
+    corpus.add(path.parent if ready else folder, split, make_once(folder, make))
 
 
 # -----------------------------------------------------------------------------
@@ -444,140 +551,133 @@ def ready_made(data, shards):
 
 
 def shuffled(n, *seed):
-    """A permutation of range(n) that depends on the seeds alone; RandomState's stream is frozen for good."""
+    """A permutation of range(n) that depends on the seeds only; RandomState's stream is frozen for good."""
     return np.random.RandomState([s % 2**32 for s in seed]).permutation(n)
 
 
 class RowOrder:
     """
     The global order of rows: shards follow one another in an order drawn from seed and epoch, the rows of
-    each are shuffled likewise. locate(i): (shard, row) of the i-th row that training sees, over all epochs.
+    each are shuffled likewise. If `growing`, the shards of epoch 0 stand as listed: more can follow later.
     """
 
-    def __init__(self, rows_per_shard, seed):
-        self.rows_per_shard, self.seed = rows_per_shard, seed
+    def __init__(self, rows_per_shard, seed, growing=False):
+        self.rows_per_shard, self.seed, self.growing = rows_per_shard, seed, growing
         self.rows_per_epoch = sum(rows_per_shard)
-        self.epoch = self.shard = None
 
-    def locate(self, i):
-        epoch, place = divmod(i, self.rows_per_epoch)
-        if epoch != self.epoch:
-            self.epoch, self.shard = epoch, None
-            self.shard_order = shuffled(len(self.rows_per_shard), self.seed, epoch)
-            self.ends = np.cumsum([self.rows_per_shard[s] for s in self.shard_order])
-        position = int(np.searchsorted(self.ends, place, side="right"))
-        shard = int(self.shard_order[position])
-        if shard != self.shard:
-            self.shard, self.row_order = shard, shuffled(self.rows_per_shard[shard], self.seed, epoch, shard)
-        return shard, int(self.row_order[place - (self.ends[position] - self.rows_per_shard[shard])])
+    def rows(self, cursor):
+        """Yield (shard, row) for ever, from the place `cursor` on, over all epochs."""
+        epoch, skip = divmod(cursor, self.rows_per_epoch)
+        while True:
+            count = len(self.rows_per_shard)
+            for shard in range(count) if self.growing and epoch == 0 else shuffled(count, self.seed, epoch):
+                if skip < self.rows_per_shard[shard]:
+                    rows = shuffled(self.rows_per_shard[shard], self.seed, epoch, shard)
+                    yield from ((shard, row) for row in rows[skip:])
+                skip = max(0, skip - self.rows_per_shard[shard])
+            epoch += 1
+
+
+def stay_ahead(source, count):
+    """Iterate over `source`, `count` items ahead, in a background thread; an error of it is raised here."""
+    ready = queue.Queue(count)
+
+    def work():
+        try:
+            for item in source:
+                ready.put(item)
+        except Exception as error:
+            ready.put(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    while not isinstance(item := ready.get(), Exception):
+        yield item
+    raise item
 
 
 class DataLoader:
     """
-    Iterate over this rank's rows of each global batch: int64 tensors (rows_per_batch / world_size, T + 1) on
-    `device`, inputs in [:, :-1] and targets in [:, 1:]. A thread stays two batches ahead. wait_time: seconds
-    that the loop has waited. Raises DataError for a damaged shard, ValueError for rows that do not divide.
+    Iterate over this rank's rows of each global batch: int64 tensors (rows_per_batch / world_size, T + 1)
+    on `device`, inputs in [:, :-1] and targets in [:, 1:]. A thread stays two batches ahead. wait_time: the
+    seconds that the loop has waited. DataError for a damaged shard, ValueError for rows that do not divide.
     """
 
     def __init__(self, corpus, T, rows_per_batch, seed, device, rank=0, world_size=1, threaded=True):
         if rows_per_batch % world_size:
             raise ValueError(f"{rows_per_batch} rows do not divide by {world_size} ranks")
         self.corpus, self.T, self.seed, self.device = corpus, T, seed, torch.device(device)
-        self.rows_per_batch, self.world_size, self.rank, self.threaded = (
-            rows_per_batch,
-            world_size,
-            rank,
-            threaded,
-        )
-        self.paths = corpus.shards["train"]
-        self.order = RowOrder([len(open_shard(path)) // T for path, _ in self.paths], seed)
-        if self.order.rows_per_epoch < 1:
-            raise DataError(f"the training split has fewer than {T} tokens: no row of --max-seq-len {T}.")
-        self.open = {}  # shard -> its tokens; the checksum is verified when a shard is opened
-        self.cursor = self.produced = 0
-        self.wait_time = 0.0
-        self.queue = self.thread = None
+        self.rows_per_batch, self.rank = rows_per_batch, rank
+        self.rows_per_rank = rows_per_batch // world_size
+        self.order = RowOrder(corpus.rows("train", T), seed, growing=corpus.more is not None)
+        self.cursor, self.wait_time = 0, 0.0
+        self.threaded, self.source = threaded, None
 
     @property
     def epoch(self):
         """Passes over the training split so far, a fraction."""
         return self.cursor / self.order.rows_per_epoch
 
-    def make_batch(self, cursor):
-        count = self.rows_per_batch // self.world_size
-        batch = torch.empty(count, self.T + 1, dtype=torch.int64, pin_memory=self.device.type == "cuda")
-        rows = batch.numpy()
-        rows[:, 0] = self.corpus.bos
-        for j in range(count):
-            shard, row = self.order.locate(cursor + self.rank * count + j)
-            if shard not in self.open:
-                self.open[shard] = open_shard(*self.paths[shard])
-            rows[j, 1:] = self.open[shard][row * self.T : (row + 1) * self.T]
-        return batch
-
-    def produce(self):
-        try:
-            while True:
-                self.queue.put(self.make_batch(self.produced))
-                self.produced += self.rows_per_batch
-        except Exception as error:  # raised where the batch is asked for
-            self.queue.put(error)
+    def batches(self):
+        """Yield this rank's batches from the cursor on, in host memory."""
+        order, opened = self.order.rows(self.cursor), None
+        shape, on_gpu = (self.rows_per_rank, self.T + 1), self.device.type == "cuda"
+        while True:
+            batch = torch.empty(shape, dtype=torch.int64, pin_memory=on_gpu)
+            batch[:, 0], rows = self.corpus.bos, batch.numpy()
+            places = list(islice(order, self.rows_per_batch))[self.rank * len(rows) :][: len(rows)]
+            for j, (shard, row) in enumerate(places):
+                if shard != opened:  # one at a time is mapped, its sha256 verified
+                    opened, tokens = shard, open_shard(*self.corpus.shards["train"][shard])
+                rows[j, 1:] = tokens[row * self.T : (row + 1) * self.T]
+            yield batch
 
     def __iter__(self):
         return self
 
     def __next__(self):
         start = time.perf_counter()
-        if not self.threaded:
-            batch = self.make_batch(self.cursor)
-        else:
-            if self.thread is None:
-                self.queue, self.produced = queue.Queue(maxsize=2), self.cursor
-                self.thread = threading.Thread(target=self.produce, daemon=True)
-                self.thread.start()
-            batch = self.queue.get()
-            if isinstance(batch, Exception):
-                raise batch
+        if self.source is None:
+            self.source = stay_ahead(self.batches(), 2) if self.threaded else self.batches()
+        batch = next(self.source)
         self.wait_time += time.perf_counter() - start
         self.cursor += self.rows_per_batch
         return batch.to(self.device, non_blocking=True)
 
     def state_dict(self):
         """The place in the global order, a few plain values that hold for any world size and batch size."""
-        return {"cursor": self.cursor, "fingerprint": self.corpus.fingerprint, "T": self.T, "seed": self.seed}
+        facts = {"fingerprint": self.corpus.fingerprint, "T": self.T, "seed": self.seed}
+        return {"cursor": self.cursor, **facts}
 
     def load_state_dict(self, state):
         """Go on with exactly the next row; ValueError names a corpus, row length or seed that differs."""
-        mine = {**self.state_dict(), "cursor": state["cursor"]}
-        for key in ("fingerprint", "T", "seed"):
-            if mine[key] != state[key]:
-                raise ValueError(
-                    f"the data differs from the checkpoint's: {key} is {mine[key]}, was {state[key]}"
-                )
-        assert self.thread is None, "load before the first batch"
+        for key, mine in self.state_dict().items():
+            if key != "cursor" and mine != state[key]:
+                raise ValueError(f"the data is not the checkpoint's: {key} is {mine}, was {state[key]}")
+        assert self.source is None, "load before the first batch"
         self.cursor = state["cursor"]
 
 
 class ValidationRows:
     """
-    A fixed, ordered set of rows of the validation split, at most eval_tokens targets (but one row), the same
-    for any batch size and world size.
+    A fixed, ordered set of rows of the validation split, the same for any batch size and world size: at
+    most eval_tokens targets, and one row at least.
     """
 
     def __init__(self, corpus, T, eval_tokens):
         self.corpus, self.T = corpus, T
         self.token_bytes = bytes_per_token(corpus.tokenizer)
-        self.shards = [open_shard(path, sha256) for path, sha256 in corpus.shards["val"]]
-        places = [(s, row) for s, shard in enumerate(self.shards) for row in range(len(shard) // T)]
-        if not places:
-            raise DataError(f"the validation split has fewer than {T} tokens: no row of --max-seq-len {T}.")
-        count = min(len(places), max(1, eval_tokens // T))
-        self.places = [places[k * len(places) // count if corpus.spread_val else k] for k in range(count)]
+        rows = np.array(corpus.rows("val", T))
+        ends, count = rows.cumsum(), min(rows.sum(), max(1, eval_tokens // T))
+        chosen = np.arange(count) * rows.sum() // count if corpus.spread_val else np.arange(count)
+        shards = np.searchsorted(ends, chosen, side="right")
+        self.places = list(zip(shards.tolist(), (chosen - (ends - rows)[shards]).tolist()))  # (shard, row)
+        self.shards = {s: open_shard(*corpus.shards["val"][s]) for s in sorted(set(shards.tolist()))}
 
     def prompt(self, length):
         """The bos and first tokens of the first validation row, a list of ids to sample from."""
         shard, row = self.places[0]
-        return [self.corpus.bos, *self.shards[shard][row * self.T :][: length - 1].tolist()]
+        start = self.shards[shard][row * self.T :][:length].tolist()
+        return start if start[0] == self.corpus.bos else [self.corpus.bos, *start[:-1]]
 
     def batches(self, batch_size, device, rank=0, world_size=1):
         """
@@ -585,29 +685,34 @@ class ValidationRows:
         special tokens and the last batch's padding with target -1, and the bytes of the other targets.
         """
         for start in range(rank * batch_size, len(self.places), world_size * batch_size):
-            rows = np.zeros((batch_size, self.T + 1), dtype=np.int64)
-            rows[:, 0] = self.corpus.bos
-            targets = np.full((batch_size, self.T), -1, dtype=np.int64)
+            rows = np.full((batch_size, self.T + 1), self.corpus.bos, dtype=np.int64)  # padding is all bos
             for j, (shard, row) in enumerate(self.places[start : start + batch_size]):
-                targets[j] = rows[j, 1:] = self.shards[shard][row * self.T : (row + 1) * self.T]
-            lengths = np.where(targets >= 0, self.token_bytes[targets], 0)
-            targets[lengths == 0] = -1
-            yield (
-                torch.from_numpy(rows[:, :-1]).to(device),
-                torch.from_numpy(targets).to(device),
-                int(lengths.sum()),
-            )
+                rows[j, 1:] = self.shards[shard][row * self.T : (row + 1) * self.T]
+            lengths = self.token_bytes[rows]
+            masked = torch.from_numpy(np.where(lengths > 0, rows, -1)).to(device)
+            # cut on the device, like training's batches: the same strides, so the same compiled graph
+            yield torch.from_numpy(rows).to(device)[:, :-1], masked[:, 1:], int(lengths.sum())
+
+
+def describe(data):
+    """Prepare a corpus and print what it holds."""
+    corpus = prepare(data, say=lambda line: print(line, file=sys.stderr))
+    for split, count in corpus.counts.items():
+        facts = [f"{value:,} {key}" for key, value in count.items()]
+        facts.append(f"{sum(corpus.rows(split, 128)):,} rows of 128")
+        if "bytes" in count:
+            facts.append(f"{count['bytes'] / count['tokens']:.2f} bytes per token")
+        print(f"{split:6}{' · '.join(facts)}")
+    print(f"split by {corpus.split} · vocabulary of {corpus.tokenizer.n_vocab:,} · {corpus.fingerprint}")
+    row = next(DataLoader(corpus, 128, 1, seed=0, device="cpu", threaded=False))[0]
+    print(f"an example row:\n{corpus.tokenizer.decode(row.tolist())}", flush=True)
 
 
 if __name__ == "__main__":
     try:
-        corpus = prepare(sys.argv[1] if len(sys.argv) > 1 else "stdlib", say=lambda line: print(f"  {line}"))
+        describe(sys.argv[1] if len(sys.argv) > 1 else "stdlib")
     except DataError as error:
-        sys.exit(f"{error}")
-    for split in ("train", "val"):
-        count = corpus.counts[split]
-        print(f"{split:6}" + " · ".join(f"{value:,} {key}" for key, value in count.items()), end="")
-        print(f" · {count['bytes'] / count['tokens']:.2f} bytes per token" if "bytes" in count else "")
-    print(f"split by {corpus.split} · {corpus.tokenizer.n_vocab:,} tokens · fingerprint {corpus.fingerprint}")
-    row = next(DataLoader(corpus, 128, 1, seed=0, device="cpu", threaded=False))[0].tolist()
-    print(f"an example row of 128 tokens:\n{corpus.tokenizer.decode(row)}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:  # as in `python dataloader.py | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -196,6 +196,7 @@ if compile_is_auto:
 device_name = report.device_name(device)
 synchronize = report.synchronizer(device_type)
 say = (lambda line: print(line, flush=True)) if rank == 0 else (lambda line: None)
+tell_data = lambda line: say(f"data     {line}")  # noqa: E731
 
 # -----------------------------------------------------------------------------
 # Data: prepared before the process group exists, so that no collective waits for a tokenizer
@@ -206,7 +207,7 @@ data = data or ("fineweb" if on_gpu else "stdlib")
 max_seq_len = max_seq_len or (2048 if on_gpu else 512)
 eval_tokens = eval_tokens or (10_485_760 if on_gpu else 32_768)
 try:
-    corpus = dataloader.prepare(data, vocab_size, say=lambda line: say(f"data     {line}"))
+    corpus = dataloader.prepare(data, vocab_size, tell_data)
     clock.lap("corpus")
     validation = dataloader.ValidationRows(corpus, max_seq_len, eval_tokens)
 except dataloader.DataError as error:
@@ -215,6 +216,16 @@ vocab_size = corpus.tokenizer.n_vocab
 if world_size > 1:
     backend, device_id = ("nccl", device) if on_gpu else ("gloo", None)
     dist.init_process_group(backend, device_id=device_id, timeout=timedelta(seconds=HANG_SECONDS))
+
+
+
+def from_rank_0(value):
+    """Rank 0's value on every rank, so that all plan with one clock. A collective call."""
+    box = [value]
+    if world_size > 1:
+        dist.broadcast_object_list(box, 0)
+    return box[0]
+
 
 # -----------------------------------------------------------------------------
 # Model: everything follows from depth
@@ -323,10 +334,7 @@ while len(timings) < 4:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
     optimizer.zero_grad(set_to_none=True)
-measured = torch.tensor([min(times) for times in zip(*timings[1:])], device=device)  # the first one compiled
-if world_size > 1:
-    dist.broadcast(measured, 0)  # every rank plans with rank 0's figures
-micro_time, optimizer_time = measured.tolist()
+micro_time, optimizer_time = from_rank_0([min(t) for t in zip(*timings[1:])])  # the first one compiled
 clock.lap("trial")
 
 # -----------------------------------------------------------------------------
@@ -364,26 +372,18 @@ elif total_batch_size is None:
     # the best batch grows with tokens^0.383 (arXiv 2505.13738); short runs need some 600 steps all the same
     best = min(2**19 * (tokens_ahead / 1.5e9) ** 0.383, tokens_ahead / 600)
     total_batch_size = max(2 ** round(math.log2(max(1, best))), micro_rows * max_seq_len * world_size)
-rows_per_step, rows_per_rank, micro_rows = rows_of(total_batch_size)
+rows_per_step, rows_per_rank, micro_rows = rows_of(from_rank_0(total_batch_size))
 total_batch_size = rows_per_step * max_seq_len
 seconds_per_step = rows_per_rank // micro_rows * micro_time + optimizer_time
 if minutes:
     num_iterations = max(1, int(time_left() / seconds_per_step))
 elif num_iterations is None:
     num_iterations = max(1, round(tokens_ahead / total_batch_size))
+num_iterations = from_rank_0(num_iterations)
 # longer runs want less decay (arXiv 2405.13698): the steps' decay adds up to the same over a run
 decay_scale = min(1.0, (total_batch_size / 2**19) ** 0.5 * 1.5e9 / (num_iterations * total_batch_size))
 horizon_is_final = not minutes  # under --minutes it follows the measured speed until the decay begins
 
-try:
-    loader = dataloader.DataLoader(corpus, max_seq_len, rows_per_step, seed, device, rank, world_size)
-except dataloader.DataError as error:
-    fail(error)
-if loader.order.rows_per_epoch < rows_per_step:
-    fail(
-        f"the corpus has {loader.order.rows_per_epoch} rows to train on, a batch {rows_per_step}."
-        "\nGive more text, a smaller --total-batch-size or a smaller --max-seq-len."
-    )
 raw_model.init_weights(device, seed)  # anew: the trial leaves no trace
 optimizer = build_optimizer(total_batch_size)
 
@@ -403,32 +403,42 @@ STATE = (
     "losses_seen total_training_time timed_steps skipped_steps"
 ).split()
 
-names = [run_folder.name if run_folder else run or f"d{depth}-{datetime.now():%Y%m%d-%H%M%S}"]
-if world_size > 1:
-    dist.broadcast_object_list(names, 0)  # one clock names the run
-run = names[0]
+run = run_folder.name if run_folder else run or f"d{depth}-{datetime.now():%Y%m%d-%H%M%S}"
+run = from_rank_0(run)
 run_folder = Path(out_dir) / run
 checkpoints = run_folder / "checkpoints"
 resumed_from, passed_over = checkpoint.newest_valid(checkpoints) if resume else (None, [])
 for reason in passed_over:
     say(f"resume   passed over: {reason}")
 if resumed_from:
-    state = checkpoint.load(resumed_from, "state")
+    state, planned = checkpoint.load(resumed_from, "state"), num_iterations
+    globals().update({name: state[name] for name in STATE})
+    elapsed_before = state["elapsed"]
+    if not minutes:
+        num_iterations, horizon_is_final = planned, True
+    elif not horizon_is_final or given.get("minutes"):
+        num_iterations, horizon_is_final = step + from_rank_0(int(time_left() / seconds_per_step)), False
+elif resume:
+    say(f"resume   there is no checkpoint in {run_folder} yet: starting at step 0")
+clock.lap("setup")
+try:
+    dataloader.fetch_more(corpus, num_iterations * rows_per_step, max_seq_len, tell_data)
+    clock.lap("corpus")
+    loader = dataloader.DataLoader(corpus, max_seq_len, rows_per_step, seed, device, rank, world_size)
+except dataloader.DataError as error:
+    fail(error)
+if loader.order.rows_per_epoch < rows_per_step:
+    fail(
+        f"the corpus has {loader.order.rows_per_epoch} rows to train on, a batch {rows_per_step}."
+        "\nGive more text, a smaller --total-batch-size or a smaller --max-seq-len."
+    )
+if resumed_from:
     try:
         raw_model.load_state_dict(checkpoint.load(resumed_from, "model"))
         optimizer.load_state_dict(checkpoint.load(resumed_from, "optimizer"))
         loader.load_state_dict(state["data"])
     except (RuntimeError, ValueError) as error:
         fail(f"{resumed_from} does not fit these settings: {str(error).splitlines()[-1].strip()}")
-    planned = num_iterations
-    globals().update({name: state[name] for name in STATE})
-    elapsed_before = state["elapsed"]
-    if not minutes:
-        num_iterations, horizon_is_final = planned, True
-    elif not horizon_is_final or given.get("minutes"):
-        num_iterations, horizon_is_final = step + int(time_left() / seconds_per_step), False
-elif resume:
-    say(f"resume   there is no checkpoint in {run_folder} yet: starting at step 0")
 
 # -----------------------------------------------------------------------------
 # The run's folder

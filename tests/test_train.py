@@ -214,7 +214,7 @@ BAD = {
     "--minutes 1 --num-iterations 3": "two horizons",
     "--data /no/such/place": "there is no such file or folder",
     "--data EMPTY": "there is no text in it",
-    "--data SHORT": "--max-seq-len 64",
+    "--data SHORT": "no row of 64 tokens",
     "--vocab-size 70000": "65,535",
     "--device-type cuda": "cuda",
     "--device-type tpu": "Choose one of: cuda, mps, cpu",

@@ -1,0 +1,974 @@
+"""The data: corpora, tokenizer, cache, rows and their order, validation, fetching; what can go wrong."""
+
+import base64
+import hashlib
+import http.server
+import itertools
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiktoken
+
+os.environ.update(HF_HUB_DISABLE_XET="1", HF_HUB_DISABLE_TELEMETRY="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
+os.environ.update(HF_HUB_ETAG_TIMEOUT="2", HF_HUB_DOWNLOAD_TIMEOUT="2")  # read when the hub is imported
+
+import dataloader
+from dataloader import DataError, DataLoader, ValidationRows, prepare
+
+REPO = Path(dataloader.__file__).parent
+SYLLABLES = "ba de ki lo mu ra se ti vo nu pha chi gre sta lin ter mon ost und ell".split()
+WORDS = np.array([a + b + c for a in SYLLABLES for b in SYLLABLES for c in ("", "s", "ing")])
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    """An empty cache folder for each test."""
+    monkeypatch.setenv("ONEDIAL_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+def prose(seed, lines):
+    chosen = np.random.RandomState(seed).choice(WORDS, (lines, 7)).tolist()
+    return "".join(" ".join(words[: 3 + n % 5]) + ".\n" for n, words in enumerate(chosen))
+
+
+@pytest.fixture
+def text(tmp_path):
+    """A folder of 60 files of text, 1 to 3 kB each."""
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for n in range(60):
+        (folder / f"{n:02d}.txt").write_text(prose(n, 30 + n))
+    return folder
+
+
+def shard(path, tokens):
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = 20240520, 1, len(tokens)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(header.tobytes() + np.asarray(tokens, dtype="<u2").tobytes())
+
+
+def shard_bytes(tmp_path, seed, count):
+    shard(tmp_path / "one.bin", np.random.RandomState(seed).randint(0, 50257, count))
+    return (tmp_path / "one.bin").read_bytes()
+
+
+def read(corpus, split):
+    """The tokens of each shard of a split, read without the module under test."""
+    return [np.fromfile(path, dtype="<u2")[512:].tolist() for path, _ in corpus.shards[split]]
+
+
+def documents(corpus, split):
+    """The documents of a split, decoded."""
+    tokens, found = sum(read(corpus, split), []), []
+    for token in tokens:
+        if token == corpus.bos:
+            found.append([])
+        else:
+            found[-1].append(token)
+    return [corpus.tokenizer.decode_bytes(document).decode() for document in found]
+
+
+def gpt2_vocabulary(home):
+    """A vocabulary of GPT-2's size, put into the cache by hand: all bytes and 50,000 pairs of them."""
+    tokens = [bytes([b]) for b in range(256)] + [bytes(divmod(n, 256)) for n in range(50_000)]
+    home.mkdir(exist_ok=True)
+    lines = [base64.b64encode(token).decode() + f" {rank}\n" for rank, token in enumerate(tokens)]
+    (home / "r50k_base.tiktoken").write_text("".join(lines))
+
+
+def two_lines(error):
+    """The message of an error that is meant for a person."""
+    message = str(error.value)
+    assert message.count("\n") == 1 and all(message.split("\n")), message
+    return message
+
+
+def take(loader, count):
+    return np.concatenate([next(loader).numpy() for _ in range(count)])
+
+
+# -----------------------------------------------------------------------------
+# Corpora
+
+
+def test_documents_come_back_in_order_and_whole(text):
+    corpus = prepare(str(text))
+    found = documents(corpus, "train") + documents(corpus, "val")
+    assert Counter(found) == Counter(file.read_text() for file in text.iterdir())
+    for split in ("train", "val"):
+        assert documents(corpus, split) == sorted(documents(corpus, split), key=found.index)
+        counts = corpus.counts[split]
+        assert counts["documents"] == len(documents(corpus, split))
+        assert counts["bytes"] == sum(len(d.encode()) for d in documents(corpus, split))
+        assert counts["tokens"] == sum(map(len, read(corpus, split)))
+
+
+def test_default_is_the_standard_library(monkeypatch, tmp_path):
+    library = tmp_path / "python3"
+    for name in ("os.py", "json/tool.py", "site-packages/mine.py", "notes.txt"):
+        (library / name).parent.mkdir(parents=True, exist_ok=True)
+        (library / name).write_text(f"# {name}\n" + prose(len(name), 300))
+    monkeypatch.setattr(dataloader.sysconfig, "get_path", lambda name: str(library))
+    found = "".join(documents(prepare("stdlib"), "train"))
+    assert "# os.py" in found and "# json/tool.py" in found
+    assert "mine.py" not in found and "notes" not in found
+
+
+@pytest.mark.parametrize("name", ["val/a.txt", "b_val.txt", "val.md", "my-VAL-2.txt", "sub/x.val.jsonl"])
+def test_val_as_a_word_makes_the_validation_split(text, name):
+    held_out = "held out " * 300
+    (text / name).parent.mkdir(exist_ok=True)
+    (text / name).write_text(json.dumps({"text": held_out}) if name.endswith("jsonl") else held_out)
+    (text / "values_interval.txt").write_text("this trains")
+    corpus = prepare(str(text))
+    assert corpus.split == "files" and documents(corpus, "val") == [held_out]
+    assert "this trains" in documents(corpus, "train")
+
+
+def test_held_out_documents_are_chosen_by_content(text):
+    before = prepare(str(text))
+    for n in range(40):
+        (text / f"0-{n}.txt").write_text(prose(1000 + n, 50))
+    after = prepare(str(text))
+    assert before.split == after.split == "hash"
+    for split in ("train", "val"):
+        assert set(documents(before, split)) < set(documents(after, split))
+    for document in documents(after, "val"):  # the rule itself, so that it never changes unnoticed
+        assert int(hashlib.sha256(document.encode()).hexdigest()[:8], 16) < 0.05 * 2**32
+
+
+@pytest.mark.parametrize("lines", [40, 8000])
+def test_one_long_file_gives_its_end(tmp_path, lines):
+    content = prose(0, lines)  # 8,000 lines are 300 KB
+    (tmp_path / "book.txt").write_text(content)
+    corpus = prepare(str(tmp_path / "book.txt"))
+    (train,), (val,) = documents(corpus, "train"), documents(corpus, "val")
+    assert corpus.split == "tail" and train + val == content
+    assert train.endswith("\n") and 0.04 < len(val) / len(content) < 0.12
+
+
+def test_a_line_without_end_is_cut_all_the_same(tmp_path):
+    (tmp_path / "line.txt").write_text("title\n" + "a b" * 5000)
+    corpus = prepare(str(tmp_path / "line.txt"))
+    assert 0.04 < corpus.counts["val"]["bytes"] / 15_006 < 0.06
+
+
+HARD = {
+    "blanks": " " * 1_000_000 + "x",
+    "letter": "a" * 1_000_000,
+    "lines": "\n" * 200_000,
+    "tabs": "\t" * 200_000 + "x",
+    "one token": "b",
+    "special": "before <|bos|> after <|endoftext|>",
+    "many languages": "αβγ 你好 🎉🎉 à é\r\n\u2028\u3000 done",
+    "no newline": "word " * 60_000,
+}
+
+
+def test_hard_documents_survive(tmp_path):
+    data = tmp_path / "hard.jsonl"
+    documents_in = [*HARD.values(), prose(1, 500)]
+    lines = [json.dumps({"text": d}) for d in documents_in]
+    lines[3:3] = ["", json.dumps({"text": ""}), "   "]  # an empty document is no document
+    data.write_text("\n".join(lines))
+    (tmp_path / "val.txt").write_text(prose(2, 100))
+    (tmp_path / "folder").mkdir()
+    for file in (data, tmp_path / "val.txt"):
+        shutil.move(file, tmp_path / "folder" / file.name)
+    corpus = prepare(str(tmp_path / "folder"), 400)
+    assert documents(corpus, "train") == documents_in
+    assert corpus.counts["train"]["documents"] == len(documents_in)
+
+
+def test_what_is_not_unicode_is_replaced(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9 \xff\xfe " + b"text " * 400)
+    lines = b'{"text": "half \\ud83d a pair, whole \\ud83d\\ude00"}\n{"text": "\xff"}'
+    (tmp_path / "b.jsonl").write_bytes(lines)
+    (tmp_path / "val.txt").write_text("x" * 900)
+    found = documents(prepare(str(tmp_path)), "train")
+    assert found[0].startswith("caf\ufffd \ufffd\ufffd text")
+    assert found[1:] == ["half ? a pair, whole 😀", "\ufffd"]
+
+
+def test_a_document_longer_than_a_shard_runs_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(dataloader, "SHARD_TOKENS", 1000)
+    (tmp_path / "long.txt").write_text(prose(0, 2000))
+    (tmp_path / "short.txt").write_text(prose(1, 5))
+    (tmp_path / "val.txt").write_text(prose(2, 50))
+    corpus = prepare(str(tmp_path), 300)
+    sizes = [len(tokens) for tokens in read(corpus, "train")]
+    assert len(sizes) > 5 and set(sizes[:-1]) == {1000} and 0 < sizes[-1] <= 1000
+    assert documents(corpus, "train") == [prose(0, 2000), prose(1, 5)]
+
+
+def test_parquet(tmp_path):
+    parquet, arrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    texts = [prose(n, 20) for n in range(50)] + ["", None]
+    (tmp_path / "d").mkdir()
+    parquet.write_table(arrow.table({"id": range(52), "text": texts}), tmp_path / "d" / "a.parquet")
+    corpus = prepare(str(tmp_path / "d"))
+    assert Counter(documents(corpus, "train") + documents(corpus, "val")) == Counter(texts[:50])
+    parquet.write_table(arrow.table({"words": texts}), tmp_path / "d" / "b.parquet")
+    with pytest.raises(DataError) as error:
+        prepare(str(tmp_path / "d"))
+    assert "b.parquet" in two_lines(error) and "text" in str(error.value)
+    (tmp_path / "d" / "b.parquet").write_bytes((tmp_path / "d" / "a.parquet").read_bytes()[:-100])
+    with pytest.raises(DataError, match="b.parquet"):
+        prepare(str(tmp_path / "d"))
+
+
+NO_TEXT = ["{}", '{"text": 3}', '{"text": null}', '"text"', "[1]", "{broken", '{"txt": "a"}']
+
+
+@pytest.mark.parametrize("line", NO_TEXT)
+def test_a_line_without_text_is_named(tmp_path, line):
+    (tmp_path / "a.jsonl").write_text('{"text": "good"}\n\n' + line + "\n")
+    with pytest.raises(DataError) as error:
+        prepare(str(tmp_path / "a.jsonl"))
+    assert "a.jsonl, line 3" in two_lines(error)
+
+
+def test_nothing_to_read(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "binary").mkdir()
+    (tmp_path / "binary" / "a.txt").write_bytes(b"\0\1\2" * 99)
+    (tmp_path / "binary" / ".hidden.txt").write_text("hidden")
+    (tmp_path / "binary" / "photo.jpg").write_text("not text by its name")
+    (tmp_path / "none.txt").write_text("")
+    for name in ("empty", "binary", "none.txt", "missing"):
+        with pytest.raises(DataError, match=name):
+            prepare(str(tmp_path / name))
+    for name in ("empty", "missing"):
+        with pytest.raises(DataError) as error:
+            prepare(str(tmp_path / name))
+        two_lines(error)
+
+
+def test_too_little_text_says_so(tmp_path):
+    (tmp_path / "a.txt").write_text("one line\n" * 30)
+    corpus = prepare(str(tmp_path / "a.txt"))
+    for build in (lambda: ValidationRows(corpus, 512, 10**6), lambda: DataLoader(corpus, 512, 1, 0, "cpu")):
+        with pytest.raises(DataError) as error:
+            build()
+        assert "512" in two_lines(error)
+
+
+def test_ready_shards(tmp_path, home):
+    gpt2_vocabulary(home)
+    tokens = np.random.RandomState(0).randint(0, 50257, (3, 5000))
+    for name, values in zip(("a_train_1.bin", "a_train_2.bin", "a_val_0.bin"), tokens):
+        shard(tmp_path / "d" / name, values)
+    (tmp_path / "d" / "README.md").write_text("not part of it")
+    corpus = prepare(str(tmp_path / "d"))
+    assert corpus.bos == 50256 and corpus.tokenizer.n_vocab == 50257
+    assert read(corpus, "train") == tokens[:2].tolist() and read(corpus, "val") == tokens[2:].tolist()
+    assert ValidationRows(corpus, 100, 300).places == [(0, 0), (0, 1), (0, 2)]  # the shard's first
+    with pytest.raises(DataError, match="4096"):
+        prepare(str(tmp_path / "d"), 4096)
+    assert prepare(str(tmp_path / "d"), 50257).fingerprint == corpus.fingerprint  # as on --resume
+    shutil.copytree(tmp_path / "d", tmp_path / "e")
+    assert prepare(str(tmp_path / "e")).fingerprint == corpus.fingerprint  # content, not place
+    shard(tmp_path / "e" / "a_train_2.bin", tokens[1] // 2)
+    with pytest.raises(DataError, match="a_train_2.bin is damaged"):  # the same size, another content
+        take(DataLoader(prepare(str(tmp_path / "e")), 100, 100, 0, "cpu"), 1)
+    shard(tmp_path / "f" / "train.bin", [60_000] * 500)
+    with pytest.raises(DataError, match="60,000"):
+        prepare(str(tmp_path / "f"))
+
+
+def test_gpt2_vocabulary_by_hand_or_not_at_all(tmp_path, home, monkeypatch):
+    def offline(name):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", offline)
+    with pytest.raises(DataError) as error:
+        prepare("fineweb")
+    message = two_lines(error)
+    assert "r50k_base.tiktoken" in message and str(home) in message and "--data stdlib" in message
+    gpt2_vocabulary(home)
+    encoding = dataloader.gpt2_tokenizer(None)
+    assert encoding.encode("ab", disallowed_special=()) == [256 + 256 * ord("a") + ord("b")]
+    lines = (home / "r50k_base.tiktoken").read_text()
+    (home / "r50k_base.tiktoken").write_text(lines[:-100])
+    with pytest.raises(DataError, match="r50k_base.tiktoken is damaged"):
+        prepare("fineweb")
+
+
+# -----------------------------------------------------------------------------
+# The tokenizer
+
+
+def test_tokenizer_sees_only_the_training_split(text):
+    (text / "val.txt").write_text(prose(99, 100))
+    first = prepare(str(text)).tokenizer
+    (text / "val.txt").write_text("zyzzyva " * 2000)
+    second = prepare(str(text)).tokenizer
+    assert first._mergeable_ranks == second._mergeable_ranks
+    (text / "00.txt").write_text("zyzzyva " * 2000)
+    assert prepare(str(text)).tokenizer._mergeable_ranks != first._mergeable_ranks
+
+
+def test_tokenizer_is_saved_as_text(text, tmp_path):
+    encoding = prepare(str(text), 500).tokenizer
+    assert encoding.n_vocab == 500 and encoding.decode([499]) == "<|bos|>"
+    dataloader.save_tokenizer(encoding, tmp_path / "t")
+    again = dataloader.load_tokenizer(tmp_path / "t")
+    sample = prose(5, 40) + "".join(HARD.values())[-2000:]
+    assert again.encode_ordinary(sample) == encoding.encode_ordinary(sample)
+    assert again.special_tokens_set == {"<|bos|>"} and again.n_vocab == 500
+    for file in (tmp_path / "t").iterdir():
+        file.read_text("ascii")
+    lengths = dataloader.bytes_per_token(encoding)
+    assert lengths[499] == 0 and len(lengths) == 500
+    assert lengths[encoding.encode_ordinary(sample)].sum() == len(sample.encode())
+
+
+def test_vocabulary_follows_the_size(text, tmp_path):
+    assert prepare(str(text)).tokenizer.n_vocab <= 512
+    numbers = "".join(f"{n * 7919} " for n in range(150_000))
+    (text / "big.txt").write_text(numbers + prose(0, 20_000))  # 2.3 MB
+    assert prepare(str(text)).tokenizer.n_vocab == 2048
+
+
+def test_tokenizer_stops_reading_at_its_limit(monkeypatch):
+    monkeypatch.setattr(dataloader, "TOKENIZER_CHARS", 5000)
+    seen = dataloader.train_tokenizer([prose(0, 200), "zyzzyva " * 1000], 400)
+    assert seen._mergeable_ranks == dataloader.train_tokenizer([prose(0, 200)], 400)._mergeable_ranks
+
+
+# -----------------------------------------------------------------------------
+# The cache
+
+
+def test_a_corpus_is_made_once_and_again_when_it_changes(text, home, monkeypatch, tmp_path):
+    said = []
+    first = prepare(str(text), say=said.append)
+    assert any("BPE" in line for line in said)
+    said.clear()
+    assert prepare(str(text), say=said.append).fingerprint == first.fingerprint and not said
+    assert prepare(str(text), first.tokenizer.n_vocab).fingerprint == first.fingerprint  # as on --resume
+    (text / "00.txt").write_text("changed " * 100)
+    changed = prepare(str(text), say=said.append)
+    assert said and changed.fingerprint != first.fingerprint
+    monkeypatch.setenv("ONEDIAL_HOME", str(tmp_path / "elsewhere"))
+    shutil.copytree(text, tmp_path / "copy")
+    assert prepare(str(tmp_path / "copy")).fingerprint == changed.fingerprint  # content, not place or time
+
+
+def test_shards_have_the_public_layout(text):
+    corpus = prepare(str(text))
+    for split in ("train", "val"):
+        for (path, digest), tokens in zip(corpus.shards[split], read(corpus, split)):
+            content = path.read_bytes()
+            assert np.frombuffer(content[:1024], "<i4").tolist() == [20240520, 1, len(tokens)] + [0] * 253
+            assert len(content) == 1024 + 2 * len(tokens)
+            assert hashlib.sha256(content).hexdigest() == digest
+    manifest = json.loads((corpus.shards["train"][0][0].parent / "manifest.json").read_text())
+    assert [f"{n:02d}.txt" for n in range(60)] == [name for name, _ in manifest["sources"]]
+
+
+def use(data):
+    """Everything that a run reads of a corpus."""
+    corpus = prepare(str(data))
+    ValidationRows(corpus, 32, 10**6)
+    loader = DataLoader(corpus, 32, 4, 0, "cpu", threaded=False)  # no thread may outlive the damage
+    while loader.epoch < 1:
+        next(loader)
+
+
+@pytest.mark.parametrize("harm", ["flip", "truncate", "delete"])
+@pytest.mark.parametrize("name", ["train_000002.bin", "val_000000.bin", "tokenizer.tiktoken"])
+def test_damage_is_named(text, home, monkeypatch, name, harm):
+    monkeypatch.setattr(dataloader, "SHARD_TOKENS", 10_000)
+    use(text)
+    (path,) = home.rglob(name)
+    content = bytearray(path.read_bytes())
+    if harm == "flip":
+        content[-3] ^= 1
+    path.unlink() if harm == "delete" else path.write_bytes(content[:-1] if harm == "truncate" else content)
+    with pytest.raises(DataError) as error:
+        use(text)
+    folder = next(folder for folder in path.parents if (folder / "manifest.json").exists())
+    assert str(path) in two_lines(error) and str(folder) in str(error.value)
+    shutil.rmtree(folder)  # what the message says to do
+    use(text)
+
+
+def test_a_shard_shows_at_once_that_it_is_none(tmp_path):
+    path = tmp_path / "a.bin"
+    shard(path, range(100))
+    good = path.read_bytes()
+    assert dataloader.open_shard(path).tolist() == list(range(100))
+    changed = np.frombuffer(good, "<i4").copy()
+    changed[1] = 2  # another version
+    for bad in (good[:-1], good + b"\0\0", b"", good[:900], b"\0" * 2000, good[4:], changed.tobytes()):
+        path.write_bytes(bad)
+        with pytest.raises(DataError, match="a.bin is damaged"):
+            dataloader.open_shard(path)
+    shard(path, [])
+    assert len(dataloader.open_shard(path)) == 0
+
+
+def test_a_damaged_manifest_is_named(text, home):
+    use(text)
+    (manifest,) = home.rglob("manifest.json")
+    manifest.write_text(manifest.read_text()[:-20])
+    with pytest.raises(DataError, match="manifest.json is damaged"):
+        use(text)
+
+
+BUILD = """
+import os, sys, time, types
+sys.modules["torch"] = types.ModuleType("torch")  # not needed here, and slow to import
+sys.path.insert(0, {repo!r})
+import dataloader
+dataloader.SHARD_TOKENS = 5000
+{more}
+corpus = dataloader.prepare({data!r}, say=lambda line: print(line, flush=True))
+print("fingerprint", corpus.fingerprint, flush=True)
+"""
+
+
+def build(data, more=""):
+    code = BUILD.format(repo=str(REPO), data=str(data), more=more)
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+
+
+KILL = """
+write, left = dataloader.write, [{stage}]
+def write_and_die(path, *contents):
+    left[0] -= 1
+    if not left[0]:
+        open(path, "wb").write(contents[-1][: len(contents[-1]) // 2])
+        os.kill(os.getpid(), 9)
+    return write(path, *contents)
+dataloader.write = write_and_die
+"""
+DIE_AT_RENAME = "dataloader.os.rename = lambda *paths: os.kill(os.getpid(), 9)"
+
+
+def test_a_kill_leaves_nothing_that_is_trusted(text, home, tmp_path, monkeypatch):
+    for stage in (KILL.format(stage=1), KILL.format(stage=5), DIE_AT_RENAME):
+        process = build(text, stage)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        assert list(home.rglob(".tmp-*"))  # it did die at work
+        assert not [path for path in home.rglob("manifest.json") if ".tmp-" not in str(path)]
+    process = build(text)
+    output = process.communicate()[0]
+    assert not list(home.rglob(".tmp-*"))
+    monkeypatch.setenv("ONEDIAL_HOME", str(tmp_path / "fresh"))
+    assert build(text).communicate()[0].split()[-1] == output.split()[-1]
+
+
+def test_processes_at_once_build_once(text):
+    slow = "encode = dataloader.encode_texts\ndef later(*a): time.sleep(0.7); return encode(*a)\n"
+    processes = [build(text, slow + "dataloader.encode_texts = later") for _ in range(3)]
+    outputs = [process.communicate()[0] for process in processes]
+    assert sum("BPE" in output for output in outputs) == 1
+    assert len({output.split()[-1] for output in outputs}) == 1
+    assert all("fingerprint" in output for output in outputs)
+
+
+@pytest.fixture
+def small_disk(tmp_path, monkeypatch):
+    """A file system of 400 kB as the cache folder; small_disk(option) remounts it."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mount(*options):
+        command = ["mount", "-t", "tmpfs", "-o", ",".join(options), "tmpfs", str(folder)]
+        return subprocess.run(command, capture_output=True).returncode == 0
+
+    if os.getuid() != 0 or not mount("size=400k"):
+        pytest.skip("a small file system can only be mounted as root")
+    monkeypatch.setenv("ONEDIAL_HOME", str(folder / "home"))
+    mount.folder = folder
+    yield mount
+    subprocess.run(["umount", "-l", str(folder)])
+
+
+def test_full_disk(small_disk, tmp_path):
+    (tmp_path / "book.txt").write_text(prose(0, 20_000))
+    with pytest.raises(DataError) as error:
+        prepare(str(tmp_path / "book.txt"), 300)
+    assert "No space left" in two_lines(error) and "ONEDIAL_HOME" in str(error.value)
+    assert not [path for path in small_disk.folder.rglob("*") if path.is_file() and path.stat().st_size]
+    assert small_disk("remount", "size=8m")
+    assert sum(prepare(str(tmp_path / "book.txt"), 300).rows("train", 64)) > 1000
+
+
+@pytest.mark.filterwarnings("ignore:Not enough free disk space")
+def test_full_disk_while_fetching(small_disk, hub, tmp_path):
+    assert small_disk("remount", "size=2m")
+    gpt2_vocabulary(small_disk.folder / "home")
+    hub.files["fineweb_train_000001.bin"] = shard_bytes(tmp_path, 0, 1_000_000)
+    with pytest.raises(DataError) as error:
+        prepare("fineweb")
+    assert "No space left" in two_lines(error)
+    kept = list((small_disk.folder / "home" / "fineweb").iterdir())
+    assert [path.name for path in kept] == ["fineweb_val_000000.bin"]
+
+
+def test_read_only_cache(small_disk, text, tmp_path):
+    fingerprint = prepare(str(text)).fingerprint
+    assert small_disk("remount", "ro")
+    assert prepare(str(text)).fingerprint == fingerprint
+    use(text)
+    (tmp_path / "new.txt").write_text(prose(0, 100))
+    with pytest.raises(DataError) as error:
+        prepare(str(tmp_path / "new.txt"))
+    assert "Read-only" in two_lines(error) and "ONEDIAL_HOME" in str(error.value)
+
+
+# -----------------------------------------------------------------------------
+# Rows and their order
+
+
+@pytest.fixture
+def corpus(text, monkeypatch):
+    monkeypatch.setattr(dataloader, "SHARD_TOKENS", 7000)
+    return prepare(str(text), 400)
+
+
+def test_every_token_is_a_target_once_an_epoch(corpus):
+    T, shards = 48, read(corpus, "train")
+    expected = Counter(
+        tuple(tokens[i : i + T]) for tokens in shards for i in range(0, len(tokens) - T + 1, T)
+    )
+    assert len(shards) > 3 and sum(expected.values()) == sum(len(tokens) // T for tokens in shards)
+    loader = DataLoader(corpus, T, 1, 0, "cpu")
+    epochs = [take(loader, loader.order.rows_per_epoch) for _ in range(3)]
+    for rows in epochs:
+        assert rows.shape == (sum(expected.values()), T + 1) and rows.dtype == np.int64
+        assert (rows[:, 0] == corpus.bos).all()
+        assert Counter(map(tuple, rows[:, 1:].tolist())) == expected
+    assert loader.epoch == 3
+    assert not np.array_equal(epochs[0], epochs[1]) and not np.array_equal(epochs[1], epochs[2])
+
+
+def test_order_depends_on_corpus_seed_and_length_only(corpus):
+    def rows(batch, world_size=1, seed=5, threaded=True):
+        options = (world_size, threaded)
+        ranks = [DataLoader(corpus, 32, batch, seed, "cpu", rank, *options) for rank in range(world_size)]
+        count = 2400 // batch
+        return np.concatenate([next(ranks[i % world_size]).numpy() for i in range(count * world_size)])
+
+    expected = rows(24)  # more than an epoch
+    assert len(expected) > DataLoader(corpus, 32, 1, 0, "cpu").order.rows_per_epoch
+    for options in ((8,), (1,), (48, 4), (24, 2), (12, 3), (24, 1, 5, False)):
+        assert np.array_equal(rows(*options), expected), options
+    assert not np.array_equal(rows(24, seed=6), expected)
+    with pytest.raises(ValueError, match="do not divide"):
+        DataLoader(corpus, 32, 9, 0, "cpu", 0, 2)
+
+
+def test_the_shuffle_is_the_same_everywhere():
+    assert dataloader.shuffled(8, 42, 0).tolist() == [4, 3, 7, 6, 0, 1, 5, 2]
+    order = dataloader.RowOrder([3, 2], 7).rows(0)
+    assert [next(order) for _ in range(5)] == [(1, 0), (1, 1), (0, 1), (0, 2), (0, 0)]
+
+
+def test_shards_and_rows_are_shuffled_anew_each_epoch_but_a_growing_set_starts_as_listed():
+    def epochs(growing, count=20):
+        order = dataloader.RowOrder([30] * count, 1, growing).rows(0)
+        return [list(itertools.islice(order, 30 * count)) for _ in range(3)]
+
+    plain, growing, longer = epochs(False), epochs(True), epochs(True, 25)
+    shards = lambda rows: tuple(dict.fromkeys(shard for shard, _ in rows))  # noqa: E731
+    assert len({shards(rows) for rows in plain} | {tuple(range(20))}) == 4
+    assert shards(growing[0]) == tuple(range(20)) and growing[1:] == plain[1:]
+    assert longer[0][:600] == growing[0]
+    for shard in range(20):
+        assert len({tuple(row for s, row in rows if s == shard) for rows in plain} | {tuple(range(30))}) == 4
+
+
+def test_resume_continues_with_the_next_row(corpus):
+    whole = DataLoader(corpus, 32, 6, 3, "cpu")
+    rows = take(whole, 500)
+    for batches, batch, world_size in ((1, 6, 1), (37, 12, 2), (200, 24, 4), (299, 3, 3)):
+        before = DataLoader(corpus, 32, 6, 3, "cpu")
+        take(before, batches)
+        state = json.loads(json.dumps(before.state_dict()))
+        assert state["cursor"] == 6 * batches  # not what the thread has made ahead
+        after = []
+        for rank in range(world_size):
+            loader = DataLoader(corpus, 32, batch, 3, "cpu", rank, world_size)
+            loader.load_state_dict(state)
+            after.append(next(loader).numpy())
+        assert np.array_equal(np.concatenate(after), rows[6 * batches :][:batch])
+
+
+def test_resume_is_immediate_and_refuses_another_corpus(corpus, text, tmp_path):
+    loader = DataLoader(corpus, 32, 6, 3, "cpu")
+    state = {**loader.state_dict(), "cursor": 10**15}
+    start = time.perf_counter()
+    loader.load_state_dict(state)
+    next(loader)
+    assert time.perf_counter() - start < 2
+    (text / "00.txt").write_text("another text")
+    for other, name in (
+        (DataLoader(prepare(str(text), 400), 32, 6, 3, "cpu"), "fingerprint"),
+        (DataLoader(corpus, 16, 6, 3, "cpu"), "T is 16, was 32"),
+        (DataLoader(corpus, 32, 6, 4, "cpu"), "seed"),
+    ):
+        with pytest.raises(ValueError, match=name):
+            other.load_state_dict(state)
+
+
+def test_the_thread_stays_two_batches_ahead_and_tells_of_errors(corpus, monkeypatch):
+    made = []
+    batches = DataLoader.batches
+
+    def counted(self):
+        for batch in batches(self):
+            made.append(batch)
+            yield batch
+
+    monkeypatch.setattr(DataLoader, "batches", counted)
+    loader = DataLoader(corpus, 32, 4, 0, "cpu")
+    assert loader.wait_time == 0
+    for consumed in range(1, 4):
+        next(loader)
+        deadline = time.time() + 5
+        while len(made) < consumed + 3 and time.time() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.05)
+        assert len(made) == consumed + 3  # two wait in the queue, one in the thread's hands
+    waited = loader.wait_time
+    next(loader)
+    assert waited > 0 and loader.wait_time - waited < 0.05
+
+    def broken(self):
+        yield batches(self).__next__()
+        raise DataError("a shard\nis damaged")
+
+    monkeypatch.setattr(DataLoader, "batches", broken)
+    loader = DataLoader(corpus, 32, 4, 0, "cpu")
+    next(loader)
+    with pytest.raises(DataError, match="a shard"):
+        next(loader)
+    with pytest.raises(StopIteration):  # and no waiting for ever
+        next(loader)
+
+
+# -----------------------------------------------------------------------------
+# Validation
+
+
+def test_validation_rows_are_the_same_for_any_batch_and_world_size(corpus):
+    validation = ValidationRows(corpus, 40, 1000)
+    assert len(validation.places) == 25
+
+    def everything(batch_size, world_size):
+        rows, total = {}, 0
+        for rank in range(world_size):
+            batches = validation.batches(batch_size, "cpu", rank, world_size)
+            for n, (tokens, targets, size) in enumerate(batches):
+                assert tokens.shape == targets.shape == (batch_size, 40)
+                assert (tokens[:, 0] == corpus.bos).all()
+                for j in range(batch_size):
+                    place = (n * world_size + rank) * batch_size + j
+                    if place < 25:
+                        rows[place] = (tokens[j].tolist(), targets[j].tolist())
+                    else:
+                        assert (targets[j] == -1).all()
+                total += size
+        return rows, total
+
+    expected, size = everything(1, 1)
+    val = read(corpus, "val")
+    length = lambda token: len(corpus.tokenizer.decode_single_token_bytes(token))  # noqa: E731
+    for place, (tokens, targets) in expected.items():
+        s, row = validation.places[place]
+        true = val[s][row * 40 : row * 40 + 40]
+        assert tokens == [corpus.bos, *true[:-1]]
+        assert targets == [-1 if t == corpus.bos else t for t in true]
+    assert any(-1 in targets for _, targets in expected.values())
+    assert size == sum(length(t) for _, targets in expected.values() for t in targets if t >= 0)
+    for batch_size in (1, 3, 8, 30):
+        for world_size in (1, 2, 3):
+            assert everything(batch_size, world_size) == (expected, size)
+    assert validation.prompt(5) == [corpus.bos, *val[0][:4]]
+    assert len(ValidationRows(corpus, 40, 1).places) == 1
+    assert len(ValidationRows(corpus, 40, 10**9).places) == sum(len(tokens) // 40 for tokens in val)
+    assert validation.places == sorted(set(validation.places))  # spread over the split, each once
+
+
+BPB = """
+import os, sys
+sys.path.insert(0, {repo!r})
+import torch, torch.distributed as dist, dataloader, report
+rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+corpus = dataloader.prepare({data!r}, 400)
+if world_size > 1:
+    dist.init_process_group("gloo")
+torch.manual_seed(0)
+table = torch.randn(400, 400)
+def model(tokens, targets):
+    logits, targets = table[tokens].flatten(0, 1), targets.flatten()
+    return torch.nn.functional.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
+for size in (1, 3, 8):
+    batches = dataloader.ValidationRows(corpus, 40, 2000).batches(size, "cpu", rank, world_size)
+    print(repr(report.bits_per_byte(model, batches, torch.device("cpu"))))
+"""
+
+
+@pytest.mark.slow
+def test_bits_per_byte_are_the_same_on_1_2_3_processes(text):
+    prepare(str(text), 400)
+    code, values = BPB.format(repo=str(REPO), data=str(text)), []
+    for world_size in (1, 2, 3):
+        env = {**os.environ, "WORLD_SIZE": str(world_size), "OMP_NUM_THREADS": "1"}
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(29_500 + os.getpid() % 1000 + world_size)}
+        ranks = []
+        for rank in range(world_size):
+            pipe = {"env": {**env, "RANK": str(rank)}, "stdout": subprocess.PIPE, "text": True}
+            ranks.append(subprocess.Popen([sys.executable, "-c", code], **pipe))
+        values += [float(value) for process in ranks for value in process.communicate()[0].split()]
+    assert len(values) == 3 * (1 + 2 + 3)
+    assert max(values) - min(values) < 1e-6 * min(values)
+
+
+# -----------------------------------------------------------------------------
+# Public data sets
+
+
+PATH = "/{repo_id}/resolve/{revision}/{filename}"
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """As much of the hub as a download asks for, with its troubles; log: the names of the files sent."""
+
+    files, mode, log = {}, "good", []
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        name, get = self.path.split("/")[-1].split("?")[0], self.command == "GET"
+        repository = "/".join(self.path.split("/")[2:4])
+        public = "kjj0/fineweb10B-gpt2", "karpathy/climbmix-400b-shuffle"
+        known = name in self.files and repository in public
+        if get and known:
+            self.log.append(name)
+        if self.mode == "drops":
+            self.close_connection = True
+            return
+        troubled = self.mode in ("404", "429", "500") or (self.mode == "500 on GET" and get)
+        status = int(self.mode[:3]) if troubled else 200 if known else 404
+        content = self.files[name] if status == 200 else b"{}"
+        length = len(content) // 2 if self.mode == "short" and get else len(content)
+        self.send_response(status)
+        self.send_header("Content-Length", str(length))
+        self.send_header("X-Repo-Commit", "0" * 40)
+        self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+        if status == 404:
+            self.send_header("X-Error-Code", "EntryNotFound")
+        self.end_headers()
+        if get:
+            if self.mode == "truncates":  # promises all, sends half, and nothing on asking again
+                self.wfile.write(b"" if "Range" in self.headers else content[: length // 2])
+                self.close_connection = True
+            else:
+                self.wfile.write(content[:length])
+
+    do_HEAD = do_POST = do_GET
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path, home):
+    """A local hub with three small FineWeb shards; waiting is skipped."""
+    from huggingface_hub import constants
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + PATH)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    names = ["fineweb_val_000000.bin"] + [f"fineweb_train_{n:06}.bin" for n in range(1, 104)]
+    files = {name: shard_bytes(tmp_path, n, 4000) for n, name in enumerate(names[:5])}
+    monkeypatch.setattr(Hub, "files", files)
+    monkeypatch.setattr(Hub, "log", [])
+    gpt2_vocabulary(home)
+    Hub.address = address
+    yield Hub
+    Hub.mode = "good"
+    server.shutdown()
+    server.server_close()
+
+
+def test_fineweb_fetches_what_the_horizon_needs(hub, home):
+    said = []
+    corpus = prepare("fineweb", say=said.append)
+    assert hub.log == ["fineweb_val_000000.bin", "fineweb_train_000001.bin"]
+    assert any("fineweb_train_000001.bin" in line and "200 MB" in line for line in said)
+    rows = take(DataLoader(corpus, 50, 8, 0, "cpu"), 10)  # all of the first shard
+    first = corpus.fingerprint
+    dataloader.fetch_more(corpus, 80, 50, said.append)  # it has them already
+    assert len(hub.log) == 2
+    said.clear()
+    dataloader.fetch_more(corpus, 170, 50, said.append)
+    assert hub.log[2:] == ["fineweb_train_000002.bin", "fineweb_train_000003.bin"]
+    assert "2 more files" in said[0] and "0.4 GB" in said[0]
+    assert corpus.fingerprint == first and corpus.counts["train"]["tokens"] == 12_000
+    more = take(DataLoader(corpus, 50, 8, 0, "cpu"), 30)
+    assert np.array_equal(more[:80], rows)  # the rows that were there keep their places
+    assert [read(corpus, "train")[n] for n in range(3)] == [
+        np.frombuffer(hub.files[f"fineweb_train_00000{n}.bin"][1024:], "<u2").tolist() for n in (1, 2, 3)
+    ]
+    again = prepare("fineweb", say=said.clear)
+    assert again.fingerprint == first and len(hub.log) == 4
+    late = take(DataLoader(corpus, 50, 80, 0, "cpu"), 6)[240:]  # in epoch 1 shards are shuffled too
+    assert Counter(map(tuple, late.tolist())) == Counter(map(tuple, more.tolist()))
+
+
+@pytest.mark.parametrize("mode", ["404", "429", "500", "500 on GET", "truncates", "short", "drops", "gone"])
+def test_a_failing_hub_is_told_in_two_lines(hub, home, monkeypatch, mode):
+    from huggingface_hub import constants
+
+    hub.mode = mode
+    if mode == "gone":
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9" + PATH)
+    with pytest.raises(DataError) as error:
+        prepare("fineweb")
+    message = two_lines(error)
+    assert "fineweb_val_000000.bin of kjj0/fineweb10B-gpt2" in message and str(home / "fineweb") in message
+    assert "--data stdlib" in message and (not mode[:3].isdigit() or mode[:3] in message)
+    assert not list((home / "fineweb").iterdir())
+    hub.mode = "good"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.address + PATH)
+    assert sum(prepare("fineweb").rows("train", 50)) == 80
+
+
+def test_a_shard_that_arrives_broken_is_not_kept(hub, home):
+    good = hub.files["fineweb_train_000001.bin"]
+    for bad in (good[:-2], b"<html>" + good[6:], b""):
+        hub.files["fineweb_train_000001.bin"] = bad
+        with pytest.raises(DataError, match="fineweb_train_000001.bin is damaged"):
+            prepare("fineweb")
+        assert [path.name for path in (home / "fineweb").iterdir()] == ["fineweb_val_000000.bin"]
+    hub.files["fineweb_train_000001.bin"] = good
+    prepare("fineweb")
+
+
+def test_public_shards_put_there_by_hand(hub, home):
+    for name in ("fineweb_val_000000.bin", "fineweb_train_000001.bin"):
+        (home / "fineweb").mkdir(exist_ok=True)
+        (home / "fineweb" / name).write_bytes(hub.files[name])
+    hub.mode = "500"
+    corpus = prepare("fineweb")
+    ValidationRows(corpus, 50, 1000)
+    take(DataLoader(corpus, 50, 8, 0, "cpu"), 3)
+    assert not hub.log
+    for name in ("fineweb_val_000000.bin", "fineweb_train_000001.bin"):
+        path = home / "fineweb" / name
+        content = path.read_bytes()
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        with pytest.raises(DataError) as error:
+            corpus = prepare("fineweb")
+            ValidationRows(corpus, 50, 1000)
+            take(DataLoader(corpus, 50, 8, 0, "cpu"), 3)
+        assert f"{path} is damaged" in two_lines(error) and f"delete {path}" in str(error.value)
+        path.unlink()
+        hub.mode = "good"
+        prepare("fineweb")  # fetched anew
+        assert path.read_bytes() == content
+
+
+@pytest.fixture
+def climbmix(hub, tmp_path):
+    parquet, arrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    texts = {}
+    for n, name in enumerate(["shard_06542.parquet", "shard_00000.parquet", "shard_00001.parquet"]):
+        texts[name] = [prose(100 * n + i, 30) for i in range(20)]
+        parquet.write_table(arrow.table({"text": texts[name]}), tmp_path / name)
+        hub.files[name] = (tmp_path / name).read_bytes()
+    return texts
+
+
+def test_climbmix_is_tokenized_file_by_file(hub, climbmix, home):
+    corpus = prepare("climbmix", 500)
+    assert hub.log == ["shard_00000.parquet", "shard_06542.parquet"]
+    assert documents(corpus, "train") == climbmix["shard_00000.parquet"]
+    assert documents(corpus, "val") == climbmix["shard_06542.parquet"]
+    only_first = dataloader.train_tokenizer(climbmix["shard_00000.parquet"], 500)
+    assert corpus.tokenizer._mergeable_ranks == only_first._mergeable_ranks
+    rows = take(DataLoader(corpus, 32, 4, 0, "cpu"), 20)
+    first, have = corpus.fingerprint, sum(corpus.rows("train", 32))
+    dataloader.fetch_more(corpus, have + 1, 32)
+    assert corpus.fingerprint == first and corpus.counts["train"]["documents"] == 40
+    assert documents(corpus, "train") == climbmix["shard_00000.parquet"] + climbmix["shard_00001.parquet"]
+    assert np.array_equal(take(DataLoader(corpus, 32, 4, 0, "cpu"), 20), rows)
+    for path in (home / "climbmix").iterdir():  # the text has done its work
+        path.unlink()
+    hub.mode = "500"
+    assert prepare("climbmix", 500).fingerprint == first
+    with pytest.raises(DataError, match="shard_00000.parquet"):
+        prepare("climbmix", 600)
+    (path, _), *_ = corpus.shards["train"]
+    path.write_bytes(path.read_bytes()[:-1] + b"\xff")
+    with pytest.raises(DataError) as error:
+        take(DataLoader(corpus, 32, 4, 0, "cpu"), 1)
+    assert f"{path} is damaged" in two_lines(error) and f"delete {path.parent}" in str(error.value)
+
+
+# -----------------------------------------------------------------------------
+# The command line
+
+
+def command(*arguments, **env):
+    process = [sys.executable, str(REPO / "dataloader.py"), *map(str, arguments)]
+    return subprocess.run(process, env={**os.environ, **env}, capture_output=True, text=True)
+
+
+def test_command_line_describes_a_corpus(text, home):
+    result = command(text)
+    corpus = prepare(str(text))
+    assert result.returncode == 0 and "training a BPE" in result.stderr and "BPE" not in result.stdout
+    for split in ("train", "val"):
+        (line,) = re.findall(rf"^{split} .*", result.stdout, re.MULTILINE)
+        counts = corpus.counts[split]
+        for key in ("documents", "bytes", "tokens"):
+            assert f"{counts[key]:,} {key}" in line
+        assert f"{sum(corpus.rows(split, 128)):,} rows" in line
+        assert f"{counts['bytes'] / counts['tokens']:.2f} bytes per token" in line
+    assert "split by hash" in result.stdout and corpus.fingerprint in result.stdout
+    row = result.stdout.split("an example row:\n")[1].strip()
+    assert row.startswith("<|bos|>")
+    assert row[7:].split("<|bos|>")[0].strip() in "".join(documents(corpus, "train"))
+
+
+def test_command_line_fails_politely(tmp_path, text):
+    result = command(tmp_path / "nothing")
+    assert result.returncode == 2 and not result.stdout
+    assert result.stderr.count("\n") == 2 and "nothing" in result.stderr
+    prepare(str(text))
+    reader = f"{sys.executable} {REPO / 'dataloader.py'} {text} | true"
+    result = subprocess.run(["bash", "-c", reader], capture_output=True, text=True)
+    assert result.stderr == ""
+
+
+@pytest.mark.slow
+def test_command_line_without_network_and_with_a_mirror(hub, climbmix, home, tmp_path):
+    offline = command("climbmix", HF_HUB_OFFLINE="1")
+    assert offline.returncode == 2 and "Traceback" not in offline.stderr
+    assert "--data stdlib" in offline.stderr and str(home / "climbmix") in offline.stderr
+    mirrored = command("climbmix", HF_ENDPOINT=hub.address, HF_HOME=str(tmp_path / "hf"))
+    assert mirrored.returncode == 0, mirrored.stderr
+    assert "20 documents" in mirrored.stdout
