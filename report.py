@@ -2,18 +2,24 @@
 Honest numbers: measure them without disturbing the run, write them down, show them.
 
 log.jsonl, config.json and summary.json are the record; the console line, report.md and wandb only show it.
+
+    python report.py out/a         # out/a/report.md anew, also of a run still going or cut off
+    python report.py out/a out/b   # out/compare-a-b/compare.md
 """
 
 import importlib.metadata
+import itertools
 import json
 import math
 import os
 import platform
 import re
 import resource
+import shlex
 import statistics
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -23,52 +29,37 @@ import torch.distributed as dist
 # -----------------------------------------------------------------------------
 # Measuring
 
-# dense bf16 peaks in TFLOP/s, as published; the words must all stand in the device's name, as whole words
-PUBLISHED_PEAKS = [
-    ("GB200", 2500.0),
-    ("B200", 2250.0),
-    ("H200", 989.0),
-    ("GH200", 989.0),
-    ("H100 PCIE", 756.0),
-    ("H100 NVL", 835.0),
-    ("H100", 989.0),
-    ("A100", 312.0),
-    ("L40S", 362.0),
-    ("L4", 121.0),
-    ("RTX 5090", 209.5),
-    ("RTX 4090", 165.2),
-    ("RTX 3090", 71.0),
-]
-OTHER_CHIPS = {
-    "LAPTOP",
-    "MIG",
-    "TI",
-    "D",
-    "SUPER",
-}  # words that make a chip of the same number a slower or faster one
+# dense bf16 TFLOP/s, as published, by the words of a GPU's name without maker, brand and gigabytes: any
+# other word (Laptop, Ti, D, MIG) makes it another chip. What is not here is measured
+PUBLISHED_PEAKS = {"GB200": 2500.0, "B200": 2250.0, "H200": 989.0, "GH200": 989.0, "L40S": 362.0}
+PUBLISHED_PEAKS |= {"H100 HBM3": 989.0, "H100 PCIE": 756.0, "H100 NVL": 835.0, "A100 SXM4": 312.0}
+PUBLISHED_PEAKS |= {"A100 PCIE": 312.0, "RTX 5090": 209.5, "RTX 4090": 165.2, "RTX 3090": 71.0, "L4": 121.0}
 
 
 def published_peak(device_name):
     """Published dense bf16 FLOP/s of a GPU by its name, or None for one that the table does not know."""
-    words = set(re.findall(r"[A-Z0-9]+", device_name.upper()))
-    for key, tflops in PUBLISHED_PEAKS:
-        if set(key.split()) <= words and not OTHER_CHIPS & words:
-            return tflops * 1e12
-    return None
+    words = re.findall(r"[A-Z0-9.]+", device_name.upper())
+    name = " ".join(word for word in words if not re.fullmatch(r"NVIDIA|GEFORCE|\d+GB?", word))
+    tflops = PUBLISHED_PEAKS.get(name)
+    return tflops and tflops * 1e12
 
 
 def measured_peak(device, dtype):
-    """FLOP/s of a large product of random matrices on this device: the median of 5 or more, in under 2 s."""
-    n = {"cuda": 8192, "mps": 4096}.get(device.type, 2048)
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    synchronize, times, start = synchronizer(device.type), [], time.perf_counter()
-    while len(times) < 6 or (len(times) < 20 and time.perf_counter() - start < 1):
-        synchronize()
-        begin = time.perf_counter()
-        torch.mm(a, b)
-        synchronize()
-        times.append(time.perf_counter() - begin)
-    return 2 * n**3 / statistics.median(times[1:])
+    """FLOP/s of a product of random matrices on this device: the median of 5, of the largest in 2 s."""
+    synchronize, begin = synchronizer(device.type), time.perf_counter()
+    for n in (256, 512, 1024, 2048, 4096, 8192):
+        a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+        times = []
+        for _ in range(6):
+            synchronize()
+            start = time.perf_counter()
+            torch.mm(a, b)
+            synchronize()
+            times.append(time.perf_counter() - start)
+        seconds = statistics.median(times[1:])  # the first one loads the kernel
+        if time.perf_counter() - begin + 6 * 8 * seconds > 2:  # the next size takes 8 times as long
+            break
+    return 2 * n**3 / seconds
 
 
 def find_peak(device, device_name, dtype, given_tflops=None):
@@ -118,7 +109,7 @@ def debias(smooth, beta, count):
 
 def bits_per_byte(model, batches, device):
     """
-    `model` (tokens, targets -> sum of nats, a 0-D tensor) over this rank's (tokens, targets, bytes) batches:
+    `model` (tokens, targets -> sum of nats, 0-D tensor) over this rank's (tokens, targets, bytes) batches:
     nats of all ranks / (ln 2 · bytes of all ranks), added in float64 on the host after one synchronization.
     Gradients stay enabled, so that a compiled model runs the very graph that trains: nothing compiles anew.
     """
@@ -162,46 +153,52 @@ class Log:
         self.file = open(folder / "log.jsonl", "a", encoding="utf-8") if folder else None
         self.wandb = None
         if folder and wandb:
-            try:
-                import wandb as library
+            self.guard(self.start_wandb, folder, config)
 
-                self.wandb = library.init(
-                    project="onedial", name=folder.name, id=folder.name, resume="allow", config=config
-                )
-                for axis in ("step", "total_training_time", "total_training_flops"):
-                    self.wandb.define_metric(axis)
-                self.wandb.define_metric("*", step_metric="step")
-            except Exception as error:  # a logging service must never stop a run
-                print(f"wandb is off: {type(error).__name__}: {error}")
+    def start_wandb(self, folder, config):
+        import wandb
+
+        identity = folder / "wandb.id"  # not the name: two machines may both have a run of that name
+        if not identity.exists():
+            identity.write_text(os.urandom(6).hex())
+        options = {"name": folder.name, "id": identity.read_text(), "resume": "allow", "dir": folder}
+        self.wandb = wandb.init(project="onedial", config=config, **options)
+        for axis in ("step", "total_training_time", "total_training_flops"):
+            self.wandb.define_metric(axis)
+        self.wandb.define_metric("*", step_metric="step")
+
+    def guard(self, action, *arguments):
+        """A logging service must never stop a run: at its first error it is left alone."""
+        try:
+            action(*arguments)
+        except Exception as error:
+            print(wrap(f"wandb    is off: {type(error).__name__}: {error}"), flush=True)
+            self.wandb = None
 
     def write(self, kind, **fields):
+        fields = {name: plain(value) for name, value in fields.items()}
         if self.file:
-            self.file.write(json.dumps({"kind": kind, **{k: plain(v) for k, v in fields.items()}}) + "\n")
-            self.file.flush()
-        if self.wandb and kind != "event":
             try:
-                self.wandb.log({k: v for k, v in fields.items() if plain(v) is not None})
-            except Exception as error:
-                print(f"wandb is off: {type(error).__name__}: {error}")
-                self.wandb = None
+                self.file.write(json.dumps({"kind": kind, **fields}) + "\n")
+                self.file.flush()
+            except OSError as error:  # what is left in the buffer follows once there is room again
+                print(wrap(f"log      not written, training goes on: {error}"), flush=True)
+        if self.wandb and kind != "event":
+            self.guard(self.wandb.log, {k: v for k, v in fields.items() if v is not None})
 
     def close(self, summary=None):
         if self.file:
             self.file.close()
         if self.wandb:
-            try:
-                self.wandb.summary.update(summary or {})
-                self.wandb.finish()
-            except Exception as error:
-                print(f"wandb: {type(error).__name__}: {error}")
+            self.guard(lambda: (self.wandb.summary.update(summary or {}), self.wandb.finish()))
 
 
-def short(number):
-    """1234567 -> '1.23M': three digits and a letter."""
-    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.3g}{letter}"
-    return f"{number:.3g}"
+def short(number, gap=""):
+    """1234567 -> '1.23M': three digits and a letter, `gap` between the two."""
+    for letter in ("", "k", "M", "G", "T", "P"):
+        if number < 999.5 or letter == "P":
+            return f"{number:.3g}{gap}{letter}"
+        number /= 1000
 
 
 def duration(seconds):
@@ -215,72 +212,76 @@ def duration(seconds):
 
 
 def val_line(record, num_iterations):
-    """The console's line for a val record."""
-    total = str(num_iterations)
-    return (
-        f"val  {record['step']:>{len(total)}}/{total}          {record['val_bpb']:.4f} bits per byte, "
-        f"the lowest so far is {record['min_val_bpb']:.4f}"
-    )
+    """The console's line for a val record, bold on a terminal unless NO_COLOR (no-color.org) is set."""
+    line = f"val  {record['step']:>{len(str(num_iterations))}}/{num_iterations}  {record['val_bpb']:.4f} "
+    line += f"bits per byte, the lowest so far is {record['min_val_bpb']:.4f}"
+    return f"\033[1m{line}\033[0m" if sys.stdout.isatty() and not os.environ.get("NO_COLOR") else line
 
 
 def step_line(record, num_iterations, val_bpb, mfu_source, eta):
     """The console's line for a step record: at most 120 columns."""
-    of = " of measured" if mfu_source == "measured" else ""
-    total = str(num_iterations)
+    total, loss = str(num_iterations), record["train_loss_ema"]
+    speed = short(record["total_training_flops"] / record["step"] / record["dt"], " ")
+    mfu = f"{record['mfu']:3.0%} of measured" if mfu_source == "measured" else f"{record['mfu']:5.1%}"
+    lr = f"  lr {record['lrm']:.2f}" if 2 * len(total) + len(mfu) < 25 else ""  # where there is room
     return (
-        f"step {record['step']:>{len(total)}}/{total} {record['step'] / num_iterations:6.1%}"
-        f"   loss {record['train_loss_ema']:.4f}   val {val_bpb:.4f}   lr {record['lrm']:.2f}"
-        f"   {short(record['tok_per_sec']):>5} tok/s   mfu {record['mfu']:5.1%}{of}"
-        f"   data {record['data_wait']:.1%}   eta {duration(eta)}"
-    )
+        f"step {record['step']:>{len(total)}}/{total}  loss {loss:6.{4 if loss < 10 else 3}f}  "
+        f"val {val_bpb:.4f}{lr}  {short(record['tok_per_sec']):>5} tok/s  {speed:>6}FLOP/s"
+        f"  mfu {mfu}  data {record['data_wait']:3.0%}  eta {duration(eta)}"
+    )[:120]
+
+
+def wrap(line):
+    """A line on as many rows of 120 columns as it needs."""
+    return textwrap.fill(line, 120, subsequent_indent=" " * 9, break_on_hyphens=False)
 
 
 def header(config, compiled, attention, peak, peak_source, plan):
-    """The four lines that a run starts with, from its config.json and what only the machine knows."""
+    """The lines that a run starts with, from its config.json and what only the machine knows."""
     model, params, corpus = config["model"], config["num_params"], config["corpus"]
-    roles = ("matrix", "head", "embedding", "value_embedding")
-    counts = " · ".join(f"{short(params[role])} {role.replace('_', ' ')}" for role in roles)
-    speed = f"peak {short(peak)}FLOP/s ({peak_source})"
     processes = f"{config['world_size']} × " if config["world_size"] > 1 else ""
-    return "\n".join(
-        (
-            f"onedial  depth {model['n_layer']}, width {model['n_embd']} · {counts} parameters · "
-            f"{short(config['num_flops_per_token'])}FLOP per token",
-            f"device   {processes}{config['device']} · {config['settings']['dtype']} · "
-            f"{'compiled' if compiled else 'eager'} · {attention} attention · {speed}",
-            f"data     {corpus['name']} · vocabulary of {model['vocab_size']:,} · "
-            f"{short(corpus['train']['tokens'])} training tokens · fingerprint {corpus['fingerprint']}",
-            f"plan     {plan}",
-        )
+    lines = (
+        f"onedial  depth {model['n_layer']}, width {model['n_embd']} · {short(params['matrix'])} matrix, "
+        f"{short(params['head'])} head, {short(params['embedding'] + params['value_embedding'])} embedding "
+        f"parameters · {short(config['num_flops_per_token'], ' ')}FLOP per token",
+        f"device   {processes}{config['device']} · {config['settings']['dtype']} · "
+        f"{'compiled' if compiled else 'eager'} · {attention} attention · "
+        f"peak {short(peak, ' ')}FLOP/s ({peak_source})",
+        f"data     {corpus['name']} · vocabulary of {model['vocab_size']:,} · "
+        f"{short(corpus['train']['tokens'])} training tokens · fingerprint {corpus['fingerprint']}",
+        f"plan     {plan}",
     )
+    return "\n".join(map(wrap, lines))
 
 
 def show_samples(samples):
     """[[prompt, continuation], …] as indented text."""
-    return "\n".join(f"sample   {prompt!r} ->\n{text}" for prompt, text in samples)
+    lines = []
+    for prompt, text in samples:
+        lines += [f"sample   {prompt!r} ->", *(" " * 9 + line for line in text.splitlines())]
+    return "\n".join(map(wrap, lines))
 
 
 def versions():
     """Python, package and system versions, and the git commit of the code, for config.json."""
     found = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
     found |= {name: importlib.metadata.version(name) for name in ("numpy", "tiktoken", "rustbpe")}
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    command = "git describe --always --abbrev=40 --dirty --exclude *".split()  # "-dirty": changed since
     try:
-        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+        commit = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent).stdout
     except OSError:
         commit = ""
-    return {**found, "system": platform.platform(), "git_commit": commit or None}
+    return {**found, "system": platform.platform(), "git_commit": commit.strip() or None}
 
 
 # -----------------------------------------------------------------------------
-# The record of a run, and the report made of it
+# The record of a run
 
 
 def read_log(folder):
     """The records of a run's log.jsonl, in order; a line that a crash cut short is left out."""
-    records = []
-    path = Path(folder) / "log.jsonl"
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    path, records = Path(folder) / "log.jsonl", []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
         try:
             records.append(json.loads(line))
         except ValueError:
@@ -288,72 +289,253 @@ def read_log(folder):
     return records
 
 
+def replace(path, text):
+    """Write a file in one go: whoever reads it sees the old text or the new one."""
+    path.with_suffix(".tmp").write_text(text, encoding="utf-8")
+    os.replace(path.with_suffix(".tmp"), path)
+
+
 def cut_log(folder, step):
     """Drop the records after `step`, so that no step stands twice once a run goes on from there."""
-    path = Path(folder) / "log.jsonl"
     lines = [json.dumps(record) + "\n" for record in read_log(folder) if record["step"] <= step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(lines), encoding="utf-8")
-    os.replace(temporary, path)
+    replace(Path(folder) / "log.jsonl", "".join(lines))
 
 
 def finish(folder, summary):
     """Write summary.json and report.md, and print the numbers as `name: value` lines."""
-    (folder / "summary.json").write_text(json.dumps({k: plain(v) for k, v in summary.items()}, indent=2))
-    write_report(folder)
+    replace(folder / "summary.json", json.dumps({k: plain(v) for k, v in summary.items()}, indent=2))
     print("---")
     for name, value in summary.items():
         if not isinstance(value, (list, dict)):
             print(f"{name}: {value:.6g}" if isinstance(value, float) else f"{name}: {value}")
-    print(f"report: {folder / 'report.md'}", flush=True)
+    print(f"report: {write_report(folder)}", flush=True)
+
+
+class Run:
+    """A run's folder, read: config, records by kind, and the final or, till then, the latest numbers."""
+
+    def __init__(self, folder):
+        self.folder, self.name = Path(folder), Path(folder).resolve().name
+        if not (self.folder / "config.json").exists():
+            raise ValueError(f"{folder} holds no config.json.\nGive the folder of a run, such as out/NAME.")
+        self.config, records = json.loads((self.folder / "config.json").read_text()), read_log(folder)
+        kinds = ("step", "val", "event")
+        self.steps, self.vals, self.events = ([r for r in records if r["kind"] == kind] for kind in kinds)
+        self.numbers = {"mfu_peak_source": self.config.get("mfu_peak_source", "device's")}
+        for record in self.vals[-1:] + self.steps[-1:]:
+            self.numbers |= record
+        self.numbers["steps"] = records[-1]["step"] if records else 0
+        path = self.folder / "summary.json"
+        summary = json.loads(path.read_text()) if path.exists() else {}
+        if summary.get("steps") == self.numbers["steps"]:  # else it is from before the run was resumed
+            self.numbers |= summary
+        if self.steps:
+            flops, causal = (self.config["num_flops_per_token" + kind] for kind in ("", "_causal"))
+            self.numbers["flops_per_sec"] = flops * self.numbers["tok_per_sec"]
+            self.numbers["mfu_causal"] = self.numbers["mfu"] * causal / flops
+        self.facts = {"device": self.config["device"], "processes": self.config["world_size"]}
+        self.facts |= {"corpus": self.config["corpus"]["fingerprint"], **self.config["versions"]}
+
+
+# -----------------------------------------------------------------------------
+# The report of a run, and the comparison of several
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe's and Ito's
+LOOKS = {"val_bpb": "o-", "muon_momentum": "--", "weight_decay": "-."}
+
+
+def column(records, name):
+    """One number of each record; nan for a non-finite one."""
+    return [math.nan if r[name] is None else r[name] for r in records]
+
+
+def draw(runs, path):
+    """The losses of one run or several, a colour for each; of one also schedules, speed, norm, waiting."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    rows = 4 if len(runs) == 1 else 2
+    figure = Figure(figsize=(10, 3.2 * rows), layout="constrained")
+    places = iter(figure.subplots(rows, 2).flat)
+
+    def panel(title, x, *names, log=None):
+        axes = next(places)
+        axes.set_title(title, loc="left", fontsize=10)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        for run, colour in zip(runs, itertools.cycle(COLOURS)):
+            records = run.vals if "val_bpb" in names else run.steps
+            if names[-1] in ("val_bpb", "train_loss_ema"):  # the start would flatten all that follows
+                records = [r for r in records if r["step"] > 0.03 * run.numbers["steps"]]
+            for name, own_colour in zip(names, COLOURS):
+                look = {"color": own_colour if "lrm" in names else colour, "markersize": 3, "label": name}
+                look["alpha"] = 0.3 if name == "train_loss" else 1
+                axes.plot(column(records, x), column(records, name), LOOKS.get(name, "-"), **look)
+        if log:  # with a label at each 1, 2, 5: it may span less than a decade
+            axes.set(**{log + "scale": "log"})
+            axis = getattr(axes, log + "axis")
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter(lambda value, _: f"{value:.3g}".replace("e+", "e"))
+            axis.set_minor_formatter(NullFormatter())
+        if log != "x":
+            axes.locator_params(axis="x", nbins=6)
+        return axes
+
+    title = "train loss of a step (faint) and on average, nats per token"
+    loss = panel(title, "step", "train_loss", "train_loss_ema")
+    panel("val_bpb over steps", "step", "val_bpb")
+    panel("val_bpb over training FLOPs", "total_training_flops", "val_bpb", log="x")
+    panel("val_bpb over seconds of training", "total_training_time", "val_bpb")
+    if len(runs) == 1:
+        panel("schedules over steps", "step", "lrm", "muon_momentum", "weight_decay").legend(frameon=False)
+        speed = panel("tokens per second, and MFU in %, over steps", "step", "tok_per_sec")
+        speed.set_ylim(bottom=0)
+        share = 100 * runs[0].numbers["mfu"] / runs[0].numbers["tok_per_sec"]
+        speed.secondary_yaxis("right", functions=(lambda tokens: share * tokens, lambda mfu: mfu / share))
+        panel("gradient norm over steps", "step", "grad_norm", log="y")
+        panel("share of the time that training waited for data", "step", "data_wait").set_ylim(0, 1)
+    else:
+        lines, names = loss.lines[1::2], [run.name for run in runs]
+        figure.legend(lines, names, loc="outside upper left", ncols=3, frameon=False)
+    figure.savefig(path, dpi=110)
+
+
+def sparkline(values):
+    """'first ▇▅▃▂▁ last' in at most 60 bars."""
+    values = [v for v in values if math.isfinite(v)] or [0.0]
+    low, high, count = min(values), max(values), min(60, len(values))
+    chosen = [values[(i + 1) * len(values) // count - 1] for i in range(count)]
+    bars = ("▁▂▃▄▅▆▇█"[int(7 * (v - low) / (high - low or 1))] for v in chosen)
+    return f"{values[0]:<9.4g} {''.join(bars)} {values[-1]:.4g}"
+
+
+def show_curves(runs, folder):
+    """Draw curves.png -> the markdown that shows it; where matplotlib is missing, the curves as text."""
+    try:
+        draw(runs, folder / "curves.png")
+        return "![curves](curves.png)"
+    except Exception:  # no matplotlib, or a broken one
+        lines = [f"{'val_bpb':<15} {sparkline(column(run.vals, 'val_bpb'))}  {run.name}" for run in runs]
+        for name in ("train_loss_ema", "lrm", "tok_per_sec", "grad_norm") if len(runs) == 1 else ():
+            lines.append(f"{name:<15} {sparkline(column(runs[0].steps, name))}")
+        return "    " + "\n    ".join(lines)
+
+
+NUMBERS = {  # results by their names in summary.json, and how they are written
+    "val_bpb": "{:.4f}".format, "min_val_bpb": "{:.4f}".format, "train_loss_ema": "{:.4f}".format,
+    "steps": "{:,}".format, "tokens": short, "total_training_flops": "{:.3g}".format,
+    "total_training_time": duration, "wall_time": duration, "tok_per_sec": short,
+    "flops_per_sec": lambda flops: short(flops, " ") + "FLOP/s", "mfu": "{:.1%}".format,
+    "mfu_causal": "{:.1%}".format, "peak_memory": lambda size: short(size, " ") + "B",
+    "skipped_steps": "{:,}".format,
+}
+MEMORY = {"cuda": "CUDA's allocator", "mps": "the driver's, at the end", "cpu": "resident set"}
+LAPS = {"corpus": "preparation of the corpus", "trial": "trial and compilation"}
+# settings that may be auto and decide the numbers: with the flags that were given they repeat a run
+PINNED = "seed data dtype vocab_size depth head_dim max_seq_len total_batch_size num_iterations eval_tokens"
+NOT_REPEATED = "run out_dir resume wandb minutes target_flops target_param_data_ratio"
 
 
 def table(header, rows):
     """A markdown table; cells are converted by str."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines) + "\n"
+    lines = [[str(cell).replace("|", "\\|") for cell in line] for line in (header, *rows)]
+    lines.insert(1, ["---"] * len(header))
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def results(runs):
+    """The final numbers of one run or several, with their differences from the first."""
+    first, rows = runs[0], []
+    notes = {"mfu": f"mfu, of the {first.numbers['mfu_peak_source']} peak"}
+    notes["peak_memory"] = f"peak_memory, {MEMORY[first.config['settings']['device_type']]}"
+    for name, write in NUMBERS.items():
+        base, *values = (run.numbers.get(name) for run in runs)
+        cells = ["–" if value is None else write(value) for value in (base, *values)]
+        for i, value in enumerate(values, 1):
+            cells[i] += f" ({value / base - 1:+.1%})" if base and value is not None else ""
+        rows.append([notes.get(name, name), *cells])
+    return table(["result", *(run.name for run in runs)], rows)
+
+
+def time_table(run):
+    """Where the wall time went; what training waited for data stands apart."""
+    starts = [0, *column(run.steps, "step")]
+    windows = [r["dt"] * (r["step"] - start) for r, start in zip(run.steps, starts)]
+    waiting = sum(window * r["data_wait"] for window, r in zip(windows, run.steps))
+    laps = {**run.numbers.get("time", {"training": sum(windows)}), "waiting for data": waiting}
+    laps["training"] -= waiting
+    total = sum(laps.values())
+    rows = [[LAPS.get(name, name), f"{spent:.1f}", f"{spent / total:.1%}"] for name, spent in laps.items()]
+    return table(["where the time went", "seconds", "share"], [*rows, ["together", f"{total:.1f}", ""]])
+
+
+def command(run, num_iterations):
+    """The shell commands that repeat a run, with the values that were found for auto."""
+    config = run.config
+    names = (config["given"].keys() | PINNED.split()) - set(NOT_REPEATED.split())
+    several = f"torchrun --standalone --nproc_per_node={config['world_size']}"
+    words = [several if config["world_size"] > 1 else "python", "train.py"]
+    for name, value in (config["settings"] | {"num_iterations": num_iterations}).items():
+        if name in names and value is not None:
+            value = {"True": "on", "False": "off"}.get(str(value), str(value))
+            words.append(f"--{name.replace('_', '-')} {shlex.quote(value)}")
+    commit, _, changed = (config["versions"]["git_commit"] or "unknown").partition("-")
+    note = "  # and the changes that were not committed" if changed else ""
+    return f"    git checkout {commit}{note}\n    {' '.join(words)}"
 
 
 def write_report(folder):
-    """report.md from log.jsonl, config.json and, if the run came to its end, summary.json."""
-    folder = Path(folder)
-    config = json.loads((folder / "config.json").read_text())
-    summary = json.loads((folder / "summary.json").read_text()) if (folder / "summary.json").exists() else {}
-    records = read_log(folder)
-    steps, vals = ([r for r in records if r["kind"] == kind] for kind in ("step", "val"))
-    parts = [f"# {folder.name}\n"]
-    numbers = {k: v for k, v in summary.items() if isinstance(v, (int, float, str))}
-    parts.append(
-        table(
-            ["result", "value"], [[k, f"{v:.6g}" if isinstance(v, float) else v] for k, v in numbers.items()]
-        )
-    )
-    chosen = steps[:: max(1, len(steps) // 20)] + steps[-1:] if steps else []
-    by_step = {val["step"]: val["val_bpb"] for val in vals}
-    rows = {
-        r["step"]: [r["step"], f"{r['train_loss_ema']:.4f}", "", f"{r['lrm']:.3f}", short(r["tok_per_sec"])]
-        for r in chosen
-    }
-    for step, bpb in by_step.items():
-        rows.setdefault(step, [step, "", "", "", ""])[2] = f"{bpb:.4f}"
-    parts.append("## Loss\n")
-    parts.append(
-        table(["step", "train loss (EMA, nats)", "val bpb", "lr", "tok/s"], [rows[s] for s in sorted(rows)])
-    )
-    parts.append("## Settings\n")
-    parts.append(
-        table(["setting", "value"], [[k, v] for k, v in config["settings"].items() if v is not None])
-    )
-    parts.append("## Hardware and versions\n")
-    facts = {"device": config["device"], "world_size": config["world_size"], **config["versions"]}
-    parts.append(table(["what", "value"], facts.items()))
-    if summary.get("samples"):
-        parts.append("## Samples\n")
-        parts += [f"```\n{prompt}{text}\n```\n" for prompt, text in summary["samples"]]
-    (folder / "report.md").write_text("\n".join(parts), encoding="utf-8")
+    """report.md, from log.jsonl, config.json and, if the run came to an end, summary.json -> its path."""
+    run = Run(folder)
+    config, step, params = run.config, run.numbers["steps"], run.config["num_params"]
+    last = run.events[-1]["event"] if run.events else "empty"
+    state = last if last in ("finished", "interrupted", "not_finite") else "still going, or cut off"
+    plans = [event["num_iterations"] for event in run.events if "num_iterations" in event]
+    plans += [step] if last == "finished" else []
+    num_iterations = config["settings"]["num_iterations"] or [None, *plans][-1]
+    given = [[name, config["settings"].get(name)] for name in config["given"]]
+    counts = {**params, "all parameters": sum(params.values())}
+    counts["FLOPs per token, PaLM convention"] = config["num_flops_per_token"]
+    counts["FLOPs per token, exact causal"] = config["num_flops_per_token_causal"]
+    counts = [[name, f"{count:,.0f}"] for name, count in counts.items()]
+    parts = [f"# {run.name}", f"{state}: {step} of {num_iterations or '?'} steps"]
+    if run.steps:
+        parts += [results([run]), show_curves([run], run.folder)]
+    else:
+        parts += ["The log holds no step yet."]
+    parts += ["## Settings that were given", table(["setting", "value"], given)]
+    parts += ["## Hardware and versions", table(["what", "value"], run.facts.items())]
+    parts += ["## Time", time_table(run)] if run.steps else []
+    parts += ["## Parameters and FLOPs", table(["what", "count"], counts)]
+    for prompt, text in run.numbers.get("samples", []):
+        parts += [f"## Sample from {prompt!r}", textwrap.indent(text, "    ")]
+    parts += ["## How to repeat it", command(run, num_iterations)]
+    replace(run.folder / "report.md", "\n\n".join(parts) + "\n")
+    return run.folder / "report.md"
+
+
+def compare(folders):
+    """compare.md and its picture, in a folder beside the first run -> its path."""
+    runs = [Run(folder) for folder in folders]
+    target = runs[0].folder.parent / ("compare-" + "-".join(run.name for run in runs))[:120]
+    target.mkdir(exist_ok=True)
+    if len({run.name for run in runs}) < len(runs):
+        for run in runs:
+            run.name = str(run.folder)
+    facts, names = [run.config["settings"] | run.facts for run in runs], [run.name for run in runs]
+    rows = [[key, *(fact.get(key) for fact in facts)] for key in facts[0] if key != "run"]
+    differing = [row for row in rows if any(cell != row[1] for cell in row[1:])]
+    parts = ["# " + ", ".join(names), "Differences are from the first run.", results(runs)]
+    parts += [show_curves(runs, target), "## Settings that differ", table(["setting", *names], differing)]
+    replace(target / "compare.md", "\n\n".join(parts) + "\n")
+    return target / "compare.md"
 
 
 if __name__ == "__main__":
-    for run in sys.argv[1:]:
-        write_report(run)
-        print(f"{run}/report.md")
+    try:
+        if len(sys.argv) < 2:
+            raise ValueError("no run is given.\nCall: python report.py out/RUN [out/RUN ...]")
+        print(compare(sys.argv[1:]) if len(sys.argv) > 2 else write_report(sys.argv[1]))
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

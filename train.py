@@ -139,13 +139,15 @@ for name, text in given.items():
         fail(f"{flag(name)} {text} is not of type {kind}.\n{HELP}")
 settings |= given
 
+given_before = {}  # the flags of the calls that a resumed run was made with
 run_folder = Path(settings["out_dir"]) / settings["run"] if settings["run"] else None
 if settings["resume"]:
     if not run_folder:
         known = sorted(Path(settings["out_dir"]).glob("*/config.json"), key=os.path.getmtime)
         run_folder = known[-1].parent if known else fail(f"{out_dir} holds no run to resume.\nStart one.")
     config_file = run_folder / "config.json"
-    saved = json.loads(config_file.read_text())["settings"] if config_file.exists() else {}
+    old = json.loads(config_file.read_text()) if config_file.exists() else {"settings": {}, "given": {}}
+    saved, given_before = old["settings"], old["given"]
     if any(given.get(name) is not None for name in HORIZONS):
         saved = {name: value for name, value in saved.items() if name not in HORIZONS}
     for name in saved.keys() & settings.keys() - set(NOT_RESUMED):
@@ -346,12 +348,11 @@ eval_every = eval_every or (250 if on_gpu else 100)
 # until the first evaluation has been timed: a forward pass is about a third of a step
 eval_time = math.ceil(len(validation.places) / (micro_rows * world_size)) * micro_time / 2
 closing_time = 4.0  # the last checkpoint, sample and report
-elapsed_before = 0.0  # wall time of this run before it was resumed
 
 
 def elapsed():
-    """Seconds that this run has taken, without the preparation of the corpus."""
-    return elapsed_before + time.time() - process_start - clock.spent["corpus"]
+    """Seconds that this run has taken, before it was resumed too, without the preparation of the corpus."""
+    return sum(clock.spent.values()) + time.time() - clock.last - clock.spent["corpus"]
 
 
 def time_left():
@@ -380,6 +381,9 @@ if minutes:
 elif num_iterations is None:
     num_iterations = max(1, round(tokens_ahead / total_batch_size))
 num_iterations = from_rank_0(num_iterations)
+device_batch_size = micro_rows
+if minutes:  # N will still move a little, and nothing before the decay may depend on it
+    warmup_steps = min(warmup_steps, num_iterations // 15)
 # longer runs want less decay (arXiv 2405.13698): the steps' decay adds up to the same over a run
 decay_scale = min(1.0, (total_batch_size / 2**19) ** 0.5 * 1.5e9 / (num_iterations * total_batch_size))
 horizon_is_final = not minutes  # under --minutes it follows the measured speed until the decay begins
@@ -413,7 +417,8 @@ for reason in passed_over:
 if resumed_from:
     state, planned = checkpoint.load(resumed_from, "state"), num_iterations
     globals().update({name: state[name] for name in STATE})
-    elapsed_before = state["elapsed"]
+    for name, spent in state["spent"].items():
+        clock.spent[name] = clock.spent.get(name, 0.0) + spent
     if not minutes:
         num_iterations, horizon_is_final = planned, True
     elif not horizon_is_final or given.get("minutes"):
@@ -447,13 +452,15 @@ peak, peak_source = report.find_peak(device, device_name, compute_dtype, peak_tf
 record = {
     # the horizon stays what was asked for: state.json and summary.json have the steps that came of it
     "settings": {n: globals()[n] if n != "num_iterations" or n in horizons else None for n in settings},
-    "given": given,
+    "given": given_before | given,
     "model": asdict(config),
     "num_params": num_params,
     "num_flops_per_token": num_flops_per_token,
     "num_flops_per_token_causal": raw_model.num_flops_per_token(exact_causal=True),
     "corpus": {"name": corpus.name, "fingerprint": corpus.fingerprint, **corpus.counts},
     "device": device_name,
+    "mfu_peak": peak,
+    "mfu_peak_source": peak_source,
     "world_size": world_size,
     "versions": report.versions(),
 }
@@ -465,7 +472,7 @@ if rank == 0:
         checkpoints.mkdir(parents=True, exist_ok=True)
         (run_folder / "config.json").write_text(json.dumps(record, indent=2))
         dataloader.save_tokenizer(corpus.tokenizer, run_folder / "tokenizer")
-        report.cut_log(run_folder, step)
+        report.cut_log(run_folder, step if resumed_from else -1)
     except filelock.Timeout:
         fail(f"{run_folder} is being written by a run that is still going.\nStop that one first.")
     except OSError as error:
@@ -480,7 +487,7 @@ plan = (
 say(report.header(record, compile, attention_backend(device), peak, peak_source, plan))
 if resumed_from:
     say(f"resume   from {resumed_from}")
-log.write("event", step=step, event="resumed" if resumed_from else "started")
+log.write("event", step=step, event="resumed" if resumed_from else "started", num_iterations=num_iterations)
 
 
 def sample():
@@ -504,7 +511,7 @@ def save():
             say(f"error: the weights of rank {strange[0]} differ from those of rank 0; nothing is saved.")
             sys.exit(1)
     tensors = {"model": raw_model.state_dict(), "optimizer": optimizer.state_dict()}
-    state = {name: globals()[name] for name in STATE} | {"elapsed": elapsed(), "data": loader.state_dict()}
+    state = {name: globals()[name] for name in STATE} | {"spent": clock.spent, "data": loader.state_dict()}
     if rank == 0:
         tell_saved(saver.save(step, tensors, state | {k: record[k] for k in ("settings", "versions")}))
 
@@ -671,6 +678,7 @@ while True:
             horizon_is_final = True
             if warmdown_ratio < 1:  # exactly here, so that --num-iterations repeats the run
                 num_iterations = max(step, int(step / (1 - warmdown_ratio)))
+            log.write("event", step=step, event="horizon", num_iterations=num_iterations)
     next_length = log_every or (1 if step < start_step + 10 else min(10, max(1, int(0.5 / dt))))
     saving_is_due |= save_minutes > 0 and time.time() - last_save_time > 60 * save_minutes
     if world_size > 1:
@@ -689,12 +697,13 @@ while True:
 # The end
 
 failed = tell_saved(saver.wait())
-clock.lap("saving")
 faulthandler.cancel_dump_traceback_later()
 if interruption:
     say(f"stopped  by {signal.Signals(interruption).name} after step {step}")
     say(f"continue with: python train.py --run {run} --resume")
-log.write("event", step=step, event="interrupted" if interruption else "finished")
+event = "interrupted" if interruption else "finished"
+log.write("event", step=step, event=event, num_iterations=num_iterations)
+clock.lap("saving")
 summary = {
     "val_bpb": val_bpb,
     "min_val_bpb": min_val_bpb,
@@ -703,7 +712,7 @@ summary = {
     "tokens": total_batch_size * step,
     "total_training_flops": flops_so_far,
     "total_training_time": total_training_time,
-    "wall_time": elapsed_before + time.time() - process_start,
+    "wall_time": sum(clock.spent.values()),
     "tok_per_sec": total_batch_size / seconds_per_step,
     "mfu": num_flops_per_token * total_batch_size / seconds_per_step / (peak * world_size),
     "mfu_peak": peak,
@@ -718,10 +727,10 @@ summary = {
     "time": clock.spent,
     "samples": samples,
 }
-log.close(summary)
 if rank == 0:
     try:
         report.finish(run_folder, summary)
+        log.close(summary)
     except OSError as error:
         failed = True
         say(f"report   failed: {error}")
