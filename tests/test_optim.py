@@ -1,0 +1,734 @@
+"""
+The optimizer against independent references, and real gloo processes against one process.
+
+The references: torch.optim.AdamW, torch.optim.Muon, and `Reference`, Muon one matrix at a time in float64.
+"""
+
+import copy
+import functools
+import itertools
+import math
+import multiprocessing
+import os
+import shutil
+import sys
+import time
+import traceback
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from optim_muon import (
+    POLAR_EXPRESS,
+    QUINTIC,
+    MuonAdamW,
+    lr_multiplier,
+    muon_momentum,
+    orthogonalize,
+    weight_decay_multiplier,
+)
+
+torch.set_num_threads(1)
+TEXTBOOK = {"orthogonalizer": "quintic", "beta2": None, "cautious": False}
+SHAPES = {"tall": (24, 10), "wide": (8, 20), "square": (12, 12), "column": (9, 1)}
+
+
+def randn(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def parameters(shapes, seed=0, dtype=torch.float32):
+    values = [randn(*shape, seed=seed + i).to(dtype) for i, shape in enumerate(shapes.values())]
+    return dict(zip(shapes, map(torch.nn.Parameter, values)))
+
+
+def set_gradients(params, step):
+    for i, p in enumerate(params.values()):
+        p.grad = (randn(*p.shape, seed=1000 * (step + 1) + i) * 10 ** (i % 3 - 2)).to(p.dtype)
+
+
+def snapshot(optimizer):
+    """Copies of all weights and all state, to be compared bit by bit."""
+    weights = {n: p.detach().clone() for b in optimizer.buckets for n, p in zip(b.names, b.params)}
+    state = {f"{b.names} {k}": t.clone() for b in optimizer.buckets for k, t in b.state.items()}
+    return weights | state
+
+
+def assert_same_bits(one, other):
+    assert one.keys() == other.keys()
+    for name in one:
+        assert one[name].dtype == other[name].dtype and torch.equal(one[name], other[name]), name
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+# -----------------------------------------------------------------------------
+# AdamW
+
+
+@pytest.mark.parametrize("reference_dtype", [torch.float32, torch.float64])
+def test_adamw_equals_torch_with_schedules_on(reference_dtype):
+    shapes = {"table": (50, 8), "vector": (17,), "scalar": ()}
+    ours = parameters(shapes)
+    theirs = {name: torch.nn.Parameter(p.detach().to(reference_dtype)) for name, p in ours.items()}
+    big = dict(betas=(0.8, 0.995), eps=1e-10, weight_decay=0.1)
+    small = dict(betas=(0.96, 0.95), eps=1e-8, weight_decay=0.0)
+    split = [(["table"], big), (["vector", "scalar"], small)]
+    groups = [dict(kind="adamw", lr=0.03, params={n: ours[n] for n in names}, **h) for names, h in split]
+    optimizer = MuonAdamW(groups)
+    groups = [dict(params=[theirs[n] for n in names], **h) for names, h in split]
+    reference = torch.optim.AdamW(groups, lr=0.03, foreach=False, fused=False)
+    for step in range(50):
+        set_gradients(ours, step)
+        for name, p in ours.items():
+            theirs[name].grad = p.grad.to(reference_dtype)
+        for group in optimizer.param_groups + reference.param_groups:
+            group["lr"] = 0.03 * lr_multiplier(step, 50, 10, 0.5, 0.1)
+        optimizer.step()
+        reference.step()
+    for name, p in ours.items():
+        torch.testing.assert_close(p.to(reference_dtype), theirs[name], rtol=1e-6, atol=1e-6)
+
+
+def test_adamw_computes_in_fp32_whatever_the_parameter_is():
+    ours = parameters({"table": (40, 6)}, dtype=torch.bfloat16)
+    reference_weight = torch.nn.Parameter(ours["table"].detach().float())
+    optimizer = MuonAdamW([dict(kind="adamw", lr=0.01, params=ours)])
+    reference = torch.optim.AdamW([reference_weight], lr=0.01, betas=(0.9, 0.95), eps=1e-10, weight_decay=0)
+    for step in range(20):
+        set_gradients(ours, step)
+        reference_weight.grad = ours["table"].grad.float()
+        optimizer.step()
+        reference.step()
+        reference_weight.data.copy_(reference_weight.bfloat16())  # only what is stored is rounded
+    assert optimizer.state_dict()["state"]["table"]["exp_avg_sq"].dtype == torch.float32
+    assert ours["table"].dtype == torch.bfloat16
+    assert torch.equal(ours["table"].float(), reference_weight)
+
+
+def test_memory_layout_does_not_matter():
+    straight = parameters({"table": (40, 6), "matrix": (6, 10)})
+    turned = {name: torch.nn.Parameter(p.detach().T.contiguous().T) for name, p in straight.items()}
+    for params in (straight, turned):
+        groups = [dict(kind="adamw", lr=0.1, params={"table": params["table"]}, weight_decay=0.1)]
+        optimizer = MuonAdamW(groups + [dict(kind="muon", lr=0.1, params={"matrix": params["matrix"]})])
+        for step in range(3):
+            set_gradients(params, step)
+            optimizer.step()
+    for name, p in straight.items():
+        assert torch.equal(p, turned[name])
+
+
+# -----------------------------------------------------------------------------
+# Muon
+
+
+class Reference:
+    """Muon for one matrix, in float64, as the papers write it: polynomials of the singular values."""
+
+    def __init__(self, weight, coefficients=QUINTIC, safety=1.0, beta2=None, cautious=False):
+        self.weight, self.coefficients, self.safety = weight.detach().double(), coefficients, safety
+        self.beta2, self.cautious, self.momentum_buffer, self.second = beta2, cautious, 0.0, 0.0
+
+    def step(self, grad, lr, momentum, weight_decay):
+        grad, (rows, cols) = grad.double(), self.weight.shape
+        self.momentum_buffer = momentum * self.momentum_buffer + (1 - momentum) * grad
+        nesterov = (1 - momentum) * grad + momentum * self.momentum_buffer
+        U, S, Vt = torch.linalg.svd(nesterov, full_matrices=False)
+        S = S / (S.norm() * self.safety)
+        for a, b, c in self.coefficients:
+            S = a * S + b * S**3 + c * S**5
+        update = U * S @ Vt
+        if self.beta2 is not None:  # NorMuon
+            norm, mean_square = update.norm(), (update**2).mean(1 if rows >= cols else 0, keepdim=True)
+            self.second = self.beta2 * self.second + (1 - self.beta2) * mean_square
+            update = update / self.second.sqrt()
+            update = update * norm / update.norm()
+        decayed = (update * self.weight >= 0) if self.cautious else 1.0
+        self.weight = self.weight - lr * weight_decay * decayed * self.weight
+        self.weight = self.weight - lr * max(1, rows / cols) ** 0.5 * update
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("refined", [False, True])
+def test_muon_equals_a_float64_reference(shape, refined):
+    params = parameters({"a": SHAPES[shape], "b": SHAPES[shape]})  # two of a shape are one stack
+    refinements = dict(coefficients=POLAR_EXPRESS, safety=1.02, beta2=0.9, cautious=True)
+    references = {name: Reference(p, **(refinements if refined else {})) for name, p in params.items()}
+    optimizer = MuonAdamW([dict(kind="muon", lr=0.02, params=params, **({} if refined else TEXTBOOK))])
+    (group,) = optimizer.param_groups
+    for step in range(10):
+        set_gradients(params, step)
+        group["lr"] = 0.02 * lr_multiplier(step, 10, 40, 0.5, 0.1)
+        group["momentum"] = muon_momentum(step, 10, 0.5)
+        group["weight_decay"] = 0.3 * weight_decay_multiplier(step, 10, 0.5)
+        optimizer.step()
+        for name, reference in references.items():
+            reference.step(params[name].grad, group["lr"], group["momentum"], group["weight_decay"])
+    for name, reference in references.items():
+        torch.testing.assert_close(params[name].double(), reference.weight, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", ["tall", "wide", "square"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_textbook_muon_equals_torch(shape, dtype):
+    params, theirs = parameters({"a": SHAPES[shape]}), parameters({"a": SHAPES[shape]})
+    start = params["a"].detach().clone()
+    group = dict(kind="muon", lr=0.02, momentum=0.9, weight_decay=0.2, params=params, **TEXTBOOK)
+    optimizer = MuonAdamW([group], orthogonalize_dtype=dtype)
+    reference = torch.optim.Muon(
+        theirs.values(), lr=0.02, momentum=0.9, weight_decay=0.2, adjust_lr_fn="original"
+    )  # Newton–Schulz in bf16
+    for step in range(20):
+        set_gradients(params, step)
+        theirs["a"].grad = params["a"].grad.clone()
+        for g in optimizer.param_groups + reference.param_groups:
+            g["lr"] = 0.02 * lr_multiplier(step, 20, 40, 0.5, 0.1)
+        optimizer.step()
+        reference.step()
+    assert relative(params["a"] - start, theirs["a"] - start) < 0.02
+
+
+def with_spectrum(rows, cols, spectrum, seed=0):
+    """Two random matrices with these singular values, all others 0."""
+    U = torch.linalg.qr(randn(2, rows, rows, seed=seed).double())[0][..., : len(spectrum)]
+    V = torch.linalg.qr(randn(2, cols, cols, seed=seed + 1).double())[0][..., : len(spectrum)]
+    return (U * torch.tensor(spectrum) @ V.mT).float()
+
+
+@pytest.mark.parametrize(
+    "rows, cols, rank", [(96, 32, 32), (32, 96, 32), (48, 48, 48), (64, 32, 5), (32, 64, 5), (48, 48, 5)]
+)
+@pytest.mark.parametrize("method, low, high", [("polar_express", 0.858, 1.142), ("quintic", 0.681, 1.204)])
+@pytest.mark.parametrize("dtype, slack", [(torch.float32, 1e-3), (torch.bfloat16, 0.06)])
+def test_singular_values_lie_in_the_promised_interval(rows, cols, rank, method, low, high, dtype, slack):
+    spectrum = torch.logspace(0, -1.5, rank, dtype=torch.float64).tolist()
+    for magnitude in (1e-4, 1.0, 1e4):
+        G = magnitude * with_spectrum(rows, cols, spectrum)
+        O = orthogonalize(G, dtype, method)  # noqa: E741
+        values = torch.linalg.svdvals(O.double())
+        assert low - slack < values[:, :rank].min()
+        assert values.max() < high + slack  # bf16's rounding errors fill the null space
+        if dtype == torch.float32:
+            assert rank == min(rows, cols) or values[:, rank:].max() < 1e-2
+            # the same singular vectors: Gᵀ·O is symmetric and positive
+            product = G.double().mT @ O.double() / magnitude
+            assert (product - product.mT).norm() < 1e-3 * product.norm()
+            assert torch.linalg.eigvalsh(product + product.mT).min() > -1e-3
+
+
+def test_spectra_that_fall_to_zero_stay_below_the_interval():
+    spectrum = torch.logspace(0, -8, 32, dtype=torch.float64).tolist()
+    for rows, cols in ((32, 128), (128, 32), (32, 32)):
+        G = with_spectrum(rows, cols, spectrum)
+        values = torch.linalg.svdvals(orthogonalize(G).double())
+        expected = torch.tensor(spectrum, dtype=torch.float64)
+        expected = expected / (expected.norm() * 1.02)
+        for a, b, c in POLAR_EXPRESS:
+            expected = a * expected + b * expected**3 + c * expected**5
+        assert torch.isfinite(values).all() and values.max() < 1.143
+        expected = expected.sort(descending=True)[0].expand(2, -1)
+        torch.testing.assert_close(values, expected, atol=5e-3, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_zero_gradients_change_nothing(dtype):
+    params = parameters({**SHAPES, "vector": (5,)})
+    vector = params.pop("vector")
+    group = dict(kind="adamw", lr=0.1, params={"vector": vector})
+    optimizer = MuonAdamW([dict(kind="muon", lr=0.1, params=params), group], orthogonalize_dtype=dtype)
+    before = {name: p.detach().clone() for name, p in {**params, "vector": vector}.items()}
+    for _ in range(3):
+        for p in [*params.values(), vector]:
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        assert optimizer.skipped == 0 and optimizer.grad_norm == 0
+    assert_same_bits(before, {**params, "vector": vector})
+
+
+# -----------------------------------------------------------------------------
+# The guard
+
+
+def mixed(compile=False, seed=0):
+    """An optimizer over two stacks, a lone matrix, a table and small tensors."""
+    shapes = {"m1": (8, 6), "m2": (8, 6), "m3": (4, 12), "m4": (7, 7), "table": (30, 5), "v": (3,)}
+    params = parameters(shapes, seed)
+    matrices, rest = ({n: p for n, p in params.items() if (n[0] == "m") == m} for m in (True, False))
+    groups = [
+        dict(kind="muon", lr=0.05, weight_decay=0.1, params=matrices),
+        dict(kind="adamw", lr=0.05, weight_decay=0.1, params=rest),
+    ]
+    return MuonAdamW(groups, compile=compile), params
+
+
+def spoil(params, where, value):
+    params[where].grad.view(-1)[1] = value
+
+
+@pytest.mark.parametrize("where", ["m2", "m3", "table", "v", "loss"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_bad_step_changes_nothing(where, value):
+    (optimizer, params), (clean, clean_params) = mixed(), mixed()
+    for step in range(4):
+        before = snapshot(optimizer)
+        set_gradients(params, 100 + step)
+        if where != "loss":
+            spoil(params, where, value)
+        optimizer.step(torch.tensor(value if where == "loss" else 1.0))  # the first step included
+        assert optimizer.skipped == 1
+        assert_same_bits(before, snapshot(optimizer))
+        for o, p in ((optimizer, params), (clean, clean_params)):
+            set_gradients(p, step)
+            o.step(torch.tensor(1.0))
+            assert o.skipped == 0
+    assert optimizer.state_dict()["state"]["v"]["step"] == 4
+    assert_same_bits(snapshot(optimizer), snapshot(clean))
+
+
+def test_a_skipped_flag_and_a_norm_stay_what_they_were():
+    """The caller keeps those of many steps, and reads them at the end of a window."""
+    optimizer, params = mixed()
+    flags, norms, expected = [], [], []
+    for step in range(4):
+        set_gradients(params, step)
+        expected.append(torch.cat([p.grad.flatten() for p in params.values()]).double().norm())
+        if step == 2:
+            spoil(params, "m1", math.nan)
+        optimizer.step()
+        flags.append(optimizer.skipped)
+        norms.append(optimizer.grad_norm)
+    assert torch.stack(flags).tolist() == [0, 0, 1, 0]
+    for step in (0, 1, 3):
+        assert norms[step].item() == pytest.approx(expected[step].item(), rel=1e-5)
+    assert norms[2].isnan()
+
+
+# -----------------------------------------------------------------------------
+# State
+
+
+def test_state_round_trip_is_bitwise(tmp_path):
+    (whole, whole_params), (first, first_params), (second, second_params) = mixed(), mixed(), mixed(seed=50)
+    for step in range(10):
+        if step == 5:
+            torch.save(first.state_dict(), tmp_path / "state.pt")
+            second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True, mmap=True))
+            with torch.no_grad():
+                for name, p in first_params.items():
+                    second_params[name].copy_(p)
+        half = (first, first_params) if step < 5 else (second, second_params)
+        for optimizer, params in ((whole, whole_params), half):
+            set_gradients(params, step)
+            optimizer.step()
+    assert_same_bits(snapshot(whole), snapshot(second))
+
+
+def test_state_has_names_and_full_tensors():
+    optimizer, params = mixed()
+    set_gradients(params, 0)
+    optimizer.step()
+    state = optimizer.state_dict()["state"]
+    assert list(state) == list(params)
+    shapes = {name: {key: tuple(t.shape) for key, t in tensors.items()} for name, tensors in state.items()}
+    assert shapes["m1"] == {"momentum_buffer": (8, 6), "second_momentum": (8, 1)}
+    assert shapes["m3"] == {"momentum_buffer": (4, 12), "second_momentum": (1, 12)}
+    assert shapes["v"] == {"exp_avg": (3,), "exp_avg_sq": (3,), "step": ()}
+
+
+def test_state_that_does_not_fit_is_named_and_changes_nothing():
+    optimizer, params = mixed()
+    set_gradients(params, 0)
+    optimizer.step()
+    before = snapshot(optimizer)
+
+    def changed(edit):
+        state = optimizer.state_dict()["state"]
+        state = {name: {key: t + 1 for key, t in tensors.items()} for name, tensors in state.items()}
+        edit(state)
+        return {"state": state}
+
+    for edit, message in [
+        (lambda s: s.pop("m1"), "m1"),
+        (lambda s: s.update(other={}), "other"),
+        (lambda s: s["table"].pop("exp_avg"), "exp_avg of table"),
+        (lambda s: s["v"].update(exp_avg=torch.zeros(4)), "exp_avg of v .*4.*3"),
+        (lambda s: s["m4"].update(momentum_buffer=torch.zeros(7, 8)), "momentum_buffer of m4"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            optimizer.load_state_dict(changed(edit))
+        assert_same_bits(before, snapshot(optimizer))
+
+
+def test_hyperparameters_are_not_state():
+    """A resumed run can change its learning rates: what the groups say counts."""
+    (old, _), (new, _) = mixed(), mixed()
+    for group in new.param_groups:
+        group["lr"] = group["initial_lr"] = 7.0
+    new.load_state_dict(old.state_dict())
+    assert [group["lr"] for group in new.param_groups] == [7.0, 7.0]
+
+
+# -----------------------------------------------------------------------------
+# Misuse
+
+
+def matrix(*shape):
+    return torch.nn.Parameter(torch.zeros(shape or (4, 4)))
+
+
+@pytest.mark.parametrize(
+    "groups, message",
+    [
+        ([dict(kind="sgd", lr=1.0, params={"a": matrix()})], "'sgd'.*\n.*adamw or muon"),
+        ([dict(lr=1.0, params={"a": matrix()})], "None.*\n.*adamw or muon"),
+        ([dict(kind="muon", params={"a.b": matrix()})], "a.b has no lr"),
+        ([dict(kind="muon", lr=1.0, wd=0.1, params={"a": matrix()})], "option 'wd'.*\n.*weight_decay"),
+        ([dict(kind="muon", lr=1.0, params={"bias": matrix(4)})], r"bias \(4,\) .*muon.*\n.*adamw"),
+        ([dict(kind="muon", lr=1.0, params={"s": torch.nn.Parameter(torch.ones(()))})], r"s \(\)"),
+        ([dict(kind="muon", lr=1.0, params={"conv": matrix(4, 4, 3)})], r"conv \(4, 4, 3\)"),
+        ([dict(kind="muon", lr=1.0, params={"embedding.weight": matrix()})], "embedding.weight.*\n.*adamw"),
+    ],
+)
+def test_groups_that_make_no_sense(groups, message):
+    with pytest.raises(ValueError, match=message):
+        MuonAdamW(groups)
+
+
+def test_a_parameter_in_two_groups():
+    shared = matrix()
+    for kinds in itertools.product(("adamw", "muon"), repeat=2):
+        with pytest.raises(ValueError, match="second is in two groups.*first"):
+            names = ("first", "second")
+            MuonAdamW([dict(kind=kind, lr=1.0, params={n: shared}) for kind, n in zip(kinds, names)])
+
+
+def test_a_missing_gradient_is_named_and_changes_nothing():
+    optimizer, params = mixed()
+    set_gradients(params, 0)
+    params["m3"].grad = None
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match="m3 has no gradient"):
+        optimizer.step()
+    assert_same_bits(before, snapshot(optimizer))
+
+
+def test_empty_groups_are_left_out():
+    group = dict(kind="adamw", lr=1.0, params={"a": matrix()})
+    optimizer = MuonAdamW([dict(kind="muon", lr=1.0, params={}), group])
+    assert [group["kind"] for group in optimizer.param_groups] == ["adamw"]
+
+
+# -----------------------------------------------------------------------------
+# Compiled
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
+def test_compiled_is_the_same_and_compiles_once():
+    (eager, eager_params), (compiled, compiled_params) = mixed(), mixed(compile=True)
+    for step in range(6):
+        with torch.compiler.set_stance("default" if step == 0 else "fail_on_recompile"):
+            for optimizer, params in ((eager, eager_params), (compiled, compiled_params)):
+                for group in optimizer.param_groups:
+                    group["lr"], group["weight_decay"] = 0.05 / (step + 1), 0.1 / (step + 1)
+                    if group["kind"] == "muon":
+                        group["momentum"] = 0.8 + 0.02 * step
+                set_gradients(params, step)
+                if step == 3:
+                    before = snapshot(optimizer)
+                    spoil(params, "m1", math.nan)
+                optimizer.step()
+                if step == 3:
+                    assert_same_bits(before, snapshot(optimizer))
+    for name, p in eager_params.items():
+        torch.testing.assert_close(p, compiled_params[name], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("compile", [False, True])
+def test_cuda_equals_cpu_without_synchronization(compile):
+    (cpu, cpu_params), (_, source) = mixed(), mixed()
+    params = {name: torch.nn.Parameter(p.detach().cuda()) for name, p in source.items()}
+    groups = []
+    for kind, names in (("muon", ("m1", "m2", "m3", "m4")), ("adamw", ("table", "v"))):
+        groups.append(dict(kind=kind, lr=0.05, weight_decay=0.1, params={n: params[n] for n in names}))
+    optimizer = MuonAdamW(groups, compile=compile)
+    for step in range(6):
+        set_gradients(cpu_params, step)
+        if step == 3:
+            spoil(cpu_params, "m1", math.nan)
+        for name, p in params.items():
+            p.grad = cpu_params[name].grad.cuda()
+        cpu.step()
+        torch.cuda.set_sync_debug_mode("error" if step else "default")  # the first step compiles
+        try:
+            optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert optimizer.skipped.item() == (step == 3)
+    for name, p in cpu_params.items():
+        torch.testing.assert_close(params[name].cpu(), p, rtol=1e-3, atol=1e-3)
+
+
+# -----------------------------------------------------------------------------
+# Real processes. Shapes that do not divide: 3 and 5 matrices, 131 and 3 rows, on 2, 3 and 4 ranks
+
+MATRICES = {f"tall{i}": (12, 8) for i in range(3)} | {"square": (6, 6)}
+MATRICES |= {f"wide{i}": (8, 20) for i in range(5)}
+TENSORS = {"table": (131, 128), "few_rows": (3, 6000), "vector": (10,), "scalar": (), "small": (7, 4)}
+ROWS = 12  # of the global batch, each rank takes its slice
+WORLDS = (1, 2, 3, 4)
+
+
+@functools.cache
+def regression():
+    """{name: (inputs (ROWS, ...), targets)}: a least-squares problem for each parameter."""
+    shapes = {**MATRICES, **TENSORS}
+    problems = {}
+    for i, (name, shape) in enumerate(shapes.items()):
+        inputs = randn(ROWS, *shape, seed=9 + i) / math.prod(shape) ** 0.5
+        problems[name] = (inputs, randn(ROWS, seed=99 + i))
+    return problems
+
+
+def problem(compile=False):
+    params = parameters({**MATRICES, **TENSORS})
+    groups = [
+        dict(kind="muon", lr=0.02, weight_decay=0.1, params={n: params[n] for n in MATRICES}),
+        dict(kind="adamw", lr=0.02, weight_decay=0.1, params={n: params[n] for n in TENSORS}),
+    ]
+    return MuonAdamW(groups, compile=compile), params
+
+
+def backward(params, rank, world):
+    """Gradients of the mean loss over this rank's rows of the global batch -> that loss."""
+    total = 0.0
+    for name, p in params.items():
+        x, y = (t.chunk(world)[rank] for t in regression()[name])
+        error = (x * p.detach()).reshape(len(y), -1).sum(1) - y
+        p.grad = torch.einsum("r,r...->...", error, x).clone() / len(y)
+        total += 0.5 * (error**2).mean()
+    return total
+
+
+def train(optimizer, params, steps, rank, world):
+    norms = []
+    for step in steps:
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * lr_multiplier(step, 20, 40, 0.5, 0.1)
+        optimizer.step(backward(params, rank, world))
+        assert optimizer.skipped == 0
+        norms.append(optimizer.grad_norm.item())
+    return norms
+
+
+def values(params):
+    return {name: p.detach().clone() for name, p in params.items()}
+
+
+def one_rank(rank, world, folder):
+    """What each process does; its findings go to a file for the tests below."""
+    found = {}
+    optimizer, params = problem()
+    found["norms"] = train(optimizer, params, range(10), rank, world)
+    found["state_10"], found["weights_10"] = copy.deepcopy(optimizer.state_dict()), values(params)
+    train(optimizer, params, range(10, 20), rank, world)
+    found["weights_20"] = values(params)
+    sharded = [t for b in optimizer.buckets if b.sharded for t in b.state.values() if t.ndim]
+    found["own_state"] = sum(t.numel() for t in sharded)
+    if rank == 0 and world == 2:
+        torch.save((found["state_10"], found["weights_10"]), folder / "from_2.pt")
+
+    if world != 3:  # continue from what 2 ranks have saved
+        state, weights = found["state_10"], found["weights_10"]
+        if world != 2:
+            state, weights = torch.load(folder / "from_2.pt")
+        optimizer, params = problem()
+        optimizer.load_state_dict(state)
+        with torch.no_grad():
+            for name, p in params.items():
+                p.copy_(weights[name])
+        train(optimizer, params, range(10, 20), rank, world)
+        found["continued"] = values(params)
+
+    optimizer, params = problem()  # what is bad is bad on the last rank only
+    found["skips"] = []
+    for where in ("table", None, "wide4", "vector", "loss", None):
+        loss = backward(params, rank, world)
+        if rank == world - 1 and where == "loss":
+            loss = loss * math.inf
+        elif rank == world - 1 and where:
+            params[where].grad.view(-1)[-1] = math.nan
+        before = snapshot(optimizer)
+        optimizer.step(loss)
+        after = snapshot(optimizer)
+        untouched = all(torch.equal(before[key], after[key]) for key in before)
+        found["skips"].append((optimizer.skipped.item(), untouched))
+    found["weights_skipped"], found["state_skipped"] = values(params), optimizer.state_dict()
+    return found
+
+
+def process(rank, world, folder):
+    try:
+        torch.set_num_threads(1)
+        meeting_place = (folder / f"meet_{world}").as_uri()
+        dist.init_process_group("gloo", init_method=meeting_place, rank=rank, world_size=world)
+        torch.save(one_rank(rank, world, folder), folder / f"{world}_{rank}.pt")
+        dist.destroy_process_group()
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """{world size: [what each rank found]}, from real processes."""
+    folder = tmp_path_factory.mktemp("ranks")
+    context = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
+    context.set_forkserver_preload(["pytest", "torch._dynamo"])  # imported once, not ten times
+
+    def run(world):
+        processes = [context.Process(target=process, args=(rank, world, folder)) for rank in range(world)]
+        for p in processes:
+            p.start()
+        deadline = time.monotonic() + 60
+        for p in processes:
+            p.join(max(0, deadline - time.monotonic()))
+            p.kill()
+        assert [p.exitcode for p in processes] == [0] * world
+        return [torch.load(folder / f"{world}_{rank}.pt") for rank in range(world)]
+
+    return {world: run(world) for world in (2, 1, 3, 4)}  # the others load what 2 have saved
+
+
+def assert_close(one, other, tolerance=1e-5):
+    for name in other:
+        error = (one[name] - other[name]).abs() / (1 + other[name].abs())
+        assert error.max() < tolerance, name
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_many_processes_train_like_one(ranks, world):
+    optimizer, params = problem()  # in this process, with no process group
+    norms = train(optimizer, params, range(10), 0, 1)
+    train(optimizer, params, range(10, 20), 0, 1)
+    for rank in ranks[world]:
+        assert_same_bits(rank["weights_20"], ranks[world][0]["weights_20"])
+        assert_close(rank["weights_20"], values(params))
+        assert rank["norms"] == pytest.approx(norms, rel=1e-5)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_the_gradient_norm_is_that_of_the_whole_batch(ranks, world):
+    params = parameters({**MATRICES, **TENSORS})
+    backward(params, 0, 1)
+    expected = torch.cat([p.grad.flatten() for p in params.values()]).double().norm().item()
+    assert ranks[world][0]["norms"][0] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_what_is_bad_on_one_rank_is_skipped_on_all(ranks, world):
+    expected = [(1, True), (0, False), (1, True), (1, True), (1, True), (0, False)]
+    optimizer, params = problem()
+    for _ in range(2):
+        optimizer.step(backward(params, 0, 1))
+    for rank in ranks[world]:
+        assert rank["skips"] == expected
+        assert_same_bits(rank["weights_skipped"], ranks[world][0]["weights_skipped"])
+        assert_close(rank["weights_skipped"], values(params))
+        assert rank["state_skipped"]["state"]["table"]["step"] == 2
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_state_is_whole_whatever_the_world(ranks, world):
+    optimizer, params = problem()
+    train(optimizer, params, range(10), 0, 1)
+    expected = optimizer.state_dict()["state"]
+    for rank in ranks[world]:
+        state = rank["state_10"]["state"]
+        assert state.keys() == expected.keys()
+        for name in expected:
+            assert_close(state[name], expected[name])
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_state_moves_between_world_sizes(ranks, world):
+    for rank in ranks[world]:
+        assert_close(rank["continued"], ranks[2][0]["weights_20"])
+        if world == 2:
+            assert_same_bits(rank["continued"], rank["weights_20"])
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_each_rank_keeps_its_share_of_the_state(ranks, world):
+    optimizer, _ = problem()
+    sharded = {*MATRICES, "table", "few_rows"}
+    state = optimizer.state_dict()["state"]
+    whole = sum(t.numel() for name in sharded for t in state[name].values() if t.ndim)
+    shares = [rank["own_state"] for rank in ranks[world]]
+    assert sum(shares) == whole  # nothing is kept twice, nothing is padding
+    assert max(shares) < 1.15 * whole / world + 2 * 6000  # to one row of few_rows
+
+
+# -----------------------------------------------------------------------------
+# Schedules
+
+
+@pytest.mark.parametrize(
+    "step, N, warmup, warmdown, final, expected",
+    [
+        (0, 1000, 40, 0.5, 0.1, 1 / 40),  # the first update already moves
+        (38, 1000, 40, 0.5, 0.1, 39 / 40),
+        (39, 1000, 40, 0.5, 0.1, 1.0),  # the warmup is over
+        (500, 1000, 40, 0.5, 0.1, 1.0),  # the last stable update
+        (750, 1000, 40, 0.5, 0.1, 0.1 + 0.9 * 0.5),
+        (999, 1000, 40, 0.5, 0.1, 0.1 + 0.9 / 500),  # the last update
+        (1000, 1000, 40, 0.5, 0.1, 0.1),
+        (999, 1000, 40, 0.5, 0.0, 1 / 500),  # never 0 while there is an update
+        (0, 1, 40, 0.65, 0.05, 1.0),  # N = 1
+        (0, 1, 40, 1.0, 0.05, 1.0),
+        (0, 20, 40, 0.5, 0.1, 0.5),  # N < warmup: it takes a tenth of the run
+        (1, 20, 40, 0.5, 0.1, 1.0),
+        (0, 100, 0, 0.5, 0.1, 1.0),  # no warmup
+        (99, 100, 40, 0.0, 0.1, 1.0),  # no warmdown
+        (0, 100, 0, 1.0, 0.0, 1.0),  # warmdown from the start
+        (25, 100, 0, 1.0, 0.0, 0.75),
+        (4, 100, 40, 1.0, 0.0, 0.5 * 0.96),  # where they overlap they multiply
+        (50, 100, 0, 1.0, 1.0, 1.0),  # final 1: constant
+    ],
+)
+def test_lr_multiplier(step, N, warmup, warmdown, final, expected):
+    assert lr_multiplier(step, N, warmup, warmdown, final) == pytest.approx(expected, rel=1e-12)
+
+
+def test_muon_momentum():
+    assert muon_momentum(0, 10_000, 0.5) == pytest.approx(0.85)
+    assert muon_momentum(200, 10_000, 0.5) == pytest.approx(0.91)
+    assert [muon_momentum(s, 10_000, 0.5) for s in (400, 3000, 5000)] == pytest.approx([0.97] * 3)
+    assert muon_momentum(7500, 10_000, 0.5) == pytest.approx(0.935)
+    assert muon_momentum(10_000, 10_000, 0.5) == pytest.approx(0.90)
+    assert muon_momentum(0, 1, 0.65) == pytest.approx(0.85)
+    assert muon_momentum(9999, 10_000, 0.0) == pytest.approx(0.97)
+    assert all(0.85 <= muon_momentum(s, 300, 1.0) <= 0.97 for s in range(300))
+
+
+def test_weight_decay_multiplier():
+    assert [weight_decay_multiplier(s, 1000, 0.5) for s in (0, 499, 500)] == [1.0, 1.0, 1.0]
+    assert weight_decay_multiplier(750, 1000, 0.5) == pytest.approx(0.5)
+    assert 0 < weight_decay_multiplier(999, 1000, 0.5) < 1e-4
+    assert weight_decay_multiplier(1000, 1000, 0.5) == pytest.approx(0)
+    assert weight_decay_multiplier(999, 1000, 0.0) == 1.0
+    assert weight_decay_multiplier(0, 1, 1.0) == 1.0
+
+
+def test_before_the_decay_nothing_depends_on_the_horizon():
+    """So that a timed run can move its horizon until the decay begins."""
+    for step in range(0, 500, 7):
+        short, long = 1000, 5000
+        assert lr_multiplier(step, short, 40, 0.5, 0.1) == lr_multiplier(step, long, 40, 0.5, 0.1)
+        assert muon_momentum(step, short, 0.5) == muon_momentum(step, long, 0.5)
+        assert weight_decay_multiplier(step, short, 0.5) == weight_decay_multiplier(step, long, 0.5)
