@@ -198,7 +198,11 @@ if compile_is_auto:
 device_name = report.device_name(device)
 synchronize = report.synchronizer(device_type)
 say = (lambda line: print(line, flush=True)) if rank == 0 else (lambda line: None)
-tell_data = lambda line: say(f"data     {line}")  # noqa: E731
+
+
+def tell_data(line):
+    """Print what the rank that prepares the corpus, whichever it is, says of it."""
+    print(f"data     {line}", flush=True)
 
 # -----------------------------------------------------------------------------
 # Data: prepared before the process group exists, so that no collective waits for a tokenizer
@@ -427,7 +431,8 @@ elif resume:
     say(f"resume   there is no checkpoint in {run_folder} yet: starting at step 0")
 clock.lap("setup")
 try:
-    dataloader.fetch_more(corpus, num_iterations * rows_per_step, max_seq_len, tell_data)
+    margin = 1.25 if minutes else 1.0  # a timed horizon may still grow
+    dataloader.fetch_more(corpus, int(margin * num_iterations * rows_per_step), max_seq_len, tell_data)
     clock.lap("corpus")
     loader = dataloader.DataLoader(corpus, max_seq_len, rows_per_step, seed, device, rank, world_size)
 except dataloader.DataError as error:

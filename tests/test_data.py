@@ -276,6 +276,7 @@ def test_ready_shards(tmp_path, home):
     assert corpus.bos == 50256 and corpus.tokenizer.n_vocab == 50257
     assert read(corpus, "train") == tokens[:2].tolist() and read(corpus, "val") == tokens[2:].tolist()
     assert ValidationRows(corpus, 100, 300).places == [(0, 0), (0, 1), (0, 2)]  # the shard's first
+    assert ValidationRows(corpus, 100, 300).prompt(5) == [50256, *tokens[2][:4]]
     with pytest.raises(DataError, match="4096"):
         prepare(str(tmp_path / "d"), 4096)
     assert prepare(str(tmp_path / "d"), 50257).fingerprint == corpus.fingerprint  # as on --resume
@@ -702,7 +703,7 @@ def test_validation_rows_are_the_same_for_any_batch_and_world_size(corpus):
     for batch_size in (1, 3, 8, 30):
         for world_size in (1, 2, 3):
             assert everything(batch_size, world_size) == (expected, size)
-    assert validation.prompt(5) == [corpus.bos, *val[0][:4]]
+    assert validation.prompt(5) == val[0][:5] and val[0][0] == corpus.bos  # not twice
     assert len(ValidationRows(corpus, 40, 1).places) == 1
     assert len(ValidationRows(corpus, 40, 10**9).places) == sum(len(tokens) // 40 for tokens in val)
     assert validation.places == sorted(set(validation.places))  # spread over the split, each once
