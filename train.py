@@ -204,6 +204,7 @@ def tell_data(line):
     """Print what the rank that prepares the corpus, whichever it is, says of it."""
     print(f"data     {line}", flush=True)
 
+
 # -----------------------------------------------------------------------------
 # Data: prepared before the process group exists, so that no collective waits for a tokenizer
 
