@@ -188,11 +188,10 @@ class MuonAdamW(torch.optim.Optimizer):
         check_groups(groups)
         groups = [{**DEFAULTS[g["kind"]], **g, "initial_lr": g["lr"]} for g in groups if g["params"]]
         super().__init__([{**g, "params": list(g["params"].items())} for g in groups], defaults={})
-        self.orthogonalize_dtype = orthogonalize_dtype
+        self.orthogonalize_dtype, self.compiled = orthogonalize_dtype, compile
         grouped = dist.is_available() and dist.is_initialized()
         rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if grouped else (0, 1)
         self.distributed = self.world_size > 1
-        self.compiled = compile
         self.muon_update = torch.compile(muon_update, dynamic=False) if compile else muon_update
         self.device = self.param_groups[0]["params"][0].device
         self.grad_norm = self.skipped = torch.zeros((), device=self.device)
@@ -252,9 +251,9 @@ class MuonAdamW(torch.optim.Optimizer):
             return grad.float()
         share = torch.stack(bucket.mine(bucket.params)).float()
         group, scalar = bucket.group, partial(torch.full, (), dtype=torch.float32, device=self.device)
-        scalars = {name: scalar(group[name]) for name in ("lr", "momentum", "weight_decay")}  # asynchronous
-        options = group["beta2"], group["cautious"], group["orthogonalizer"], self.orthogonalize_dtype
+        scalars = {key: scalar(group[key]) for key in ("lr", "momentum", "weight_decay")}  # asynchronous
         scalars["live"] = 1 - self.skipped
+        options = group["beta2"], group["cautious"], group["orthogonalizer"], self.orthogonalize_dtype
         size = len(grad) if self.compiled else max(1, EAGER_NUMEL // grad[0].numel())
         for weight, g, *state in zip(*(x.split(size) for x in (share, grad, *bucket.state.values()))):
             self.muon_update(weight, g, dict(zip(bucket.state, state)), scalars, *options)
@@ -281,10 +280,9 @@ class MuonAdamW(torch.optim.Optimizer):
         Take over a state_dict() of any world size; learning rates and the like stay those of the groups.
         ValueError names what does not fit, before anything has changed.
         """
-        saved = state_dict["state"]
-        names = [name for bucket in self.buckets for name in bucket.names]
-        if set(names) != set(saved):
-            raise ValueError(f"optimizer state does not fit: {', '.join(sorted(set(names) ^ set(saved)))}")
+        saved, names = state_dict["state"], {name for bucket in self.buckets for name in bucket.names}
+        if names != saved.keys():
+            raise ValueError(f"optimizer state does not fit: {', '.join(sorted(names ^ saved.keys()))}")
         for bucket in self.buckets:
             for name, p in zip(bucket.names, bucket.params):
                 for key, part in bucket.state.items():
@@ -312,10 +310,8 @@ def check_groups(groups):
         unknown = group.keys() - DEFAULTS[kind].keys() - {"kind", "params", "lr"}
         if unknown or "lr" not in group:
             fault = f"the unknown option {min(unknown)!r}" if unknown else "no lr"
-            members = ", ".join(group["params"])[:100]
-            raise ValueError(
-                f"the {kind} group of {members} has {fault}.\nIt takes lr, {', '.join(DEFAULTS[kind])}."
-            )
+            members, known = ", ".join(group["params"])[:100], ", ".join(DEFAULTS[kind])
+            raise ValueError(f"the {kind} group of {members} has {fault}.\nIt takes lr, {known}.")
         for name, p in group["params"].items():
             if id(p) in seen:
                 raise ValueError(f"parameter {name} is in two groups, once as {seen[id(p)]}.\nKeep one.")
