@@ -313,8 +313,8 @@ def check_groups(groups):
             members, known = ", ".join(group["params"])[:100], ", ".join(DEFAULTS[kind])
             raise ValueError(f"the {kind} group of {members} has {fault}.\nIt takes lr, {known}.")
         for name, p in group["params"].items():
-            if id(p) in seen:
-                raise ValueError(f"parameter {name} is in two groups, once as {seen[id(p)]}.\nKeep one.")
+            if id(p) in seen or name in seen.values():  # state is kept by name
+                raise ValueError(f"{name} is in two groups, once as {seen.get(id(p), name)}.\nKeep one.")
             seen[id(p)] = name
             if kind == "muon" and (p.ndim != 2 or "embedding" in name):
                 raise ValueError(

@@ -249,6 +249,18 @@ def test_zero_gradients_change_nothing(dtype):
     assert_same_bits(before, {**params, "vector": vector})
 
 
+def test_a_stack_in_pieces_is_the_same_stack(monkeypatch):
+    whole, pieces = parameters(dict.fromkeys("abcde", (8, 20))), parameters(dict.fromkeys("abcde", (8, 20)))
+    for params, numel in ((whole, 10**6), (pieces, 2 * 8 * 20)):  # all five; two, two and one
+        monkeypatch.setattr("optim_muon.EAGER_NUMEL", numel)
+        optimizer = MuonAdamW([dict(kind="muon", lr=0.02, weight_decay=0.1, params=params)])
+        for step in range(5):
+            set_gradients(params, step)
+            optimizer.step()
+    for name, p in whole.items():
+        torch.testing.assert_close(pieces[name], p, rtol=1e-6, atol=1e-6)
+
+
 # -----------------------------------------------------------------------------
 # The guard
 
@@ -404,6 +416,11 @@ def test_a_parameter_in_two_groups():
         with pytest.raises(ValueError, match="second is in two groups.*first"):
             names = ("first", "second")
             MuonAdamW([dict(kind=kind, lr=1.0, params={n: shared}) for kind, n in zip(kinds, names)])
+
+
+def test_two_parameters_of_one_name():
+    with pytest.raises(ValueError, match="a is in two groups"):
+        MuonAdamW([dict(kind=kind, lr=1.0, params={"a": matrix()}) for kind in ("adamw", "muon")])
 
 
 def test_a_missing_gradient_is_named_and_changes_nothing():
