@@ -25,6 +25,9 @@ POLAR_EXPRESS = (
 QUINTIC = ((3.4445, -4.7750, 2.0315),) * 5  # textbook Muon's Newton–Schulz
 # name -> (safety, coefficients)
 ORTHOGONALIZERS = {"polar_express": (1.02, POLAR_EXPRESS), "quintic": (1.0, QUINTIC)}
+# torch 2.13 has renamed them; a build without torch.distributed has neither
+reduce_scatter = getattr(dist, "reduce_scatter_single", getattr(dist, "reduce_scatter_tensor", None))
+all_gather = getattr(dist, "all_gather_single", getattr(dist, "all_gather_into_tensor", None))
 SHARD_NUMEL = 2**14  # smaller AdamW tensors are cheaper to update everywhere than to scatter and gather
 EAGER_NUMEL = 2**19  # pieces of a stack that stay in a CPU's cache are 20% faster than the whole
 DEFAULTS = {
@@ -160,7 +163,7 @@ class Bucket:
             return whole, dist.all_reduce(whole, dist.ReduceOp.AVG, async_op=True)
         chunk = whole.new_empty(self.chunk, *whole.shape[1:])
         whole = pad(whole, self.parts * self.chunk)
-        handle = dist.reduce_scatter_tensor(chunk, whole, dist.ReduceOp.AVG, async_op=True)
+        handle = reduce_scatter(chunk, whole, dist.ReduceOp.AVG, async_op=True)
         return chunk[: len(range(self.length)[self.own])], handle
 
     def gather(self, share):
@@ -168,7 +171,7 @@ class Bucket:
         if not self.sharded:
             return share, None
         whole = share.new_empty(self.parts * self.chunk, *share.shape[1:])
-        handle = dist.all_gather_into_tensor(whole, pad(share, self.chunk), async_op=True)
+        handle = all_gather(whole, pad(share, self.chunk), async_op=True)
         return whole[: self.length], handle
 
 
@@ -258,6 +261,24 @@ class MuonAdamW(torch.optim.Optimizer):
         for weight, g, *state in zip(*(x.split(size) for x in (share, grad, *bucket.state.values()))):
             self.muon_update(weight, g, dict(zip(bucket.state, state)), scalars, *options)
         return share
+
+    def not_finite(self):
+        """The first parameter whose .grad is not finite on some rank: its name or None. A collective call."""
+        named = [pair for bucket in self.buckets for pair in zip(bucket.names, bucket.params)]
+        bad = torch.stack([(~torch.isfinite(p.grad).all()).int() for _, p in named])
+        if self.distributed:
+            dist.all_reduce(bad, dist.ReduceOp.MAX)
+        return next((name for (name, _), flag in zip(named, bad.tolist()) if flag), None)
+
+    def different_rank(self):
+        """The first rank whose weights differ in any bit from those of rank 0, or None. A collective call."""
+        params = [p.detach() for bucket in self.buckets for p in bucket.params]
+        bits = {2: torch.int16, 4: torch.int32}
+        sums = torch.stack([p.view(bits[p.element_size()]).sum(dtype=torch.int64) for p in params])
+        everyones = [torch.zeros_like(sums) for _ in range(self.world_size)]
+        if self.distributed:
+            dist.all_gather(everyones, sums)
+        return next((r for r, theirs in enumerate(everyones) if not torch.equal(theirs, everyones[0])), None)
 
     def state_dict(self):
         """

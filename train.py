@@ -144,17 +144,18 @@ run_folder = Path(settings["out_dir"]) / settings["run"] if settings["run"] else
 if settings["resume"]:
     if not run_folder:
         known = sorted(Path(settings["out_dir"]).glob("*/config.json"), key=os.path.getmtime)
-        run_folder = known[-1].parent if known else fail(f"{out_dir} holds no run to resume.\nStart one.")
+        if not known:
+            fail(f"{settings['out_dir']} holds no run to resume.\nStart one.")
+        run_folder = known[-1].parent
     config_file = run_folder / "config.json"
     old = json.loads(config_file.read_text()) if config_file.exists() else {"settings": {}, "given": {}}
     saved, given_before = old["settings"], old["given"]
-    if any(given.get(name) is not None for name in HORIZONS):
-        saved = {name: value for name, value in saved.items() if name not in HORIZONS}
-    for name in saved.keys() & settings.keys() - set(NOT_RESUMED):
-        if name not in given:
+    fixed = HORIZONS if any(given.get(name) is not None for name in HORIZONS) else ()  # a new one, or none
+    for name in [n for n in settings if n in saved and n not in NOT_RESUMED]:
+        if name not in given and name not in fixed:
             settings[name] = saved[name]
-        elif given[name] != saved[name] and os.environ.get("RANK", "0") == "0":
-            print(f"resume   --{name} was {saved[name]}, is {given[name]}")
+        elif settings[name] != saved[name] and os.environ.get("RANK", "0") == "0":
+            print(f"resume   {flag(name)} was {saved[name]}, is {settings[name]}")
 elif run_folder and run_folder.exists():
     fail(f"the run {run_folder} exists.\nContinue it with --resume or choose another --run.")
 
@@ -223,7 +224,6 @@ vocab_size = corpus.tokenizer.n_vocab
 if world_size > 1:
     backend, device_id = ("nccl", device) if on_gpu else ("gloo", None)
     dist.init_process_group(backend, device_id=device_id, timeout=timedelta(seconds=HANG_SECONDS))
-
 
 
 def from_rank_0(value):
@@ -428,6 +428,9 @@ if resumed_from:
         num_iterations, horizon_is_final = planned, True
     elif not horizon_is_final or given.get("minutes"):
         num_iterations, horizon_is_final = step + from_rank_0(int(time_left() / seconds_per_step)), False
+    decay_start = (1 - warmdown_ratio) * state["num_iterations"]
+    if step > decay_start and num_iterations > state["num_iterations"]:
+        say(f"resume   the learning rate decays since step {decay_start:.0f}: it will rise once more")
 elif resume:
     say(f"resume   there is no checkpoint in {run_folder} yet: starting at step 0")
 clock.lap("setup")
@@ -507,45 +510,46 @@ def sample():
 
 def save():
     """Begin to write a checkpoint. A collective call; rank 0 writes. All ranks must hold the same weights."""
-    if world_size > 1:
-        weights = [p.detach().view(torch.int32) for p in raw_model.parameters()]
-        bits = torch.stack([w.sum(dtype=torch.int64) for w in weights])
-        sums = [torch.zeros_like(bits) for _ in range(world_size)]
-        dist.all_gather(sums, bits)
-        strange = [r for r in range(world_size) if not torch.equal(sums[r], sums[0])]
-        if strange:
-            say(f"error: the weights of rank {strange[0]} differ from those of rank 0; nothing is saved.")
-            sys.exit(1)
+    if (strange := optimizer.different_rank()) is not None:
+        say(f"error: the weights of rank {strange} differ from those of rank 0; nothing is saved.")
+        sys.exit(1)
     tensors = {"model": raw_model.state_dict(), "optimizer": optimizer.state_dict()}
     state = {name: globals()[name] for name in STATE} | {"spent": clock.spent, "data": loader.state_dict()}
     if rank == 0:
         tell_saved(saver.save(step, tensors, state | {k: record[k] for k in ("settings", "versions")}))
 
 
-def tell_saved(outcome):
+def tell_saved(outcome, last=False):
     """Log how a save ended -> whether it failed."""
     folder, error = outcome or (None, None)
     if folder:
         log.write("event", step=step, event="saved", folder=folder.name)
     if error:
         log.write("event", step=step, event="save_failed", error=str(error))
-        say(f"save     failed, the next one tries again: {error}")
+        trouble = "error: the last save failed" if last else "save     failed, the next one tries again"
+        say(f"{trouble}: {error}")
     return bool(error)
 
 
 saver = checkpoint.Saver(checkpoints, keep_checkpoints, pin=on_gpu, synchronize=synchronize)
-interruption, saving_is_due = 0, False  # the signal that asked to stop; is a checkpoint due
+signal_seen, save_asked = 0, False  # by this rank; all ranks act together, at the end of a window
 
 
 def on_signal(number, frame):
-    global interruption, saving_is_due
+    global signal_seen, save_asked
     if number == signal.SIGUSR1:
-        saving_is_due = True
+        save_asked = True
     else:
-        interruption = number
+        signal_seen = number
         signal.signal(number, signal.SIG_DFL)  # a second one stops at once
         if world_size > 1:  # another rank may be gone, and the end of the window never come
             faulthandler.dump_traceback_later(60, exit=True)
+
+
+def expect_progress():
+    """From now on HANG_SECONDS may pass until the next call; then every rank shows its stacks and ends."""
+    if world_size > 1:
+        faulthandler.dump_traceback_later(HANG_SECONDS, exit=True)
 
 
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
@@ -556,17 +560,18 @@ for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
 
 start_step, last_saved, last_save_time = step, step if resumed_from else -1, time.time()
 next_length, skips_in_a_row, samples = 1, 0, []
+interruption, saving_is_due = 0, False  # the signal that stops the run; is a checkpoint due
 clock.lap("setup")
 while True:
     # between windows: evaluate, sample, save, stop
     at_end = step >= num_iterations
+    flops_so_far = num_flops_per_token * total_batch_size * step
     if val_step != step and (step == 0 or at_end or (eval_every > 0 and step % eval_every == 0)):
         begin = time.time()
         batches = validation.batches(micro_rows, device, rank, world_size)
         val_bpb = report.bits_per_byte(model, batches, device)
         min_val_bpb, val_step = min(min_val_bpb, val_bpb), step
         eval_time = time.time() - begin
-        flops_so_far = num_flops_per_token * total_batch_size * step
         figures = {"step": step, "val_bpb": val_bpb, "min_val_bpb": min_val_bpb}
         figures |= {"total_training_flops": flops_so_far, "total_training_time": total_training_time}
         log.write("val", **figures)
@@ -585,8 +590,7 @@ while True:
         break
 
     # a window of steps: nothing in it waits for the device
-    if world_size > 1:
-        faulthandler.dump_traceback_later(HANG_SECONDS, exit=True)
+    expect_progress()
     window_end = min(step + next_length, num_iterations)
     if step < start_step + 10:  # caches and allocators warm up: these steps are not in total_training_time
         window_end = min(window_end, start_step + 10)
@@ -597,7 +601,7 @@ while True:
         window_end = min(window_end, max(step + 1, math.ceil((1 - warmdown_ratio) * num_iterations)))
     losses, norms, skips = [], [], []
     wait_before, window_start = loader.wait_time, time.perf_counter()
-    while step < window_end and not (interruption and world_size == 1):
+    while step < window_end and not (signal_seen and world_size == 1):
         lrm = lr_multiplier(step, num_iterations, warmup_steps, warmdown_ratio, final_lr_frac)
         momentum = muon_momentum(step, num_iterations, warmdown_ratio)
         decay = weight_decay * decay_scale * weight_decay_multiplier(step, num_iterations, warmdown_ratio)
@@ -617,6 +621,7 @@ while True:
         skips.append(optimizer.skipped)
         step += 1
     if not losses:  # a signal came between the windows
+        interruption = signal_seen
         continue
 
     # its end: one transfer, one synchronization, one record
@@ -660,16 +665,14 @@ while True:
     }
     log.write("step", **figures)
     if any(skips):
-        log.write("event", step=step, event="skipped_step", skipped_steps=skipped_steps, cursor=loader.cursor)
+        places = range(loader.cursor - len(skips) * rows_per_step, loader.cursor, rows_per_step)
+        cursors = [place for place, skipped in zip(places, skips) if skipped]  # where those batches begin
+        log.write("event", step=step, event="skipped_step", skipped_steps=skipped_steps, cursors=cursors)
     pace = seconds_per_step + (eval_time / eval_every if eval_every > 0 else 0.0)
     say(report.step_line(figures, num_iterations, val_bpb, peak_source, (num_iterations - step) * pace))
     if skips_in_a_row >= 5:
         forward_backward(rows)  # once more, to name the culprit
-        bad = [i for i, p in enumerate(raw_model.parameters()) if not torch.isfinite(p.grad).all()]
-        first = torch.tensor(min(bad, default=len(list(raw_model.parameters()))), device=device)
-        if world_size > 1:
-            dist.all_reduce(first, dist.ReduceOp.MIN)
-        culprit = [*(name for name, _ in raw_model.named_parameters()), "the loss"][first]
+        culprit = optimizer.not_finite() or "the loss"
         good = (checkpoint.complete(checkpoints) or ["none"])[0]
         log.write("event", step=step, event="not_finite", parameter=culprit)
         say(f"error: loss or gradient not finite {skips_in_a_row} times in a row, first in {culprit}.")
@@ -686,14 +689,16 @@ while True:
                 num_iterations = max(step, int(step / (1 - warmdown_ratio)))
             log.write("event", step=step, event="horizon", num_iterations=num_iterations)
     next_length = log_every or (1 if step < start_step + 10 else min(10, max(1, int(0.5 / dt))))
-    saving_is_due |= save_minutes > 0 and time.time() - last_save_time > 60 * save_minutes
+    saving_is_due |= save_asked or 0 < 60 * save_minutes < time.time() - last_save_time
+    interruption, save_asked = signal_seen, False
     if world_size > 1:
         decision = [num_iterations, horizon_is_final, next_length, saving_is_due] if rank == 0 else [0] * 4
-        decision += [interruption == signal.SIGINT, interruption == signal.SIGTERM]  # of any rank
+        decision += [signal_seen == signal.SIGINT, signal_seen == signal.SIGTERM]  # of any rank
         decision = torch.tensor(decision, dtype=torch.int64, device=device)
         dist.all_reduce(decision)
         num_iterations, horizon_is_final, next_length, saving_is_due, *signals = decision.tolist()
         interruption = signal.SIGTERM if signals[1] else signal.SIGINT if signals[0] else 0
+    expect_progress()
     if step == start_step + 10:
         gc.collect()
         gc.freeze()  # what lives now lives to the end
@@ -702,7 +707,9 @@ while True:
 # -----------------------------------------------------------------------------
 # The end
 
-failed = tell_saved(saver.wait())
+failed = tell_saved(saver.wait(), last=True)
+if timed_steps:
+    seconds_per_step = total_training_time / timed_steps
 faulthandler.cancel_dump_traceback_later()
 if interruption:
     say(f"stopped  by {signal.Signals(interruption).name} after step {step}")
@@ -743,4 +750,4 @@ if rank == 0:
 if world_size > 1:
     dist.barrier()
     dist.destroy_process_group()
-sys.exit(128 + interruption if interruption else int(failed))
+sys.exit(1 if failed else 128 + interruption if interruption else 0)

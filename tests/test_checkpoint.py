@@ -231,7 +231,8 @@ def test_a_full_disk_is_one_line_and_training_goes_on(train, tmp_path):
         log = (disk / "a" / "log.jsonl").read_text().splitlines()
         subprocess.run(["umount", str(disk)])
     assert result.code == 1, result.output
-    assert result.output.count("save     failed, the next one tries again: ") == 2
+    assert result.output.count("save     failed, the next one tries again: ") == 1
+    assert result.output.count("error: the last save failed: ") == 1
     assert "Traceback" not in result.output
     assert max(json.loads(line)["step"] for line in log) == 30
 
@@ -299,3 +300,78 @@ def test_a_hanging_rank_ends_the_run_with_all_stacks(train, tmp_path):
     result = train.finish(process)
     assert result.code == 1 and time.time() - begin < 60
     assert "most recent call first" in result.output and "train.py" in result.output
+
+
+@pytest.mark.slow
+def test_resuming_goes_on_exactly_beyond_the_end_of_an_epoch(train, tmp_path):
+    (tmp_path / "short.py").write_text((REPO / "dataloader.py").read_text())
+    flags = ["--data", tmp_path / "short.py", "--num-iterations", 60, "--save-every", 30, "--eval-every", -1]
+    whole = train(*flags)
+    assert whole.code == 0 and [r for r in whole.log if r["kind"] == "step"][-1]["epoch"] > 2, whole.output
+    before = weights_of(whole, 60)
+    shutil.rmtree(whole.folder / "checkpoints" / "step_000060")
+    again = train(*flags, "--run", "a", "--resume")
+    assert again.code == 0 and "step_000030" in again.output, again.output
+    after = weights_of(again, 60)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert all(losses(whole)[s] == losses(again)[s] for s in losses(whole).keys() & losses(again).keys())
+
+
+@pytest.mark.slow
+def test_a_finished_run_can_be_resumed_and_goes_on_if_there_is_more_to_do(train):
+    whole = train("--num-iterations", 20)
+    again = train("--resume")
+    assert again.code == 0, again.output
+    keys = ("steps", "tokens", "val_bpb", "train_loss_ema", "total_training_flops", "total_training_time")
+    assert {key: again.summary[key] for key in keys} == {key: whole.summary[key] for key in keys}
+    more = train("--resume", "--num-iterations", 30)
+    assert more.code == 0 and "--num-iterations was 20, is 30" in more.output
+    assert "the learning rate decays since step 7" in more.output and more.summary["steps"] == 30
+
+
+# a train.py in which {fault} happens on the last of two ranks, in the optimizer's 7th step
+FAULTY = """
+import os, runpy, sys
+sys.path.insert(0, {repo!r})
+import optim_muon
+step = optim_muon.MuonAdamW.step
+def faulty(self, loss):
+    self.calls = getattr(self, "calls", 0) + 1
+    parameter = self.param_groups[-1]["params"][-1]  # a scalar, on every rank
+    bad = self.calls == 7 and os.environ["RANK"] == "1"
+    if bad and {fault!r} == "nan":
+        parameter.grad[0] = float("nan")
+    step(self, loss)
+    if bad and {fault!r} == "bit":
+        parameter.data[0] += 1e-6
+optim_muon.MuonAdamW.step = faulty
+runpy.run_path({repo!r} + "/train.py", run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_a_nan_in_one_ranks_gradients_is_skipped_by_all(train, tmp_path):
+    script = tmp_path / "faulty.py"
+    script.write_text(FAULTY.format(repo=str(REPO), fault="nan"))
+    flags = ["--num-iterations", 12, "--save-every", 6, "--eval-every", -1]
+    result = train(*flags, script=script, processes=2)
+    assert result.code == 0, result.output  # the ranks' weights are compared before each save
+    (event,) = [r for r in result.log if r.get("event") == "skipped_step"]
+    assert (event["step"], event["skipped_steps"], event["cursors"]) == (7, 1, [6 * 8])
+    found = losses(result)
+    assert found[7] is None and all(found[s] is not None for s in found if s != 7)
+    assert result.summary["skipped_steps"] == 1
+    clean = train(*flags, "--run", "b", run="b", processes=2)
+    assert "Warning" not in clean.output
+    assert [found[s] for s in range(1, 7)] == [losses(clean)[s] for s in range(1, 7)]
+    assert found[8] != losses(clean)[8]  # the clean run made one update more
+
+
+@pytest.mark.slow
+def test_a_rank_whose_weights_differ_is_named_and_nothing_is_saved(train, tmp_path):
+    script = tmp_path / "faulty.py"
+    script.write_text(FAULTY.format(repo=str(REPO), fault="bit"))
+    result = train("--num-iterations", 12, "--save-every", 6, script=script, processes=2)
+    assert result.code == 1
+    assert "the weights of rank 1 differ from those of rank 0" in result.output
+    assert [f.name for f in checkpoint.complete(result.folder / "checkpoints")] == ["step_000006"]
