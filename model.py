@@ -21,6 +21,7 @@ SOFTCAP = 15.0  # logits are bounded to ±15; anything from 10 to 30 works about
 QK_SCALE = 1.2  # sharpens the normed queries and keys, each
 VALUE_GATE_CHANNELS = 12  # the gates read only the first channels of the stream: nearly free, and enough
 SMEAR_GATE_CHANNELS = 24
+MAX_LOGITS = 2**29  # 1 GB in bf16: where a batch has more, the loss is made in chunks of rows
 # cuDNN is the fastest exact causal kernel on Hopper; the others follow in order of speed
 ATTENTION_BACKENDS = [
     SDPBackend.CUDNN_ATTENTION,
@@ -49,9 +50,42 @@ class GPTConfig:
         return -(-self.vocab_size // 64) * 64  # tensor cores want multiples of 64
 
 
+class RMSNorm(torch.autograd.Function):
+    """norm(x), whose backward pass needs the result, which the next layer keeps anyway, and not x."""
+
+    @staticmethod
+    def forward(ctx, x):
+        x_float = x.float()
+        scale = (x_float.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+        y = (x_float * scale).to(x.dtype)
+        ctx.save_for_backward(y, scale)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        y, scale = ctx.saved_tensors
+        grad, y = grad.float(), y.float()
+        return ((grad - y * (grad * y).mean(-1, keepdim=True)) * scale).to(ctx.saved_tensors[0].dtype)
+
+
+class ReluSquared(torch.autograd.Function):
+    """relu(x)² (arXiv 2109.08668), whose backward pass needs the result alone: its slope is 2 · √relu(x)²."""
+
+    @staticmethod
+    def forward(ctx, x):
+        y = F.relu(x).square()
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        (y,) = ctx.saved_tensors
+        return 2 * grad * y.sqrt()
+
+
 def norm(x):
-    """RMSNorm over the last dimension, without weights (arXiv 1910.07467)."""
-    return F.rms_norm(x, (x.size(-1),))
+    """RMSNorm over the last dimension, without weights, in fp32 inside (arXiv 1910.07467)."""
+    return RMSNorm.apply(x)
 
 
 def rotary_tables(length, head_dim, device):
@@ -86,6 +120,42 @@ def causal_attention(q, k, v):
 def attention_backend(device):
     """The name of the kernel family that causal_attention asks for first, for the run's header."""
     return {"cuda": "cuDNN", "mps": "Metal"}.get(device.type, "flash")
+
+
+def softcap(logits):
+    """Bound fp32 logits smoothly to ±SOFTCAP (arXiv 2408.00118, section 2)."""
+    return SOFTCAP * torch.tanh(logits / SOFTCAP)
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """
+    The loss of GPT.forward, from x (N, C) in the compute dtype, the head's fp32 weight (padded V, C) and
+    targets (N,), for one chunk of rows after the other. Each chunk's gradients are made at once, in the
+    forward pass (arXiv 2410.10989, section 3.2): the N × V logits never exist together.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, vocab_size, chunks):
+        w, columns = weight.to(x.dtype), torch.arange(weight.size(0), device=x.device)
+        nats, grad_x, grad_w = torch.zeros((), device=x.device), [], 0.0
+        for rows, target in zip(x.chunk(chunks), targets.chunk(chunks)):
+            capped = torch.tanh((rows @ w.T).float() / SOFTCAP)  # (n, padded V)
+            logits = (SOFTCAP * capped).masked_fill(columns >= vocab_size, -math.inf)
+            log_sum = logits.logsumexp(-1, keepdim=True)
+            counted = (target >= 0)[:, None]
+            chosen = logits.gather(1, target.clamp_min(0)[:, None])
+            nats = nats + ((log_sum - chosen) * counted).sum()
+            grad = (logits - log_sum).exp() - (columns == target[:, None]).float()  # of the capped logits
+            grad = (grad * counted * (1 - capped.square())).to(x.dtype)
+            grad_x.append(grad @ w)
+            grad_w = grad_w + (grad.T @ rows).float()
+        ctx.save_for_backward(torch.cat(grad_x), grad_w)
+        return nats + 0 * grad_w[0, 0]  # else torch.compile would put it off, and keep N × V
+
+    @staticmethod
+    def backward(ctx, grad_nats):
+        grad_x, grad_w = ctx.saved_tensors
+        return (grad_x.float() * grad_nats).to(grad_x.dtype), grad_w * grad_nats, None, None, None
 
 
 class Linear(nn.Linear):
@@ -125,7 +195,7 @@ class MLP(nn.Module):
         self.c_proj = Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x):
-        return self.c_proj(F.relu(self.c_fc(x)).square())
+        return self.c_proj(ReluSquared.apply(self.c_fc(x)))
 
 
 class Block(nn.Module):
@@ -212,16 +282,18 @@ class GPT(nn.Module):
             if i == (self.config.n_layer + 1) // 2:
                 middle = x
             x = resid_lambdas[i] * x + x0_lambdas[i] * x0
-            table = (
-                self.value_embeddings[str(i)](tokens).to(x.dtype) if str(i) in self.value_embeddings else None
-            )
-            x = block(x, table, cos, sin)
+            has_values = str(i) in self.value_embeddings
+            values = self.value_embeddings[str(i)](tokens).to(x.dtype) if has_values else None
+            x = block(x, values, cos, sin)
         if self.config.n_layer > 1:
-            x = (
-                x - self.backout_lambda.to(x.dtype) * middle
-            )  # the head need not see what only later layers used
-        logits = self.head(norm(x))[..., : self.config.vocab_size].float()
-        logits = SOFTCAP * torch.tanh(logits / SOFTCAP)
+            x = x - self.backout_lambda.to(x.dtype) * middle  # the head need not see what fed later layers
+        x = norm(x)
+        excess = tokens.numel() * self.config.padded_vocab_size / MAX_LOGITS
+        chunks = 2 ** math.ceil(math.log2(max(1, excess)))
+        if targets is not None and chunks > 1:
+            rows, vocab_size = x.flatten(0, 1), self.config.vocab_size
+            return ChunkedCrossEntropy.apply(rows, self.head.weight, targets.flatten(), vocab_size, chunks)
+        logits = softcap(self.head(x)[..., : self.config.vocab_size].float())
         if targets is None:
             return logits
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="sum")

@@ -1,12 +1,14 @@
 """The model against independent references: roles, FLOPs, causality, attention, positions, generation."""
 
+import copy
 import math
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import GPT, QK_SCALE, GPTConfig, apply_rotary, causal_attention, norm, rotary_tables
+import model as model_module
+from model import GPT, QK_SCALE, GPTConfig, ReluSquared, apply_rotary, causal_attention, norm, rotary_tables
 
 
 def build(seed=0, **shape):
@@ -45,6 +47,55 @@ def test_initial_loss_is_that_of_a_uniform_guess():
     model = build()
     tokens = tokens_of(model)
     assert model(tokens, tokens).item() / tokens.numel() == pytest.approx(math.log(300), abs=0.01)
+
+
+@pytest.mark.parametrize("dtype, rounding", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_norm_and_relu_squared_and_their_gradients_made_from_the_results(dtype, rounding):
+    x = torch.randn(50, 64, generator=torch.Generator().manual_seed(0))
+    x[0] = 0  # a row without any length
+    x[1:9] *= torch.logspace(-3, 4, 8)[:, None]
+    weight = torch.randn(50, 64, generator=torch.Generator().manual_seed(1)).to(dtype)
+    for ours, reference in (
+        (norm, lambda x: torch.nn.functional.rms_norm(x, (64,), eps=1e-6)),
+        (ReluSquared.apply, lambda x: torch.relu(x) ** 2),
+    ):
+        a, b = (x.detach().to(dtype).to(kind).requires_grad_() for kind in (dtype, torch.float64))
+        y, expected = ours(a), reference(b)
+        assert y.dtype == dtype
+        (y * weight).sum().backward()
+        (expected * weight.double()).sum().backward()
+        for found, wanted in ((y, expected), (a.grad, b.grad)):
+            error = (found.double() - wanted).norm(dim=1)
+            assert (error <= rounding * wanted.norm(dim=1).clamp_min(1e-30)).all(), error
+            assert torch.isfinite(found).all()
+
+
+@pytest.mark.parametrize(
+    "dtype, compiled, rounding",
+    [
+        (torch.float32, False, 1e-5),
+        (torch.bfloat16, False, 5e-2),
+        pytest.param(torch.float32, True, 1e-5, marks=pytest.mark.slow),
+    ],
+)
+def test_the_loss_in_chunks_is_the_loss(monkeypatch, dtype, compiled, rounding):
+    single = wake(build())  # 300 tokens of vocabulary, padded to 320
+    single.compute_dtype = dtype
+    chunked = copy.deepcopy(single)
+    tokens = tokens_of(single, B=3, T=31)  # 93 rows: 7 chunks of 12 and one of 9
+    targets = tokens.roll(-1, 1)
+    targets[0, :7] = targets[2, -1] = -1
+    forward = torch.compile(chunked, dynamic=False) if compiled else chunked
+    expected = single(tokens, targets)
+    (expected / 93).backward()
+    monkeypatch.setattr(model_module, "MAX_LOGITS", 93 * 320 // 5)  # 8 chunks
+    loss = forward(tokens, targets)
+    (loss / 93).backward()
+    assert compiled or "ChunkedCrossEntropy" in loss.grad_fn.name()
+    assert loss.item() == pytest.approx(expected.item(), rel=rounding)
+    for (name, p), q in zip(single.named_parameters(), chunked.parameters()):
+        difference = (p.grad - q.grad).norm() / p.grad.norm()
+        assert difference < rounding, name
 
 
 @pytest.mark.parametrize("n_layer", [1, 2, 3, 4])
