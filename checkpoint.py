@@ -56,7 +56,7 @@ class Saver:
     def write(self, step, tensors, state):
         try:
             self.outcome = write(self.root, step, tensors, state, self.keep), None
-        except (OSError, RuntimeError) as error:  # torch.save turns some disk errors into a RuntimeError
+        except Exception as error:  # torch.save turns some disk errors into a RuntimeError
             self.outcome = None, error
             clean_up(self.root)  # what was written of it takes room that the log may need
 
@@ -131,11 +131,13 @@ def own_sha256(manifest):
 
 def complete(root):
     """The checkpoints under `root` that were written to their end, newest first."""
-    return sorted((p.parent for p in Path(root).glob("step_*/manifest.json")), key=step_of, reverse=True)
+    return [folder for folder in newest_first(root) if (folder / "manifest.json").exists()]
 
 
-def step_of(folder):
-    return int(folder.name.removeprefix("step_"))
+def newest_first(root):
+    """The folders step_<number> under `root`, whatever is in them; a copy under another name is none."""
+    found = [p for p in Path(root).glob("step_*") if p.name.removeprefix("step_").isdigit()]
+    return sorted(found, key=lambda p: int(p.name.removeprefix("step_")), reverse=True)
 
 
 def is_valid(folder):
@@ -168,7 +170,7 @@ def verify(folder):
 def newest_valid(root):
     """-> (the newest checkpoint that verifies, or None; the reasons why newer ones were passed over)."""
     reasons = []
-    for folder in sorted(Path(root).glob("step_*"), key=step_of, reverse=True):
+    for folder in newest_first(root):
         try:
             verify(folder)
             return folder, reasons

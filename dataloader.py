@@ -242,7 +242,7 @@ def find_files(data):
         files += [Path(folder, name) for name in names if not name.startswith(".")]
     files = sorted(file for file in files if file.suffix.lower() in suffixes and file.is_file())
     shards = [file for file in files if file.suffix == ".bin"]
-    if any(np.fromfile(file, dtype="<i4", count=1) == MAGIC for file in shards):
+    if any(MAGIC in np.fromfile(file, dtype="<i4", count=1) for file in shards):
         return root, shards
     return root, [file for file in files if file.suffix != ".bin"]
 
@@ -641,7 +641,7 @@ class DataLoader:
         batch = next(self.source)
         self.wait_time += time.perf_counter() - start
         self.cursor += self.rows_per_batch
-        return batch.to(self.device, non_blocking=True)
+        return batch.to(self.device, non_blocking=batch.is_pinned())  # else it could go before it is copied
 
     def state_dict(self):
         """The place in the global order, a few plain values that hold for any world size and batch size."""

@@ -110,16 +110,27 @@ def causal_attention(q, k, v):
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, n_head, T, head_dim)
     scale = QK_SCALE**2 / math.sqrt(q.size(-1))
     if q.device.type == "cuda":
-        with sdpa_kernel(ATTENTION_BACKENDS, set_priority=True):
+        # cuDNN makes a plan for each new length, which generation would wait for
+        backends = ATTENTION_BACKENDS if torch.is_grad_enabled() else ATTENTION_BACKENDS[1:]
+        with sdpa_kernel(backends, set_priority=True):
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
     else:
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
     return y.transpose(1, 2)
 
 
-def attention_backend(device):
-    """The name of the kernel family that causal_attention asks for first, for the run's header."""
-    return {"cuda": "cuDNN", "mps": "Metal"}.get(device.type, "flash")
+def attention_backend(config, dtype, device):
+    """The name of the kernel that causal_attention runs for this shape, for the run's header."""
+    if device.type != "cuda":
+        return "Metal" if device.type == "mps" else "flash"
+    shape = (1, config.n_head, config.max_seq_len, config.head_dim)
+    q = torch.empty(shape, dtype=dtype, device=device, requires_grad=True)
+    params = torch.backends.cuda.SDPAParams(q, q, q, None, 0.0, True, False)
+    for backend in ATTENTION_BACKENDS[:-1]:
+        kernel = backend.name.removesuffix("_ATTENTION").lower()
+        if getattr(torch.backends.cuda, f"can_use_{kernel}_attention")(params):
+            return kernel
+    return "math"
 
 
 def softcap(logits):
@@ -303,9 +314,6 @@ class GPT(nn.Module):
         {role: {name: parameter}}; each parameter stands in exactly one role (asserted).
         Roles: matrix (all of the blocks), head, embedding, value_embedding, resid_scalar, x0_scalar, smear.
         """
-        roles = {
-            role: {} for role in "matrix head embedding value_embedding resid_scalar x0_scalar smear".split()
-        }
         places = {
             "blocks": "matrix",
             "head": "head",
@@ -317,6 +325,7 @@ class GPT(nn.Module):
             "smear_lambda": "smear",
             "backout_lambda": "smear",
         }
+        roles = {role: {} for role in places.values()}
         for name, parameter in self.named_parameters():
             roles[places[name.split(".")[0]]][name] = parameter
         assert sum(map(len, roles.values())) == len(list(self.parameters()))

@@ -257,7 +257,8 @@ class MuonAdamW(torch.optim.Optimizer):
         scalars = {key: scalar(group[key]) for key in ("lr", "momentum", "weight_decay")}  # asynchronous
         scalars["live"] = 1 - self.skipped
         options = group["beta2"], group["cautious"], group["orthogonalizer"], self.orthogonalize_dtype
-        size = len(grad) if self.compiled else max(1, EAGER_NUMEL // grad[0].numel())
+        whole = self.compiled or self.device.type != "cpu"
+        size = len(grad) if whole else max(1, EAGER_NUMEL // grad[0].numel())
         for weight, g, *state in zip(*(x.split(size) for x in (share, grad, *bucket.state.values()))):
             self.muon_update(weight, g, dict(zip(bucket.state, state)), scalars, *options)
         return share

@@ -221,7 +221,7 @@ def val_line(record, num_iterations):
 def step_line(record, num_iterations, val_bpb, mfu_source, eta):
     """The console's line for a step record: at most 120 columns."""
     total, loss = str(num_iterations), record["train_loss_ema"]
-    speed = short(record["total_training_flops"] / record["step"] / record["dt"], " ")
+    speed = short(record["total_training_flops"] / record["tokens"] * record["tok_per_sec"], " ")
     mfu = f"{record['mfu']:3.0%} of measured" if mfu_source == "measured" else f"{record['mfu']:5.1%}"
     lr = f"  lr {record['lrm']:.2f}" if 2 * len(total) + len(mfu) < 25 else ""  # where there is room
     return (
@@ -432,7 +432,8 @@ NUMBERS = {  # results by their names in summary.json, and how they are written
 MEMORY = {"cuda": "CUDA's allocator", "mps": "the driver's, at the end", "cpu": "resident set"}
 LAPS = {"corpus": "preparation of the corpus", "trial": "trial and compilation"}
 # settings that may be auto and decide the numbers: with the flags that were given they repeat a run
-PINNED = "seed data dtype vocab_size depth head_dim max_seq_len total_batch_size num_iterations eval_tokens"
+PINNED = "seed data dtype vocab_size depth head_dim max_seq_len total_batch_size num_iterations eval_tokens "
+PINNED += "warmup_steps weight_decay"
 NOT_REPEATED = "run out_dir resume wandb minutes target_flops target_param_data_ratio"
 
 

@@ -27,6 +27,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # less fragmentation
+os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD", "1")  # for quick warm starts
 
 import filelock
 import torch
@@ -72,7 +73,7 @@ embedding_lr: float = 0.3  # token embedding; value embeddings get half
 unembedding_lr: float = 0.008  # head
 matrix_lr: float = 0.02  # matrices of the blocks
 scalar_lr: float = 0.5  # residual scalars
-weight_decay: float = 0.28  # of the matrices
+weight_decay: float | None = None  # of the matrices (auto: 0.28, less in long runs)
 warmup_steps: int = 40  # of the learning rate, at most a tenth of the run
 warmdown_ratio: float = 0.65  # share of the run over which the learning rate decays
 final_lr_frac: float = 0.05  # what it decays to, as a share of the peak
@@ -88,7 +89,7 @@ peak_tflops: float | None = None  # peak of one device, for the MFU (auto: as pu
 
 HORIZONS = ("num_iterations", "minutes", "target_flops", "target_param_data_ratio")
 # what belongs to the machine or the call and not to the run: --resume finds it anew
-NOT_RESUMED = "run out_dir resume wandb device_type dtype compile device_batch_size log_every".split()
+NOT_RESUMED = "run out_dir resume wandb device_type dtype compile device_batch_size log_every peak_tflops"
 CHOICES = {"device_type": ("cuda", "mps", "cpu"), "dtype": ("bfloat16", "float32")}
 PERIODS = ("eval_every", "sample_every", "save_every", "save_minutes")
 BOUNDS = {"vocab_size": (257, 65_535), "head_dim": (2, 1024), "max_seq_len": (32, 2**20)}
@@ -102,8 +103,9 @@ BOUNDS |= {"minutes": (0.05, 1e6), "warmup_steps": (0, 10**9), **dict.fromkeys(P
 
 def fail(message):
     """Bad settings, data or checkpoint: what is wrong and what to do, in two lines; exit status 2."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"error: {message}", file=sys.stderr, flush=True)
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(2)  # what is wrong on all ranks is told by rank 0, and torchrun ends the others
+    print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(2)
 
 
@@ -140,6 +142,8 @@ for name, text in given.items():
 settings |= given
 
 given_before = {}  # the flags of the calls that a resumed run was made with
+if settings["run"] and Path(settings["run"]).name != settings["run"]:
+    fail(f"--run {settings['run']} is no plain name.\nUse --out-dir for the folder that it shall be in.")
 run_folder = Path(settings["out_dir"]) / settings["run"] if settings["run"] else None
 if settings["resume"]:
     if not run_folder:
@@ -148,10 +152,13 @@ if settings["resume"]:
             fail(f"{settings['out_dir']} holds no run to resume.\nStart one.")
         run_folder = known[-1].parent
     config_file = run_folder / "config.json"
-    old = json.loads(config_file.read_text()) if config_file.exists() else {"settings": {}, "given": {}}
+    try:
+        old = json.loads(config_file.read_text()) if config_file.exists() else {"settings": {}, "given": {}}
+    except ValueError:
+        fail(f"{config_file} is damaged.\nPut the right one back, or start another --run.")
     saved, given_before = old["settings"], old["given"]
     fixed = HORIZONS if any(given.get(name) is not None for name in HORIZONS) else ()  # a new one, or none
-    for name in [n for n in settings if n in saved and n not in NOT_RESUMED]:
+    for name in [n for n in settings if n in saved and n not in NOT_RESUMED.split()]:
         if name not in given and name not in fixed:
             settings[name] = saved[name]
         elif settings[name] != saved[name] and os.environ.get("RANK", "0") == "0":
@@ -162,7 +169,7 @@ elif run_folder and run_folder.exists():
 for name, value in settings.items():
     if value is not None and kinds[name][0] in ("int", "float"):
         low, high = BOUNDS.get(name, (1 if kinds[name][0] == "int" else 1e-12, 1e30))
-        if not low <= value <= high:
+        if not low <= value <= high or (name in PERIODS and value == 0):
             fail(f"{flag(name)} {value} is out of range.\nGive a number from {low:,} to {high:,}.")
     if value is not None and value not in CHOICES.get(name, (value,)):
         fail(f"{flag(name)} {value} is unknown.\nChoose one of: {', '.join(CHOICES[name])}.")
@@ -184,9 +191,13 @@ rank, local_rank = (int(os.environ.get(key, 0)) for key in ("RANK", "LOCAL_RANK"
 world_size = int(os.environ.get("WORLD_SIZE", 1))
 if world_size > 1 and device_type == "mps":
     fail("several processes cannot share one MPS device.\nStart one, without torchrun.")
+if device_type == "mps" and dtype == "bfloat16":
+    fail("--dtype bfloat16: Metal's causal attention leaks later tokens in half precision.\nLeave it out.")
 on_gpu = device_type == "cuda"
 device = torch.device(device_type, local_rank) if on_gpu else torch.device(device_type)
 if on_gpu:
+    if local_rank >= torch.cuda.device_count():
+        fail(f"there are more processes than GPUs.\nGive --nproc_per_node={torch.cuda.device_count()}.")
     torch.cuda.set_device(device)
     gpu_memory = torch.cuda.get_device_properties(device).total_memory
     torch.set_float32_matmul_precision("high")
@@ -221,6 +232,8 @@ try:
 except dataloader.DataError as error:
     fail(error)
 vocab_size = corpus.tokenizer.n_vocab
+if device_type == "mps" and max(vocab_size, (device_batch_size or 1) * max_seq_len) > 32_000:
+    fail("Metal sums more than 32,766 products wrongly.\nGive a smaller vocabulary or --device-batch-size.")
 if world_size > 1:
     backend, device_id = ("nccl", device) if on_gpu else ("gloo", None)
     dist.init_process_group(backend, device_id=device_id, timeout=timedelta(seconds=HANG_SECONDS))
@@ -241,6 +254,8 @@ depth = depth or (12 if on_gpu else 4)
 head_dim = head_dim or (128 if depth >= 8 else 64)
 n_head = math.ceil(depth * aspect_ratio / head_dim)
 config = GPTConfig(vocab_size, max_seq_len, n_layer=depth, n_head=n_head, n_embd=n_head * head_dim)
+if config.n_embd < 32:
+    fail(f"depth {depth} and the other settings make a width of {config.n_embd}.\nThe least is 32.")
 with torch.device("meta"):
     raw_model = GPT(config, compute_dtype)
 raw_model.init_weights(device, seed)
@@ -260,14 +275,16 @@ def build_optimizer(batch_size):
     batch_scale, muon_scale = (ratio**0.5, ratio**0.5) if ratio > 1 else (ratio**0.125, ratio**-0.15)
     width_scale = batch_scale * (config.n_embd / 768) ** -0.5
     table = {
-        "matrix": dict(kind="muon", lr=matrix_lr * muon_scale, momentum=0.85, weight_decay=weight_decay),
+        "matrix": dict(kind="muon", lr=matrix_lr * muon_scale),  # the loop sets momentum and weight decay
         "head": dict(lr=unembedding_lr * width_scale, betas=(0.8, 0.96), weight_decay=0.01),
         "embedding": dict(lr=embedding_lr * width_scale, betas=(0.8, 0.995), weight_decay=0.001),
         "value_embedding": dict(lr=0.5 * embedding_lr * width_scale, betas=(0.8, 0.995), weight_decay=0.01),
         "resid_scalar": dict(lr=0.01 * scalar_lr * batch_scale, betas=(0.8, 0.95), weight_decay=0.05),
-        "x0_scalar": dict(lr=scalar_lr * batch_scale, betas=(0.96, 0.95), weight_decay=0.0),
-        "smear": dict(lr=0.4 * scalar_lr * batch_scale, betas=(0.8, 0.95), weight_decay=0.0),
+        "x0_scalar": dict(lr=scalar_lr * batch_scale, betas=(0.96, 0.95)),
+        "smear": dict(lr=0.4 * scalar_lr * batch_scale, betas=(0.8, 0.95)),
     }
+    for role in ("resid_scalar", "x0_scalar", "smear"):  # their first gradients are rounding alone
+        table[role]["eps"] = 1e-8
     roles = raw_model.parameter_roles()
     groups = [{"kind": "adamw", **table[role], "params": params} for role, params in roles.items()]
     orthogonalize_dtype = torch.bfloat16 if has_bf16 else torch.float32
@@ -318,21 +335,30 @@ while len(timings) < 4:
     except torch.OutOfMemoryError:
         outcome = TOO_LARGE
     except Exception as error:
-        if not (compile and compile_is_auto):
+        if "out of memory" in str(error):  # on MPS
+            outcome = TOO_LARGE
+        elif compile and compile_is_auto:
+            say(f"trial    torch.compile does not work here ({type(error).__name__}): going on without it")
+            outcome = NO_COMPILER
+        else:
             raise
-        say(f"trial    torch.compile does not work here ({type(error).__name__}): going on without, slower")
-        outcome = NO_COMPILER
     middle = time.perf_counter()
     if world_size > 1:  # what one rank cannot do, none does
         outcome = torch.tensor(outcome, device=device)
         dist.all_reduce(outcome, dist.ReduceOp.MIN)
     if outcome == FITS:
-        optimizer.step(nats)
-        synchronize()
-        timings.append((middle - begin, time.perf_counter() - middle))
-    elif outcome == NO_COMPILER:
+        try:
+            optimizer.step(nats)
+            synchronize()
+            timings.append((middle - begin, time.perf_counter() - middle))
+        except torch.OutOfMemoryError:
+            if world_size > 1:
+                raise
+            outcome = TOO_LARGE
+    if outcome == NO_COMPILER:
         model, compile, timings = raw_model, False, []
-    else:
+        optimizer = build_optimizer(total_batch_size or 2**19)
+    elif outcome == TOO_LARGE:
         smaller = max((n for n in range(1, micro_rows) if micro_rows % n == 0), default=0)
         if device_batch_size or not smaller:
             fail(f"{micro_rows} rows of {max_seq_len} do not fit.\nTry --device-batch-size {smaller or 1}.")
@@ -341,6 +367,8 @@ while len(timings) < 4:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
     optimizer.zero_grad(set_to_none=True)
+if on_gpu:
+    torch.cuda.reset_peak_memory_stats()
 micro_time, optimizer_time = from_rank_0([min(t) for t in zip(*timings[1:])])  # the first one compiled
 clock.lap("trial")
 
@@ -378,6 +406,8 @@ elif total_batch_size is None:
     # the best batch grows with tokens^0.383 (arXiv 2505.13738); short runs need some 600 steps all the same
     best = min(2**19 * (tokens_ahead / 1.5e9) ** 0.383, tokens_ahead / 600)
     total_batch_size = max(2 ** round(math.log2(max(1, best))), micro_rows * max_seq_len * world_size)
+    share = world_size * max_seq_len
+    total_batch_size = max(1, round(total_batch_size / share)) * share  # not every world size is a power of 2
 rows_per_step, rows_per_rank, micro_rows = rows_of(from_rank_0(total_batch_size))
 total_batch_size = rows_per_step * max_seq_len
 seconds_per_step = rows_per_rank // micro_rows * micro_time + optimizer_time
@@ -389,8 +419,9 @@ num_iterations = from_rank_0(num_iterations)
 device_batch_size = micro_rows
 if minutes:  # N will still move a little, and nothing before the decay may depend on it
     warmup_steps = min(warmup_steps, num_iterations // 15)
-# longer runs want less decay (arXiv 2405.13698): the steps' decay adds up to the same over a run
-decay_scale = min(1.0, (total_batch_size / 2**19) ** 0.5 * 1.5e9 / (num_iterations * total_batch_size))
+if weight_decay is None:  # longer runs want less (arXiv 2405.13698): it adds up to the same over a run
+    tokens = num_iterations * total_batch_size
+    weight_decay = 0.28 * min(1.0, (total_batch_size / 2**19) ** 0.5 * 1.5e9 / tokens)
 horizon_is_final = not minutes  # under --minutes it follows the measured speed until the decay begins
 
 raw_model.init_weights(device, seed)  # anew: the trial leaves no trace
@@ -408,15 +439,29 @@ timed_steps = 0  # the steps in it
 skipped_steps = 0  # loss or gradient was not finite, and nothing changed
 val_step = -1  # of the last evaluation
 STATE = (
-    "step num_iterations horizon_is_final decay_scale min_val_bpb val_bpb val_step smooth_train_loss "
+    "step num_iterations horizon_is_final min_val_bpb val_bpb val_step smooth_train_loss "
     "losses_seen total_training_time timed_steps skipped_steps"
 ).split()
 
-run = run_folder.name if run_folder else run or f"d{depth}-{datetime.now():%Y%m%d-%H%M%S}"
-run = from_rank_0(run)
+run = from_rank_0(run or (run_folder.name if run_folder else f"d{depth}-{datetime.now():%Y%m%d-%H%M%S}"))
 run_folder = Path(out_dir) / run
 checkpoints = run_folder / "checkpoints"
-resumed_from, passed_over = checkpoint.newest_valid(checkpoints) if resume else (None, [])
+lock = filelock.FileLock(run_folder / "lock")  # held to the end, and let go by any end
+
+
+def lock_run():
+    """Make this the one process that writes into the run's folder; again is allowed."""
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        fail(f"{run_folder} is being written by a run that is still going.\nStop that one first.")
+
+
+newest = None, []
+if resume and rank == 0 and run_folder.exists():
+    lock_run()
+    newest = checkpoint.newest_valid(checkpoints)
+resumed_from, passed_over = from_rank_0(newest)
 for reason in passed_over:
     say(f"resume   passed over: {reason}")
 if resumed_from:
@@ -426,8 +471,9 @@ if resumed_from:
         clock.spent[name] = clock.spent.get(name, 0.0) + spent
     if not minutes:
         num_iterations, horizon_is_final = planned, True
-    elif not horizon_is_final or given.get("minutes"):
-        num_iterations, horizon_is_final = step + from_rank_0(int(time_left() / seconds_per_step)), False
+    elif not horizon_is_final or minutes != saved["minutes"]:
+        num_iterations = step + from_rank_0(int(time_left() / seconds_per_step))
+        horizon_is_final = step > (1 - warmdown_ratio) * num_iterations
     decay_start = (1 - warmdown_ratio) * state["num_iterations"]
     if step > decay_start and num_iterations > state["num_iterations"]:
         say(f"resume   the learning rate decays since step {decay_start:.0f}: it will rise once more")
@@ -474,16 +520,12 @@ record = {
     "versions": report.versions(),
 }
 if rank == 0:
-    lock = filelock.FileLock(run_folder / "lock")  # held to the end, and let go by any end
     try:
-        run_folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
         checkpoints.mkdir(parents=True, exist_ok=True)
-        (run_folder / "config.json").write_text(json.dumps(record, indent=2))
+        lock_run()
+        report.replace(run_folder / "config.json", json.dumps(record, indent=2))
         dataloader.save_tokenizer(corpus.tokenizer, run_folder / "tokenizer")
         report.cut_log(run_folder, step if resumed_from else -1)
-    except filelock.Timeout:
-        fail(f"{run_folder} is being written by a run that is still going.\nStop that one first.")
     except OSError as error:
         fail(f"{run_folder} cannot be written: {error.strerror}.\nChoose another --out-dir or make room.")
 log = report.Log(run_folder if rank == 0 else None, wandb, record)
@@ -493,7 +535,8 @@ plan = (
     f"{num_flops_per_token * total_batch_size * num_iterations:.2g} FLOPs · "
     f"about {report.duration(num_iterations * seconds_per_step)} · {run_folder}"
 )
-say(report.header(record, compile, attention_backend(device), peak, peak_source, plan))
+attention = attention_backend(config, compute_dtype, device)
+say(report.header(record, compile, attention, peak, peak_source, plan))
 if resumed_from:
     say(f"resume   from {resumed_from}")
 log.write("event", step=step, event="resumed" if resumed_from else "started", num_iterations=num_iterations)
@@ -514,9 +557,10 @@ def save():
         say(f"error: the weights of rank {strange} differ from those of rank 0; nothing is saved.")
         sys.exit(1)
     tensors = {"model": raw_model.state_dict(), "optimizer": optimizer.state_dict()}
-    state = {name: globals()[name] for name in STATE} | {"spent": clock.spent, "data": loader.state_dict()}
+    state = {name: globals()[name] for name in STATE} | {k: record[k] for k in ("settings", "versions")}
+    state |= {"spent": dict(clock.spent), "data": loader.state_dict()}
     if rank == 0:
-        tell_saved(saver.save(step, tensors, state | {k: record[k] for k in ("settings", "versions")}))
+        tell_saved(saver.save(step, tensors, state))
 
 
 def tell_saved(outcome, last=False):
@@ -541,9 +585,8 @@ def on_signal(number, frame):
         save_asked = True
     else:
         signal_seen = number
-        signal.signal(number, signal.SIG_DFL)  # a second one stops at once
-        if world_size > 1:  # another rank may be gone, and the end of the window never come
-            faulthandler.dump_traceback_later(60, exit=True)
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)  # a second Ctrl-C stops at once
 
 
 def expect_progress():
@@ -559,14 +602,17 @@ for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
 # The loop. Host and device meet only at the end of a window of steps
 
 start_step, last_saved, last_save_time = step, step if resumed_from else -1, time.time()
+time_before, timed_before = total_training_time, timed_steps  # of earlier starts, perhaps on other machines
 next_length, skips_in_a_row, samples = 1, 0, []
 interruption, saving_is_due = 0, False  # the signal that stops the run; is a checkpoint due
 clock.lap("setup")
 while True:
     # between windows: evaluate, sample, save, stop
     at_end = step >= num_iterations
-    flops_so_far = num_flops_per_token * total_batch_size * step
-    if val_step != step and (step == 0 or at_end or (eval_every > 0 and step % eval_every == 0)):
+    tokens = loader.cursor * max_seq_len
+    flops_so_far = num_flops_per_token * tokens
+    evaluation_is_due = step == 0 or at_end or (eval_every > 0 and step % eval_every == 0)
+    if evaluation_is_due and val_step != step and not interruption:
         begin = time.time()
         batches = validation.batches(micro_rows, device, rank, world_size)
         val_bpb = report.bits_per_byte(model, batches, device)
@@ -583,6 +629,7 @@ while True:
         clock.lap("sampling")
     saving_is_due |= at_end or interruption > 0 or (save_every > 0 and step > 0 and step % save_every == 0)
     if saving_is_due and last_saved != step:
+        expect_progress()
         save()
         last_saved, last_save_time, saving_is_due = step, time.time(), False
         clock.lap("saving")
@@ -604,7 +651,7 @@ while True:
     while step < window_end and not (signal_seen and world_size == 1):
         lrm = lr_multiplier(step, num_iterations, warmup_steps, warmdown_ratio, final_lr_frac)
         momentum = muon_momentum(step, num_iterations, warmdown_ratio)
-        decay = weight_decay * decay_scale * weight_decay_multiplier(step, num_iterations, warmdown_ratio)
+        decay = weight_decay * weight_decay_multiplier(step, num_iterations, warmdown_ratio)
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * lrm
             if group["kind"] == "muon":
@@ -642,8 +689,12 @@ while True:
     if step > start_step + 10:
         total_training_time += dt * len(losses)
         timed_steps += len(losses)
-    seconds_per_step = total_training_time / timed_steps if timed_steps else dt
-    flops_so_far = num_flops_per_token * total_batch_size * step
+    if timed_steps > timed_before:
+        seconds_per_step = (total_training_time - time_before) / (timed_steps - timed_before)
+    else:
+        seconds_per_step = dt
+    tokens = loader.cursor * max_seq_len
+    flops_so_far = num_flops_per_token * tokens
     figures = {
         "step": step,
         "train_loss": train_loss,
@@ -656,7 +707,7 @@ while True:
         "tok_per_sec": total_batch_size / dt,
         "mfu": num_flops_per_token * total_batch_size / dt / (peak * world_size),
         "data_wait": (loader.wait_time - wait_before) / (dt * len(losses)),
-        "tokens": total_batch_size * step,
+        "tokens": tokens,
         "total_training_flops": flops_so_far,
         "total_training_time": total_training_time,
         "epoch": loader.epoch,
@@ -707,10 +758,8 @@ while True:
 # -----------------------------------------------------------------------------
 # The end
 
-failed = tell_saved(saver.wait(), last=True)
-if timed_steps:
-    seconds_per_step = total_training_time / timed_steps
 faulthandler.cancel_dump_traceback_later()
+failed = tell_saved(saver.wait(), last=True)
 if interruption:
     say(f"stopped  by {signal.Signals(interruption).name} after step {step}")
     say(f"continue with: python train.py --run {run} --resume")
@@ -722,7 +771,7 @@ summary = {
     "min_val_bpb": min_val_bpb,
     "train_loss_ema": report.debias(smooth_train_loss, ema_beta, losses_seen),
     "steps": step,
-    "tokens": total_batch_size * step,
+    "tokens": tokens,
     "total_training_flops": flops_so_far,
     "total_training_time": total_training_time,
     "wall_time": sum(clock.spent.values()),

@@ -44,6 +44,11 @@ synchronize = report.synchronizer(device.type)
 VOCAB, ROW, ROWS = (50_257, 2048, 32) if on_gpu else (4096, 512, 4)  # vocabulary, T, rows of a micro-batch
 
 
+def compiled(function):
+    """The function as train.py would run it: compiled, but on MPS as it is."""
+    return function if on_mps else torch.compile(function, dynamic=False)
+
+
 def benchmark(function):
     """Make a function a subcommand of this script."""
     BENCHMARKS[function.__name__] = function
@@ -120,7 +125,8 @@ def train(*flags):
     defaults = f"--data stdlib --vocab-size {VOCAB} --num-iterations {40 if on_gpu else 80} --run bench"
     defaults += f" --total-batch-size {batch} --eval-every -1 --eval-tokens {ROWS * ROW}"
     with tempfile.TemporaryDirectory() as out:
-        command = [sys.executable, str(Path(report.__file__).parent / "train.py"), *defaults.split(), "--out-dir", out, *flags]
+        script = str(Path(report.__file__).parent / "train.py")
+        command = [sys.executable, script, *defaults.split(), "--out-dir", out, *flags]
         start, first_step, lines = time.time(), None, []
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         for line in process.stdout:
@@ -132,6 +138,8 @@ def train(*flags):
         files = (Path(out, "bench", f"{name}.json") for name in ("config", "summary"))
         config, summary = (json.loads(file.read_text()) for file in files)
     settings, peak = config["settings"], summary["mfu_peak"]
+    if settings["device_type"] != device.type:
+        sys.exit(f"this script measures on {device.type}: let train.py run there too")
     speed, batch = summary["tok_per_sec"], settings["total_batch_size"]
     flops, causal = (config["num_flops_per_token" + kind] for kind in ("", "_causal"))
 
@@ -227,11 +235,9 @@ def loss():
 
     variants = {"whole": whole}
     for chunks in (2, 4, 8, 16):
-        apply = ChunkedCrossEntropy.apply
-        variants[f"{chunks} chunks"] = lambda n=chunks, apply=apply: apply(x, weight, targets, V, n)
+        variants[f"{chunks} chunks"] = lambda n=chunks: ChunkedCrossEntropy.apply(x, weight, targets, V, n)
     headline(str(dtype), f"{N:,} rows × {V:,} logits", "head and loss, forward and backward, compiled")
-    compiled = {name: torch.compile(variant, dynamic=False) for name, variant in variants.items()}
-    functions, memory = [lambda f=f: f().backward() for f in compiled.values()], []
+    functions, memory = [lambda f=f: f().backward() for f in map(compiled, variants.values())], []
     for function in functions:
         function()
         if on_gpu:
@@ -251,7 +257,7 @@ def optimizer(*depths):
     batch = 2**19 if on_gpu else 2**12
     for depth in map(int, depths or ((12, 20) if on_gpu else (4, 8))):
         model = model_of_depth(depth)
-        forward = torch.compile(model, dynamic=False)
+        forward = compiled(model)
         tokens = torch.randint(VOCAB, (ROWS, ROW), device=device)
         (passes,) = medians([lambda: forward(tokens, tokens).backward()])  # noqa: B023
         passes *= batch / (ROWS * ROW)
@@ -318,7 +324,7 @@ def checkpoint(*depths):
 def logging():
     """Training steps with train.py's synchronizations and records, twice a second, and with none."""
     model = model_of_depth(4)
-    forward = model if on_mps else torch.compile(model, dynamic=False)
+    forward = compiled(model)
     optimizer = build_optimizer(model, dtype)
     tokens = torch.randint(VOCAB, (ROWS, ROW), device=device)
     fields = ["train_loss", "train_loss_ema", "lrm", "grad_norm", "dt", "tok_per_sec", "mfu", "data_wait"]
@@ -333,8 +339,8 @@ def logging():
             optimizer.step(nats.detach())
             losses.append(nats.detach())
             if step % window == 0:
-                losses = torch.stack([torch.stack(losses), optimizer.grad_norm.expand(len(losses))]).tolist()
-                losses = []
+                torch.stack([torch.stack(losses), optimizer.grad_norm.expand(len(losses))]).tolist()
+                losses.clear()
                 synchronize()
                 log.write("step", **record, peak_memory=report.peak_memory(device))
                 print(report.step_line(record, 1000, 1.0, "published", 60.0), file=console, flush=True)
@@ -419,6 +425,7 @@ if __name__ == "__main__":
     if name == "all":
         for function in BENCHMARKS.values():
             function()
+            torch.compiler.reset()  # the shapes of one would count against the next one's limit
     elif name in BENCHMARKS:
         BENCHMARKS[name](*arguments)
     else:

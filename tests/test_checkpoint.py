@@ -114,6 +114,14 @@ def test_pruning_counts_only_valid_ones(tmp_path):
     assert checkpoint.newest_valid(tmp_path)[0] == fifth
 
 
+def test_copies_under_other_names_are_left_alone(tmp_path):
+    first = write(tmp_path, 1)
+    shutil.copytree(first, tmp_path / "step_000001-copy")
+    second = write(tmp_path, 2, keep=1)
+    assert checkpoint.newest_valid(tmp_path) == (second, [])
+    assert not first.exists() and (tmp_path / "step_000001-copy").exists()
+
+
 def test_the_saver_copies_before_it_returns_and_reuses_its_buffers(tmp_path):
     saver = checkpoint.Saver(tmp_path, keep=2)
     weights = torch.zeros(1000)
@@ -324,6 +332,11 @@ def test_a_finished_run_can_be_resumed_and_goes_on_if_there_is_more_to_do(train)
     assert again.code == 0, again.output
     keys = ("steps", "tokens", "val_bpb", "train_loss_ema", "total_training_flops", "total_training_time")
     assert {key: again.summary[key] for key in keys} == {key: whole.summary[key] for key in keys}
+    config = (whole.folder / "config.json").read_text()
+    (whole.folder / "config.json").write_text(config[:100])
+    damaged = train.start("--resume")
+    assert "config.json is damaged" in damaged.communicate()[0] and damaged.returncode == 2
+    (whole.folder / "config.json").write_text(config)
     more = train("--resume", "--num-iterations", 30)
     assert more.code == 0 and "--num-iterations was 20, is 30" in more.output
     assert "the learning rate decays since step 7" in more.output and more.summary["steps"] == 30

@@ -408,6 +408,11 @@ def test_damage_is_named(text, home, monkeypatch, name, harm):
     use(text)
 
 
+def test_a_bin_file_of_no_bytes_is_no_shard(text):
+    (text / "x.bin").write_bytes(b"")
+    assert len(prepare(str(text), 300).shards["train"]) == 1
+
+
 def test_a_shard_shows_at_once_that_it_is_none(tmp_path):
     path = tmp_path / "a.bin"
     shard(path, range(100))

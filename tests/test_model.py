@@ -8,7 +8,17 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import model as model_module
-from model import GPT, QK_SCALE, GPTConfig, ReluSquared, apply_rotary, causal_attention, norm, rotary_tables
+from model import (
+    GPT,
+    QK_SCALE,
+    GPTConfig,
+    ReluSquared,
+    apply_rotary,
+    attention_backend,
+    causal_attention,
+    norm,
+    rotary_tables,
+)
 
 
 def build(seed=0, **shape):
@@ -229,3 +239,20 @@ def test_the_future_never_leaks_on_cuda(grad):
         before, changed = model(tokens), tokens.clone()
         changed[:, 100] = (changed[:, 100] + 1) % 300
         assert torch.equal(model(changed)[:, :100], before[:, :100])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_the_attention_kernel_that_is_named_is_the_one_that_runs(head_dim):
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    config = GPTConfig(max_seq_len=256, n_head=2, n_embd=2 * head_dim)
+    name = attention_backend(config, torch.bfloat16, torch.device("cuda"))
+    q, k, v = torch.randn(3, 1, 256, 2, head_dim, device="cuda", dtype=torch.bfloat16).unbind()
+    only = getattr(SDPBackend, f"{name.upper()}_ATTENTION")
+    with sdpa_kernel(only):  # raises if it cannot
+        heads = (x.transpose(1, 2) for x in (q, k, v))
+        expected = torch.nn.functional.scaled_dot_product_attention(
+            *heads, is_causal=True, scale=QK_SCALE**2 / head_dim**0.5
+        )
+    assert torch.equal(causal_attention(q, k, v), expected.transpose(1, 2))

@@ -172,6 +172,12 @@ def test_minutes_end_in_time_and_can_be_repeated_by_steps(train):
     assert repeated.summary["val_bpb"] == timed.summary["val_bpb"]
     common = losses(timed).keys() & losses(repeated).keys()
     assert len(common) > 10 and all(losses(timed)[s] == losses(repeated)[s] for s in common)
+    longer = train("--resume", "--run", "a", "--minutes", 0.55)
+    assert longer.code == 0 and longer.summary["steps"] > steps, longer.output
+    spent = longer.summary["wall_time"] - longer.summary["time"].get("corpus", 0)
+    assert 0.55 * 60 - 8 < spent < 0.55 * 60 + 4
+    assert longer.log[-1]["event"] == "finished"
+    assert [r["lrm"] for r in longer.log if r["kind"] == "step"][-1] < 0.2
 
 
 def test_horizons_and_resolved_settings(train):
@@ -222,6 +228,9 @@ BAD = {
     "--head-dim 33": "even",
     "--total-batch-size 100000000": "Give more text",
     "--warmdown-ratio 1.5": "out of range",
+    "--eval-every 0": "out of range",
+    "--run ../b": "is no plain name",
+    "--depth 1 --aspect-ratio 16 --head-dim 16": "a width of 16",
     "--matrix-lr nan": "out of range",
 }
 
@@ -240,6 +249,16 @@ def test_bad_input_gets_two_lines_and_writes_nothing(train, tmp_path, flags):
     assert BAD[flags] in result.output
     assert lines[0].startswith("error: ") and len(lines) <= 2 and "Traceback" not in result.output
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_without_a_compiler_it_trains_all_the_same(train, tmp_path, monkeypatch, reference):
+    monkeypatch.setenv("CXX", "/no/such/compiler")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    result = train("--num-iterations", 20, "--compile", "auto")
+    assert result.code == 0 and "torch.compile does not work here" in result.output, result.output
+    assert result.config["settings"]["compile"] is False
+    assert result.summary["val_bpb"] == reference[2]["val_bpb"]
 
 
 def test_an_existing_run_is_not_overwritten(train, tmp_path):
