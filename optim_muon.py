@@ -36,6 +36,7 @@ DEFAULTS = {
         "momentum": 0.95,
         "weight_decay": 0.0,
         "beta2": 0.9,  # NorMuon's second moment; None turns it off
+        "equilibrate": True,  # bring the rows to one length before orthogonalization
         "cautious": True,  # decay only where the update already shrinks the weight
         "orthogonalizer": "polar_express",
     },
@@ -69,6 +70,12 @@ def orthogonalize(G, dtype=torch.float32, method="polar_express"):
     return (X.mT if tall else X).float()
 
 
+def equilibrate_rows(G):
+    """Scale each row of G (B, rows, cols) to the rows' root mean square length (arXiv 2603.28254)."""
+    lengths = torch.linalg.vector_norm(G, dim=-1, keepdim=True)
+    return G * (lengths.square().mean(dim=-2, keepdim=True).sqrt() / lengths.clamp_min(1e-20))
+
+
 def normalize_neurons(update, second_momentum, beta2, live):
     """
     NorMuon (arXiv 2510.05491): divide each row (column, if wider than tall) of update (B, rows, cols) by
@@ -83,7 +90,7 @@ def normalize_neurons(update, second_momentum, beta2, live):
     update.mul_(scale * (norm / new_norm.clamp_min(1e-10)).sqrt())
 
 
-def muon_update(weight, grad, state, scalars, beta2, cautious, method, dtype):
+def muon_update(weight, grad, state, scalars, beta2, equilibrate, cautious, method, dtype):
     """
     One Muon step in place on a stack weight (B, rows, cols), fp32; scalars["live"] 0: nothing changes.
     What moves during training is a 0-D tensor, so that the compiled graph stays valid.
@@ -92,6 +99,8 @@ def muon_update(weight, grad, state, scalars, beta2, cautious, method, dtype):
     grad = torch.where(live > 0, grad.float(), 0.0)  # 0 · NaN is NaN, so a bad gradient is replaced
     state["momentum_buffer"].lerp_(grad, live * (1 - momentum))
     update = grad.lerp_(state["momentum_buffer"], momentum)  # Nesterov
+    if equilibrate:
+        update = equilibrate_rows(update)
     update = orthogonalize(update, dtype, method)
     if beta2 is not None:
         normalize_neurons(update, state["second_momentum"], beta2, live)
@@ -256,7 +265,8 @@ class MuonAdamW(torch.optim.Optimizer):
         group, scalar = bucket.group, partial(torch.full, (), dtype=torch.float32, device=self.device)
         scalars = {key: scalar(group[key]) for key in ("lr", "momentum", "weight_decay")}  # asynchronous
         scalars["live"] = 1 - self.skipped
-        options = group["beta2"], group["cautious"], group["orthogonalizer"], self.orthogonalize_dtype
+        options = [group[key] for key in ("beta2", "equilibrate", "cautious", "orthogonalizer")]
+        options.append(self.orthogonalize_dtype)
         whole = self.compiled or self.device.type != "cpu"
         size = len(grad) if whole else max(1, EAGER_NUMEL // grad[0].numel())
         for weight, g, *state in zip(*(x.split(size) for x in (share, grad, *bucket.state.values()))):

@@ -271,8 +271,8 @@ def build_optimizer(batch_size):
     """MuonAdamW over every role, with the learning rates for this many tokens per step."""
     ratio = batch_size / 2**19
     # above the reference lr ∝ √batch (nanochat); below, that is far too timid: at 2,048 tokens and 549 steps
-    # AdamW did best with half of its rates, Muon with more than twice its rate (figures: the commit message)
-    batch_scale, muon_scale = (ratio**0.5, ratio**0.5) if ratio > 1 else (ratio**0.125, ratio**-0.15)
+    # AdamW did best with half of its rates, Muon with three times its rate (figures: the commit message)
+    batch_scale, muon_scale = (ratio**0.5, ratio**0.5) if ratio > 1 else (ratio**0.125, ratio**-0.2)
     width_scale = batch_scale * (config.n_embd / 768) ** -0.5
     table = {
         "matrix": dict(kind="muon", lr=matrix_lr * muon_scale),  # the loop sets momentum and weight decay

@@ -23,6 +23,7 @@ from optim_muon import (
     POLAR_EXPRESS,
     QUINTIC,
     MuonAdamW,
+    equilibrate_rows,
     lr_multiplier,
     muon_momentum,
     orthogonalize,
@@ -30,7 +31,7 @@ from optim_muon import (
 )
 
 torch.set_num_threads(1)
-TEXTBOOK = {"orthogonalizer": "quintic", "beta2": None, "cautious": False}
+TEXTBOOK = {"orthogonalizer": "quintic", "beta2": None, "equilibrate": False, "cautious": False}
 SHAPES = {"tall": (24, 10), "wide": (8, 20), "square": (12, 12), "column": (9, 1)}
 
 
@@ -129,14 +130,18 @@ def test_memory_layout_does_not_matter():
 class Reference:
     """Muon for one matrix, in float64, as the papers write it: polynomials of the singular values."""
 
-    def __init__(self, weight, coefficients=QUINTIC, safety=1.0, beta2=None, cautious=False):
+    def __init__(self, weight, coefficients=QUINTIC, safety=1.0, beta2=None, refined=False):
         self.weight, self.coefficients, self.safety = weight.detach().double(), coefficients, safety
-        self.beta2, self.cautious, self.momentum_buffer, self.second = beta2, cautious, 0.0, 0.0
+        self.beta2, self.momentum_buffer, self.second = beta2, 0.0, 0.0
+        self.equilibrate = self.cautious = refined
 
     def step(self, grad, lr, momentum, weight_decay):
         grad, (rows, cols) = grad.double(), self.weight.shape
         self.momentum_buffer = momentum * self.momentum_buffer + (1 - momentum) * grad
         nesterov = (1 - momentum) * grad + momentum * self.momentum_buffer
+        if self.equilibrate:
+            lengths = nesterov.norm(dim=1, keepdim=True)
+            nesterov = nesterov / lengths * (lengths**2).mean() ** 0.5
         U, S, Vt = torch.linalg.svd(nesterov, full_matrices=False)
         S = S / (S.norm() * self.safety)
         for a, b, c in self.coefficients:
@@ -156,7 +161,7 @@ class Reference:
 @pytest.mark.parametrize("refined", [False, True])
 def test_muon_equals_a_float64_reference(shape, refined):
     params = parameters({"a": SHAPES[shape], "b": SHAPES[shape]})  # two of a shape are one stack
-    refinements = dict(coefficients=POLAR_EXPRESS, safety=1.02, beta2=0.9, cautious=True)
+    refinements = dict(coefficients=POLAR_EXPRESS, safety=1.02, beta2=0.9, refined=True)
     references = {name: Reference(p, **(refinements if refined else {})) for name, p in params.items()}
     optimizer = MuonAdamW([dict(kind="muon", lr=0.02, params=params, **({} if refined else TEXTBOOK))])
     (group,) = optimizer.param_groups
@@ -749,3 +754,13 @@ def test_before_the_decay_nothing_depends_on_the_horizon():
         assert lr_multiplier(step, short, 40, 0.5, 0.1) == lr_multiplier(step, long, 40, 0.5, 0.1)
         assert muon_momentum(step, short, 0.5) == muon_momentum(step, long, 0.5)
         assert weight_decay_multiplier(step, short, 0.5) == weight_decay_multiplier(step, long, 0.5)
+
+
+def test_rows_are_brought_to_one_length_and_zeros_stay_zeros():
+    G = torch.randn(2, 5, 7) * torch.logspace(-12, 3, 5)[:, None]
+    G[1, 2] = 0
+    found = equilibrate_rows(G)
+    lengths = found.norm(dim=2)
+    assert torch.equal(found[1, 2], torch.zeros(7)) and torch.isfinite(found).all()
+    torch.testing.assert_close(lengths[0], lengths[0].mean().expand(5))
+    assert torch.equal(equilibrate_rows(torch.zeros(1, 3, 3)), torch.zeros(1, 3, 3))
