@@ -21,7 +21,6 @@ SOFTCAP = 15.0  # logits are bounded to ±15; anything from 10 to 30 works about
 QK_SCALE = 1.2  # sharpens the normed queries and keys, each
 VALUE_GATE_CHANNELS = 12  # the gates read only the first channels of the stream: nearly free, and enough
 SMEAR_GATE_CHANNELS = 24
-MAX_LOGITS = 2**29  # 1 GB in bf16: where a batch has more, the loss is made in chunks of rows
 # cuDNN is the fastest exact causal kernel on Hopper; the others follow in order of speed
 ATTENTION_BACKENDS = [
     SDPBackend.CUDNN_ATTENTION,
@@ -223,13 +222,14 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """
     A decoder-only transformer; build it under `torch.device("meta")`, then call `init_weights(device, seed)`.
-    Parameters are fp32; activations have `compute_dtype`; the loss is computed in fp32.
+    Parameters are fp32; activations have `compute_dtype`; the loss is computed in fp32, in chunks of rows
+    where a batch has more than `max_logits` logits.
     """
 
-    def __init__(self, config, compute_dtype=torch.float32):
+    def __init__(self, config, compute_dtype=torch.float32, max_logits=2**29):
         super().__init__()
         self.config = config
-        self.compute_dtype = compute_dtype
+        self.compute_dtype, self.max_logits = compute_dtype, max_logits
         # every second layer, counted from the last, mixes a second embedding of the token into its values
         value_layers = [i for i in range(config.n_layer) if (config.n_layer - 1 - i) % 2 == 0]
         self.embedding = nn.Embedding(config.padded_vocab_size, config.n_embd)
@@ -299,7 +299,7 @@ class GPT(nn.Module):
         if self.config.n_layer > 1:
             x = x - self.backout_lambda.to(x.dtype) * middle  # the head need not see what fed later layers
         x = norm(x)
-        excess = tokens.numel() * self.config.padded_vocab_size / MAX_LOGITS
+        excess = tokens.numel() * self.config.padded_vocab_size / self.max_logits
         chunks = 2 ** math.ceil(math.log2(max(1, excess)))
         if targets is not None and chunks > 1:
             rows, vocab_size = x.flatten(0, 1), self.config.vocab_size

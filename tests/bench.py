@@ -82,7 +82,7 @@ def headline(*facts):
 def build_model(config, compute_dtype):
     """A GPT on the device, with its initial weights."""
     with torch.device("meta"):
-        model = GPT(config, compute_dtype)
+        model = GPT(config, compute_dtype, max_logits=2**22 if device.type == "cpu" else 2**29)
     model.init_weights(device, 0)
     return model
 
@@ -328,7 +328,7 @@ def logging():
     optimizer = build_optimizer(model, dtype)
     tokens = torch.randint(VOCAB, (ROWS, ROW), device=device)
     fields = ["train_loss", "train_loss_ema", "lrm", "grad_norm", "dt", "tok_per_sec", "mfu", "data_wait"]
-    record = {"step": 1, "total_training_flops": 1e12, **dict.fromkeys(fields, 0.5)}
+    record = {"step": 1, "tokens": 1, "total_training_flops": 1e12, **dict.fromkeys(fields, 0.5)}
 
     def block(window, log):
         """60 steps, with a record after each `window` of them."""
