@@ -180,7 +180,7 @@ def test_the_clock_books_every_second_once(monkeypatch):
 
 RECORD = {
     **{"step": 120, "train_loss_ema": 4.231, "lrm": 1.0, "tok_per_sec": 512e3, "mfu": 0.461},
-    **{"data_wait": 0.0, "total_training_flops": 120 * 5e14, "dt": 1.0},
+    **{"data_wait": 0.0, "total_training_flops": 120 * 5e14, "tokens": 120 * 512e3, "dt": 1.0},
     **{"val_bpb": 1.2931, "min_val_bpb": 1.2931},
 }
 
@@ -466,7 +466,7 @@ def test_the_command_repeats_the_run(make, monkeypatch):
     assert line.startswith("python train.py --") and flags == {
         **{"num-iterations": "100", "total-batch-size": "512", "seed": "42", "data": "'my text'"},
         **{"dtype": "float32", "vocab-size": "512", "depth": "2", "head-dim": "32", "max-seq-len": "64"},
-        **{"matrix-lr": "0.01", "compile": "off", "eval-tokens": "1024"},
+        **{"matrix-lr": "0.01", "compile": "off", "eval-tokens": "1024", "weight-decay": "0.28"},
     }
     versions = {"git_commit": "0123abc-dirty"}
     checkout, line = command("b", world_size=8, versions=versions)
