@@ -28,6 +28,7 @@ ATTENTION_BACKENDS = [
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
+CUDNN_BLOCK = 128  # before cuDNN 9.15 rows of other lengths got wrong gradients (pytorch issue 169849)
 
 
 @dataclass
@@ -96,9 +97,10 @@ def rotary_tables(length, head_dim, device):
 
 def apply_rotary(x, cos, sin):
     """Rotate the half-split pairs of x (B, T, n_head, head_dim) by their position's angles, in x's dtype."""
-    x1, x2 = x.chunk(2, dim=-1)
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1)
+    halves = x.unflatten(-1, (2, -1))  # (B, T, n_head, 2, head_dim / 2)
+    cos, sin = cos.to(x.dtype)[:, :, None], sin.to(x.dtype)
+    # one expression and no `cat`, so that it is fused with the norm of q and k
+    return (halves * cos + halves.flip(-2) * torch.stack([sin, -sin], dim=-2)).flatten(-2)
 
 
 def causal_attention(q, k, v):
@@ -110,8 +112,8 @@ def causal_attention(q, k, v):
     scale = QK_SCALE**2 / math.sqrt(q.size(-1))
     if q.device.type == "cuda":
         # cuDNN makes a plan for each new length, which generation would wait for
-        backends = ATTENTION_BACKENDS if torch.is_grad_enabled() else ATTENTION_BACKENDS[1:]
-        with sdpa_kernel(backends, set_priority=True):
+        first = 0 if torch.is_grad_enabled() and q.size(2) % CUDNN_BLOCK == 0 else 1
+        with sdpa_kernel(ATTENTION_BACKENDS[first:], set_priority=True):
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
     else:
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
@@ -125,7 +127,7 @@ def attention_backend(config, dtype, device):
     shape = (1, config.n_head, config.max_seq_len, config.head_dim)
     q = torch.empty(shape, dtype=dtype, device=device, requires_grad=True)
     params = torch.backends.cuda.SDPAParams(q, q, q, None, 0.0, True, False)
-    for backend in ATTENTION_BACKENDS[:-1]:
+    for backend in ATTENTION_BACKENDS[0 if config.max_seq_len % CUDNN_BLOCK == 0 else 1 : -1]:
         kernel = backend.name.removesuffix("_ATTENTION").lower()
         if getattr(torch.backends.cuda, f"can_use_{kernel}_attention")(params):
             return kernel
@@ -147,20 +149,20 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets, vocab_size, chunks):
         w, columns = weight.to(x.dtype), torch.arange(weight.size(0), device=x.device)
-        nats, grad_x, grad_w = torch.zeros((), device=x.device), [], 0.0
+        nats, grad_x, grad_w = [], [], 0.0
         for rows, target in zip(x.chunk(chunks), targets.chunk(chunks)):
             capped = torch.tanh((rows @ w.T).float() / SOFTCAP)  # (n, padded V)
             logits = (SOFTCAP * capped).masked_fill(columns >= vocab_size, -math.inf)
-            log_sum = logits.logsumexp(-1, keepdim=True)
+            log_sum = logits.exp().sum(-1, keepdim=True).log()  # bounded by ±SOFTCAP: it cannot overflow
             counted = (target >= 0)[:, None]
             chosen = logits.gather(1, target.clamp_min(0)[:, None])
-            nats = nats + ((log_sum - chosen) * counted).sum()
+            nats.append((log_sum - chosen) * counted)  # (n, 1)
             grad = (logits - log_sum).exp() - (columns == target[:, None]).float()  # of the capped logits
             grad = (grad * counted * (1 - capped.square())).to(x.dtype)
             grad_x.append(grad @ w)
             grad_w = grad_w + (grad.T @ rows).float()
         ctx.save_for_backward(torch.cat(grad_x), grad_w)
-        return nats + 0 * grad_w[0, 0]  # else torch.compile would put it off, and keep N × V
+        return torch.cat(nats).sum()  # at the end: a sum per chunk is put off by Inductor, which keeps N × V
 
     @staticmethod
     def backward(ctx, grad_nats):

@@ -88,6 +88,14 @@ def device_name(device):
     return f"{name}, {torch.get_num_threads()} threads" if device.type == "cpu" else name
 
 
+def has_fast_bf16(device):
+    """Whether the device multiplies bf16 matrices in hardware; where it is emulated, fp32 is much faster."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    units = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return any(units.get(name) for name in ("avx512_bf16", "amx_bf16"))
+
+
 def peak_memory(device):
     """Bytes at the peak: CUDA's allocator; on MPS the driver's allocation now; on CPU the resident set."""
     if device.type == "cuda":

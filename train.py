@@ -49,7 +49,7 @@ resume: bool = False  # continue the newest run, or --run NAME, from its newest 
 wandb: bool = False  # log to Weights & Biases too
 # device
 device_type: str | None = None  # cuda, mps or cpu (auto: the first of them that is there)
-dtype: str | None = None  # of activations: bfloat16 or float32 (auto: bfloat16 on GPUs that have it)
+dtype: str | None = None  # of activations: bfloat16 or float32 (auto: bfloat16 where the hardware has it)
 compile: bool | None = None  # torch.compile (auto: on CUDA and CPU, if it works)
 seed: int = 42  # of weights, data order and samples
 # data
@@ -201,8 +201,12 @@ if on_gpu:
     torch.cuda.set_device(device)
     gpu_memory = torch.cuda.get_device_properties(device).total_memory
     torch.set_float32_matmul_precision("high")
-has_bf16 = on_gpu and torch.cuda.get_device_capability() >= (8, 0)  # elsewhere bf16 is emulated, or slow
-dtype = dtype or ("bfloat16" if has_bf16 else "float32")
+    import torch._inductor.config  # without two marks the choice of a kernel bars the graph from its cache
+
+    marks = torch._inductor.config.unsafe_marked_cacheable_functions
+    for name in ("_backend_from_string", "_sdpa_kernel"):  # pytorch issue 194007
+        marks[f"torch.nn.attention.{name}"] = torch.__version__
+dtype = dtype or ("bfloat16" if report.has_fast_bf16(device) else "float32")
 compute_dtype = getattr(torch, dtype)
 compile_is_auto = compile is None
 if compile_is_auto:
@@ -288,9 +292,8 @@ def build_optimizer(batch_size):
         table[role]["eps"] = 1e-8
     roles = raw_model.parameter_roles()
     groups = [{"kind": "adamw", **table[role], "params": params} for role, params in roles.items()]
-    orthogonalize_dtype = torch.bfloat16 if has_bf16 else torch.float32
     # compiling the updates costs 25 s on a CPU and gains 4% of a step there
-    return MuonAdamW(groups, orthogonalize_dtype=orthogonalize_dtype, compile=compile and on_gpu)
+    return MuonAdamW(groups, orthogonalize_dtype=compute_dtype, compile=compile and on_gpu)
 
 
 def forward_backward(rows):
@@ -336,10 +339,11 @@ while len(timings) < 4:
     except torch.OutOfMemoryError:
         outcome = TOO_LARGE
     except Exception as error:
-        if "out of memory" in str(error):  # on MPS
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        if "out of memory" in str(error) or "ALLOC_FAILED" in str(error):  # Metal's and cuBLAS's words
             outcome = TOO_LARGE
         elif compile and compile_is_auto:
-            say(f"trial    torch.compile does not work here ({type(error).__name__}): going on without it")
+            say(report.wrap(f"trial    going on without torch.compile, which does not work here: {reason}"))
             outcome = NO_COMPILER
         else:
             raise
@@ -364,10 +368,12 @@ while len(timings) < 4:
         if device_batch_size or not smaller:
             fail(f"{micro_rows} rows of {max_seq_len} do not fit.\nTry --device-batch-size {smaller or 1}.")
         micro_rows, timings = smaller, []
+        optimizer.zero_grad(set_to_none=True)
+        gc.collect()  # what the failed attempt still holds
         if on_gpu:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-    optimizer.zero_grad(set_to_none=True)
+optimizer.zero_grad(set_to_none=True)  # not before: training too has gradients in memory as it goes forward
 if on_gpu:
     torch.cuda.reset_peak_memory_stats()
 micro_time, optimizer_time = from_rank_0([min(t) for t in zip(*timings[1:])])  # the first one compiled
@@ -381,7 +387,7 @@ if not horizons:
 eval_every = eval_every or (250 if on_gpu else 100)
 # until the first evaluation has been timed: a forward pass is about a third of a step
 eval_time = math.ceil(len(validation.places) / (micro_rows * world_size)) * micro_time / 2
-closing_time = 4.0  # the last checkpoint, sample and report
+closing_time = 4.0 + sum(num_params.values()) / 50e6  # the last checkpoint, sample and report
 
 
 def elapsed():

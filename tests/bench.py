@@ -39,7 +39,7 @@ from optim_muon import MuonAdamW
 BENCHMARKS = {}
 on_gpu, on_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
 device = torch.device("cuda" if on_gpu else "mps" if on_mps else "cpu")
-dtype = torch.bfloat16 if on_gpu else torch.float32
+dtype = torch.bfloat16 if report.has_fast_bf16(device) else torch.float32  # as train.py does
 synchronize = report.synchronizer(device.type)
 VOCAB, ROW, ROWS = (50_257, 2048, 32) if on_gpu else (4096, 512, 4)  # vocabulary, T, rows of a micro-batch
 
@@ -148,7 +148,7 @@ def train(*flags):
     forward = torch.compile(model, dynamic=False) if settings["compile"] else model
     tokens = torch.randint(config["model"]["vocab_size"], (rows, settings["max_seq_len"]), device=device)
     products, product_flops = all_products(model, tokens.numel())
-    optimizer = build_optimizer(model, torch.bfloat16 if on_gpu else torch.float32)
+    optimizer = build_optimizer(model, compute_dtype)
     passes = lambda: forward(tokens, tokens).backward()  # noqa: E731
     once, both, products, step = medians([lambda: forward(tokens, tokens), passes, products, optimizer.step])
     micro_steps = batch / tokens.numel() / config["world_size"]

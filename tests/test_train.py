@@ -256,7 +256,7 @@ def test_without_a_compiler_it_trains_all_the_same(train, tmp_path, monkeypatch,
     monkeypatch.setenv("CXX", "/no/such/compiler")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     result = train("--num-iterations", 20, "--compile", "auto")
-    assert result.code == 0 and "torch.compile does not work here" in result.output, result.output
+    assert result.code == 0 and "going on without torch.compile" in result.output, result.output
     assert result.config["settings"]["compile"] is False
     assert result.summary["val_bpb"] == reference[2]["val_bpb"]
 
