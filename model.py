@@ -29,6 +29,7 @@ ATTENTION_BACKENDS = [
     SDPBackend.MATH,
 ]
 CUDNN_BLOCK = 128  # before cuDNN 9.15 rows of other lengths got wrong gradients (pytorch issue 169849)
+CPU_BLOCK, CPU_LENGTH = 128, 1024  # queries at a time in blocked_attention, and the longest rows it is for
 
 
 @dataclass
@@ -115,15 +116,35 @@ def causal_attention(q, k, v):
         first = 0 if torch.is_grad_enabled() and q.size(2) % CUDNN_BLOCK == 0 else 1
         with sdpa_kernel(ATTENTION_BACKENDS[first:], set_priority=True):
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    elif q.device.type == "cpu" and torch.compiler.is_compiling() and q.size(2) <= CPU_LENGTH:
+        y = blocked_attention(q, k, v, scale)
     else:
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
     return y.transpose(1, 2)
 
 
-def attention_backend(config, dtype, device):
+def blocked_attention(q, k, v, scale):
+    """
+    Causal attention as plain products: CPU_BLOCK queries at a time, on the keys up to their end. Compiled for
+    a CPU it is faster than the flash kernel there. q, k, v and the result: (B, n_head, T, head_dim).
+    """
+    blocks = []
+    for start in range(0, q.size(2), CPU_BLOCK):
+        queries = q[:, :, start : start + CPU_BLOCK]
+        end = start + queries.size(2)
+        scores = scale * (queries @ k[:, :, :end].mT).float()  # (B, n_head, queries, end)
+        future = torch.ones_like(scores[0, 0], dtype=torch.bool).triu(start + 1)
+        p = scores.masked_fill(future, -math.inf).softmax(-1)
+        blocks.append(p.to(q.dtype) @ v[:, :, :end])
+    return torch.cat(blocks, dim=2)
+
+
+def attention_backend(config, dtype, device, compiled):
     """The name of the kernel that causal_attention runs for this shape, for the run's header."""
-    if device.type != "cuda":
-        return "Metal" if device.type == "mps" else "flash"
+    if device.type == "cpu":
+        return "blocked" if compiled and config.max_seq_len <= CPU_LENGTH else "flash"
+    if device.type == "mps":
+        return "Metal"
     shape = (1, config.n_head, config.max_seq_len, config.head_dim)
     q = torch.empty(shape, dtype=dtype, device=device, requires_grad=True)
     params = torch.backends.cuda.SDPAParams(q, q, q, None, 0.0, True, False)

@@ -542,7 +542,7 @@ plan = (
     f"{num_flops_per_token * total_batch_size * num_iterations:.2g} FLOPs · "
     f"about {report.duration(num_iterations * seconds_per_step)} · {run_folder}"
 )
-attention = attention_backend(config, compute_dtype, device)
+attention = attention_backend(config, compute_dtype, device, compile)
 say(report.header(record, compile, attention, peak, peak_source, plan))
 if resumed_from:
     say(f"resume   from {resumed_from}")

@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import checkpoint as checkpoint_module
 import dataloader
 import report
-from model import GPT, QK_SCALE, ChunkedCrossEntropy, GPTConfig, Linear, softcap
+from model import GPT, QK_SCALE, ChunkedCrossEntropy, GPTConfig, Linear, blocked_attention, softcap
 from optim_muon import MuonAdamW
 
 BENCHMARKS = {}
@@ -187,6 +187,10 @@ def attention():
                 return y.transpose(1, 2)
 
         candidates = {name.lower(): lambda name=name: sdpa(name) for name in names}
+        if device.type == "cpu":
+            in_blocks = torch.compile(blocked_attention, dynamic=False)
+            heads = [x.transpose(1, 2) for x in (q, k, v)]
+            candidates["blocked"] = lambda f=in_blocks, h=heads, s=scale: f(*h, s).transpose(1, 2)
         if on_gpu:
             candidates |= other_kernels(q, k, v, scale)
         cells = []

@@ -14,6 +14,7 @@ from model import (
     ReluSquared,
     apply_rotary,
     attention_backend,
+    blocked_attention,
     causal_attention,
     norm,
     rotary_tables,
@@ -175,6 +176,23 @@ def test_attention_against_the_formula():
     torch.testing.assert_close(causal_attention(q, k, v), expected)
 
 
+@pytest.mark.parametrize("T", [1, 128, 300])
+def test_attention_in_blocks_is_attention(T):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, weight = torch.randn(4, 2, 3, T, 16, generator=generator, dtype=torch.float64).unbind()
+    outcomes = []
+    for attention in (
+        lambda q, k, v: blocked_attention(q, k, v, 0.3),
+        lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3),
+    ):
+        inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+        y = attention(*inputs)
+        (y * weight).sum().backward()
+        outcomes.append([y, *(x.grad for x in inputs)])
+    for found, expected in zip(*outcomes):  # the scores are fp32
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_rotary_products_depend_on_the_distance_alone():
     cos, sin = rotary_tables(40, 16, "cpu")
     q, k = torch.randn(2, 16, generator=torch.Generator().manual_seed(0))
@@ -246,7 +264,7 @@ def test_the_attention_kernel_that_is_named_is_the_one_that_runs(head_dim):
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     config = GPTConfig(max_seq_len=256, n_head=2, n_embd=2 * head_dim)
-    name = attention_backend(config, torch.bfloat16, torch.device("cuda"))
+    name = attention_backend(config, torch.bfloat16, torch.device("cuda"), True)
     q, k, v = torch.randn(3, 1, 256, 2, head_dim, device="cuda", dtype=torch.bfloat16).unbind()
     only = getattr(SDPBackend, f"{name.upper()}_ATTENTION")
     with sdpa_kernel(only):  # raises if it cannot
