@@ -56,8 +56,11 @@ class Saver:
     def write(self, step, tensors, state):
         try:
             self.outcome = write(self.root, step, tensors, state, self.keep), None
-        except Exception as error:  # torch.save turns some disk errors into a RuntimeError
-            self.outcome = None, error
+        except Exception as error:
+            reason = error
+            while reason.__context__ and not isinstance(reason, OSError):
+                reason = reason.__context__  # torch.save wraps the disk's error in one of its own
+            self.outcome = None, reason
             clean_up(self.root)  # what was written of it takes room that the log may need
 
     def poll(self):
@@ -76,7 +79,7 @@ def write(root, step, tensors, state, keep):
     """Write one checkpoint, then delete all but the `keep` newest valid ones -> its folder."""
     folder, temporary = root / f"step_{step:06d}", root / f".tmp-step_{step:06d}"
     clean_up(root)  # what a killed run has left
-    temporary.mkdir(parents=True)
+    temporary.mkdir()  # if root has vanished, that is an error and no reason to make another one
     for name, content in tensors.items():
         with open(temporary / f"{name}.pt", "wb") as file:  # a file of Python's names the disk's error
             torch.save(content, file)
@@ -97,7 +100,9 @@ def write(root, step, tensors, state, keep):
     valid = 0
     for old in complete(root):
         if valid >= keep:
-            shutil.rmtree(old)
+            gone = root / f".tmp-old-{old.name}"  # a kill must not leave half of it under its name
+            os.rename(old, gone)
+            shutil.rmtree(gone)
         elif old == folder or is_valid(old):
             valid += 1
     return folder
@@ -159,12 +164,14 @@ def verify(folder):
         raise CheckpointError(f"{folder / 'manifest.json'} is missing or damaged")
     for name, entry in manifest.items():
         path = folder / name
-        if not path.exists():
-            raise CheckpointError(f"{path} is missing")
-        if path.stat().st_size != entry["bytes"]:
-            raise CheckpointError(f"{path} is damaged: {path.stat().st_size:,} bytes, not {entry['bytes']:,}")
-        if sha256(path) != entry["sha256"]:
-            raise CheckpointError(f"{path} is damaged: its sha256 has changed")
+        try:
+            size = path.stat().st_size
+            if size != entry["bytes"]:
+                raise CheckpointError(f"{path} is damaged: {size:,} bytes, not {entry['bytes']:,}")
+            if sha256(path) != entry["sha256"]:
+                raise CheckpointError(f"{path} is damaged: its sha256 has changed")
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def newest_valid(root):

@@ -282,10 +282,9 @@ class MuonAdamW(torch.optim.Optimizer):
         return next((name for (name, _), flag in zip(named, bad.tolist()) if flag), None)
 
     def different_rank(self):
-        """The first rank whose weights differ in any bit from those of rank 0, or None. A collective call."""
+        """The first rank whose weights have other checksums than rank 0's, or None. A collective call."""
         params = [p.detach() for bucket in self.buckets for p in bucket.params]
-        bits = {2: torch.int16, 4: torch.int32}
-        sums = torch.stack([p.view(bits[p.element_size()]).sum(dtype=torch.int64) for p in params])
+        sums = torch.stack([number for p in params for number in checksums(p)])
         everyones = [torch.zeros_like(sums) for _ in range(self.world_size)]
         if self.distributed:
             dist.all_gather(everyones, sums)
@@ -330,6 +329,14 @@ class MuonAdamW(torch.optim.Optimizer):
                         slot.copy_(tensor)
                 else:
                     part.copy_(tensors[0] if key == "step" else bucket.mine(tensors[0]))
+
+
+def checksums(p):
+    """Two int64 sums over the bits of p, of rows and of columns, each weighted by its place."""
+    bits = p.view({2: torch.int16, 4: torch.int32}[p.element_size()])
+    bits = bits.flatten(1) if bits.ndim > 1 else bits.view(-1, 1)
+    sums = (bits.sum(dim, dtype=torch.int64) for dim in (1, 0))
+    return [(s * torch.arange(1, len(s) + 1, device=s.device)).sum() for s in sums]
 
 
 def check_groups(groups):

@@ -158,7 +158,8 @@ class Log:
     """log.jsonl, one flushed line per record, and wandb if asked for; silent without a folder."""
 
     def __init__(self, folder, wandb=False, config=None):
-        self.file = open(folder / "log.jsonl", "a", encoding="utf-8") if folder else None
+        self.file = open(folder / "log.jsonl", "ab", buffering=0) if folder else None
+        self.waiting, self.told = b"", False  # what a full disk has not taken yet; has that been told
         self.wandb = None
         if folder and wandb:
             self.guard(self.start_wandb, folder, config)
@@ -180,17 +181,21 @@ class Log:
         try:
             action(*arguments)
         except Exception as error:
-            print(wrap(f"wandb    is off: {type(error).__name__}: {error}"), flush=True)
+            tell(wrap(f"wandb    is off: {type(error).__name__}: {error}"))
             self.wandb = None
 
     def write(self, kind, **fields):
         fields = {name: plain(value) for name, value in fields.items()}
         if self.file:
+            self.waiting += json.dumps({"kind": kind, **fields}).encode() + b"\n"
             try:
-                self.file.write(json.dumps({"kind": kind, **fields}) + "\n")
-                self.file.flush()
-            except OSError as error:  # what is left in the buffer follows once there is room again
-                print(wrap(f"log      not written, training goes on: {error}"), flush=True)
+                while self.waiting:
+                    self.waiting = self.waiting[self.file.write(self.waiting) :]
+                self.told = False
+            except OSError as error:
+                if not self.told:
+                    tell(wrap(f"log      kept until it can be written, training goes on: {error}"))
+                self.told = True
         if self.wandb and kind != "event":
             self.guard(self.wandb.log, {k: v for k, v in fields.items() if v is not None})
 
@@ -199,6 +204,14 @@ class Log:
             self.file.close()
         if self.wandb:
             self.guard(lambda: (self.wandb.summary.update(summary or {}), self.wandb.finish()))
+
+
+def tell(line):
+    """Print a line. Where nobody can read it any more (a closed pipe, a full disk), that stops no run."""
+    try:
+        print(line, flush=True)
+    except OSError:
+        sys.stdout = open(os.devnull, "w")
 
 
 def short(number, gap=""):
@@ -310,13 +323,13 @@ def cut_log(folder, step):
 
 
 def finish(folder, summary):
-    """Write summary.json and report.md, and print the numbers as `name: value` lines."""
-    replace(folder / "summary.json", json.dumps({k: plain(v) for k, v in summary.items()}, indent=2))
-    print("---")
+    """Print the numbers as `name: value` lines, and write summary.json and report.md."""
+    tell("---")
     for name, value in summary.items():
         if not isinstance(value, (list, dict)):
-            print(f"{name}: {value:.6g}" if isinstance(value, float) else f"{name}: {value}")
-    print(f"report: {write_report(folder)}", flush=True)
+            tell(f"{name}: {value:.6g}" if isinstance(value, float) else f"{name}: {value}")
+    replace(folder / "summary.json", json.dumps({k: plain(v) for k, v in summary.items()}, indent=2))
+    tell(f"report: {write_report(folder)}")
 
 
 class Run:
@@ -498,7 +511,7 @@ def write_report(folder):
     run = Run(folder)
     config, step, params = run.config, run.numbers["steps"], run.config["num_params"]
     last = run.events[-1]["event"] if run.events else "empty"
-    state = last if last in ("finished", "interrupted", "not_finite") else "still going, or cut off"
+    state = last if last in ("finished", "interrupted", "failed") else "still going, or cut off"
     plans = [event["num_iterations"] for event in run.events if "num_iterations" in event]
     plans += [step] if last == "finished" else []
     num_iterations = config["settings"]["num_iterations"] or [None, *plans][-1]

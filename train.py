@@ -13,6 +13,7 @@ import time
 process_start = time.time()  # --minutes counts from here, the slow imports included
 
 import argparse
+import contextlib
 import difflib
 import faulthandler
 import gc
@@ -20,6 +21,7 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import sys
 from dataclasses import asdict
@@ -38,6 +40,8 @@ import dataloader
 import report
 from model import GPT, GPTConfig, attention_backend
 from optim_muon import MuonAdamW, lr_multiplier, muon_momentum, weight_decay_multiplier
+
+signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # "save": until there is something to save, it asks for nothing
 
 # -----------------------------------------------------------------------------
 # Settings. None is auto: the value that is found is printed and saved
@@ -80,7 +84,7 @@ final_lr_frac: float = 0.05  # what it decays to, as a share of the peak
 # evaluation, log, checkpoints; -1 turns a periodic action off
 eval_every: int | None = None  # steps between evaluations (auto: 250 on CUDA, else 100)
 eval_tokens: int | None = None  # validation tokens used (auto: 10,485,760 on CUDA, else 32,768)
-log_every: int | None = None  # steps between records (auto: each of the first 10, then about two a second)
+log_every: int | None = None  # steps between records, 10 s at most (auto: the first 10, then two a second)
 sample_every: int = -1  # steps between samples; the end always has one
 save_every: int = -1  # steps between checkpoints
 save_minutes: float = 10.0  # minutes between checkpoints
@@ -88,8 +92,9 @@ keep_checkpoints: int = 2  # how many of the newest are kept
 peak_tflops: float | None = None  # peak of one device, for the MFU (auto: as published, else measured)
 
 HORIZONS = ("num_iterations", "minutes", "target_flops", "target_param_data_ratio")
-# what belongs to the machine or the call and not to the run: --resume finds it anew
-NOT_RESUMED = "run out_dir resume wandb device_type dtype compile device_batch_size log_every peak_tflops"
+CALL = ("run", "out_dir", "resume")  # what belongs to the call and not to the run
+# what belongs to the machine: --resume keeps what was given, and finds anew what was auto
+MACHINE = ("device_type", "dtype", "compile", "device_batch_size", "log_every", "peak_tflops")
 CHOICES = {"device_type": ("cuda", "mps", "cpu"), "dtype": ("bfloat16", "float32")}
 PERIODS = ("eval_every", "sample_every", "save_every", "save_minutes")
 BOUNDS = {"vocab_size": (257, 65_535), "head_dim": (2, 1024), "max_seq_len": (32, 2**20)}
@@ -142,7 +147,7 @@ for name, text in given.items():
 settings |= given
 
 given_before = {}  # the flags of the calls that a resumed run was made with
-if settings["run"] and Path(settings["run"]).name != settings["run"]:
+if settings["run"] and (Path(settings["run"]).name != settings["run"] or settings["run"] == ".."):
     fail(f"--run {settings['run']} is no plain name.\nUse --out-dir for the folder that it shall be in.")
 run_folder = Path(settings["out_dir"]) / settings["run"] if settings["run"] else None
 if settings["resume"]:
@@ -151,14 +156,18 @@ if settings["resume"]:
         if not known:
             fail(f"{settings['out_dir']} holds no run to resume.\nStart one.")
         run_folder = known[-1].parent
-    config_file = run_folder / "config.json"
     try:
-        old = json.loads(config_file.read_text()) if config_file.exists() else {"settings": {}, "given": {}}
-    except ValueError:
-        fail(f"{config_file} is damaged.\nPut the right one back, or start another --run.")
-    saved, given_before = old["settings"], old["given"]
+        old = json.loads((run_folder / "config.json").read_text())
+        saved, given_before = old["settings"], old["given"]
+    except (OSError, ValueError, KeyError, TypeError):  # each checkpoint has the settings too
+        newest, _ = checkpoint.newest_valid(run_folder / "checkpoints")
+        saved = checkpoint.load(newest, "state")["settings"] if newest else {}
+        if newest and os.environ.get("RANK", "0") == "0":
+            print(f"resume   config.json cannot be read: the settings are taken from {newest}")
     fixed = HORIZONS if any(given.get(name) is not None for name in HORIZONS) else ()  # a new one, or none
-    for name in [n for n in settings if n in saved and n not in NOT_RESUMED.split()]:
+    for name in [n for n in settings if n in saved and n not in CALL]:
+        if name in MACHINE and name not in given_before:
+            continue
         if name not in given and name not in fixed:
             settings[name] = saved[name]
         elif settings[name] != saved[name] and os.environ.get("RANK", "0") == "0":
@@ -213,12 +222,12 @@ if compile_is_auto:
     compile = device_type != "mps" and sys.platform != "win32"
 device_name = report.device_name(device)
 synchronize = report.synchronizer(device_type)
-say = (lambda line: print(line, flush=True)) if rank == 0 else (lambda line: None)
+say = report.tell if rank == 0 else (lambda line: None)
 
 
 def tell_data(line):
     """Print what the rank that prepares the corpus, whichever it is, says of it."""
-    print(f"data     {line}", flush=True)
+    report.tell(f"data     {line}")
 
 
 # -----------------------------------------------------------------------------
@@ -462,6 +471,8 @@ def lock_run():
         lock.acquire(timeout=0)
     except filelock.Timeout:
         fail(f"{run_folder} is being written by a run that is still going.\nStop that one first.")
+    except OSError as error:
+        fail(f"{run_folder} cannot be written: {error.strerror}.\nMake it writable.")
 
 
 newest = None, []
@@ -471,14 +482,18 @@ if resume and rank == 0 and run_folder.exists():
 resumed_from, passed_over = from_rank_0(newest)
 for reason in passed_over:
     say(f"resume   passed over: {reason}")
+if passed_over and not resumed_from:
+    fail(f"no checkpoint in {checkpoints} is valid.\nPut a good one back, or start another --run.")
 if resumed_from:
     state, planned = checkpoint.load(resumed_from, "state"), num_iterations
+    if missing := [name for name in STATE if name not in state]:
+        fail(f"{resumed_from} has no {missing[0]}.\nResume it with the version that has written it.")
     globals().update({name: state[name] for name in STATE})
     for name, spent in state["spent"].items():
         clock.spent[name] = clock.spent.get(name, 0.0) + spent
     if not minutes:
         num_iterations, horizon_is_final = planned, True
-    elif not horizon_is_final or minutes != saved["minutes"]:
+    elif not horizon_is_final or minutes != saved.get("minutes"):
         num_iterations = step + from_rank_0(int(time_left() / seconds_per_step))
         horizon_is_final = step > (1 - warmdown_ratio) * num_iterations
     decay_start = (1 - warmdown_ratio) * state["num_iterations"]
@@ -505,7 +520,8 @@ if resumed_from:
         optimizer.load_state_dict(checkpoint.load(resumed_from, "optimizer"))
         loader.load_state_dict(state["data"])
     except (RuntimeError, ValueError) as error:
-        fail(f"{resumed_from} does not fit these settings: {str(error).splitlines()[-1].strip()}")
+        reason = str(error).splitlines()[-1].strip().rstrip(".")
+        fail(f"{resumed_from} does not fit these settings: {reason}.\nResume with those of its run.")
 
 # -----------------------------------------------------------------------------
 # The run's folder
@@ -531,7 +547,8 @@ if rank == 0:
         checkpoints.mkdir(parents=True, exist_ok=True)
         lock_run()
         report.replace(run_folder / "config.json", json.dumps(record, indent=2))
-        dataloader.save_tokenizer(corpus.tokenizer, run_folder / "tokenizer")
+        if not (run_folder / "tokenizer" / "tokenizer.json").exists():  # never touch a good one
+            dataloader.save_tokenizer(corpus.tokenizer, run_folder / "tokenizer")
         report.cut_log(run_folder, step if resumed_from else -1)
     except OSError as error:
         fail(f"{run_folder} cannot be written: {error.strerror}.\nChoose another --out-dir or make room.")
@@ -559,26 +576,42 @@ def sample():
 
 
 def save():
-    """Begin to write a checkpoint. A collective call; rank 0 writes. All ranks must hold the same weights."""
+    """Begin to write a checkpoint, if all weights are finite -> whether it began. A collective call."""
     if (strange := optimizer.different_rank()) is not None:
-        say(f"error: the weights of rank {strange} differ from those of rank 0; nothing is saved.")
-        sys.exit(1)
+        give_up(f"the weights of rank {strange} differ from those of rank 0; nothing is saved.")
+    if not all(p.isfinite().all() for p in raw_model.parameters()):
+        say("save     left out: the weights are not finite")
+        return False
     tensors = {"model": raw_model.state_dict(), "optimizer": optimizer.state_dict()}
     state = {name: globals()[name] for name in STATE} | {k: record[k] for k in ("settings", "versions")}
     state |= {"spent": dict(clock.spent), "data": loader.state_dict()}
     if rank == 0:
         tell_saved(saver.save(step, tensors, state))
+    return True
+
+
+def give_up(reason):
+    """The training has failed: say why, and which checkpoint is good; leave a report; exit status 1."""
+    tell_saved(saver.wait())
+    log.write("event", step=step, event="failed", reason=reason)
+    good, _ = checkpoint.newest_valid(checkpoints) if rank == 0 else (None, None)
+    say(f"error: {reason}\nThe last good checkpoint: {good or 'none'}.")
+    if rank == 0:
+        log.close()
+        with contextlib.suppress(OSError, ValueError):
+            report.write_report(run_folder)
+    sys.exit(1)
 
 
 def tell_saved(outcome, last=False):
     """Log how a save ended -> whether it failed."""
     folder, error = outcome or (None, None)
-    if folder:
-        log.write("event", step=step, event="saved", folder=folder.name)
+    if folder:  # under its own step: the loop has gone on meanwhile
+        log.write("event", step=int(folder.name.removeprefix("step_")), event="saved", folder=folder.name)
     if error:
         log.write("event", step=step, event="save_failed", error=str(error))
         trouble = "error: the last save failed" if last else "save     failed, the next one tries again"
-        say(f"{trouble}: {error}")
+        say(report.wrap(f"{trouble}: {error}"))
     return bool(error)
 
 
@@ -592,8 +625,9 @@ def on_signal(number, frame):
         save_asked = True
     else:
         signal_seen = number
-        if number == signal.SIGINT:
-            signal.signal(number, signal.SIG_DFL)  # a second Ctrl-C stops at once
+        if number == signal.SIGINT:  # a second Ctrl-C, SIGTERM by way of torchrun, stops at once
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def expect_progress():
@@ -602,8 +636,9 @@ def expect_progress():
         faulthandler.dump_traceback_later(HANG_SECONDS, exit=True)
 
 
-for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-    signal.signal(number, on_signal)
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+    if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup has its way
+        signal.signal(number, on_signal)
 
 # -----------------------------------------------------------------------------
 # The loop. Host and device meet only at the end of a window of steps
@@ -620,6 +655,7 @@ while True:
     flops_so_far = num_flops_per_token * tokens
     evaluation_is_due = step == 0 or at_end or (eval_every > 0 and step % eval_every == 0)
     if evaluation_is_due and val_step != step and not interruption:
+        expect_progress()
         begin = time.time()
         batches = validation.batches(micro_rows, device, rank, world_size)
         val_bpb = report.bits_per_byte(model, batches, device)
@@ -637,8 +673,8 @@ while True:
     saving_is_due |= at_end or interruption > 0 or (save_every > 0 and step > 0 and step % save_every == 0)
     if saving_is_due and last_saved != step:
         expect_progress()
-        save()
-        last_saved, last_save_time, saving_is_due = step, time.time(), False
+        last_saved = step if save() else last_saved
+        last_save_time, saving_is_due = time.time(), False
         clock.lap("saving")
     if at_end or interruption:
         break
@@ -731,11 +767,8 @@ while True:
     if skips_in_a_row >= 5:
         forward_backward(rows)  # once more, to name the culprit
         culprit = optimizer.not_finite() or "the loss"
-        good = (checkpoint.complete(checkpoints) or ["none"])[0]
         log.write("event", step=step, event="not_finite", parameter=culprit)
-        say(f"error: loss or gradient not finite {skips_in_a_row} times in a row, first in {culprit}.")
-        say(f"The last good checkpoint: {good}.")
-        sys.exit(1)
+        give_up(f"loss or gradient not finite {skips_in_a_row} times in a row, first in {culprit}.")
 
     # rank 0 decides, and all ranks hear of it
     tell_saved(saver.poll())
@@ -747,15 +780,14 @@ while True:
                 num_iterations = max(step, int(step / (1 - warmdown_ratio)))
             log.write("event", step=step, event="horizon", num_iterations=num_iterations)
     next_length = log_every or (1 if step < start_step + 10 else min(10, max(1, int(0.5 / dt))))
+    next_length = min(next_length, max(1, int(10 / dt)))  # signals and saves wait for a window's end
     saving_is_due |= save_asked or 0 < 60 * save_minutes < time.time() - last_save_time
     interruption, save_asked = signal_seen, False
     if world_size > 1:
         decision = [num_iterations, horizon_is_final, next_length, saving_is_due] if rank == 0 else [0] * 4
-        decision += [signal_seen == signal.SIGINT, signal_seen == signal.SIGTERM]  # of any rank
-        decision = torch.tensor(decision, dtype=torch.int64, device=device)
-        dist.all_reduce(decision)
-        num_iterations, horizon_is_final, next_length, saving_is_due, *signals = decision.tolist()
-        interruption = signal.SIGTERM if signals[1] else signal.SIGINT if signals[0] else 0
+        decision = torch.tensor([*decision, signal_seen], dtype=torch.int64, device=device)  # of any rank
+        dist.all_reduce(decision, dist.ReduceOp.MAX)
+        num_iterations, horizon_is_final, next_length, saving_is_due, interruption = decision.tolist()
     expect_progress()
     if step == start_step + 10:
         gc.collect()
@@ -766,10 +798,12 @@ while True:
 # The end
 
 faulthandler.cancel_dump_traceback_later()
-failed = tell_saved(saver.wait(), last=True)
+failed = tell_saved(saver.wait(), last=True) or last_saved != step
 if interruption:
     say(f"stopped  by {signal.Signals(interruption).name} after step {step}")
-    say(f"continue with: python train.py --run {run} --resume")
+    start = f"torchrun --nproc_per_node={world_size} train.py --" if world_size > 1 else "python train.py"
+    where = f" --out-dir {shlex.quote(out_dir)}" if "out_dir" in given else ""
+    say(f"continue with: {start}{where} --run {shlex.quote(run)} --resume")
 event = "interrupted" if interruption else "finished"
 log.write("event", step=step, event=event, num_iterations=num_iterations)
 clock.lap("saving")
@@ -799,10 +833,10 @@ summary = {
 if rank == 0:
     try:
         report.finish(run_folder, summary)
-        log.close(summary)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # the folder is full, or has vanished
         failed = True
-        say(f"report   failed: {error}")
+        say(report.wrap(f"error: the report failed: {error}"))
+    log.close(summary)
 if world_size > 1:
     dist.barrier()
     dist.destroy_process_group()

@@ -148,6 +148,7 @@ def test_a_failed_save_is_told_and_the_next_one_tries_again(tmp_path):
     folder, error = saver.wait()
     assert folder is None and isinstance(error, OSError)
     root.unlink()
+    root.mkdir()
     saver.save(2, {"model": {"w": torch.ones(3)}}, {})
     assert saver.wait()[0].name == "step_000002"
 
@@ -212,14 +213,16 @@ def test_a_checkpoint_moves_between_world_sizes(train):
 
 
 @pytest.mark.slow
-def test_sigterm_to_one_of_two_ranks_saves_on_both_at_one_step(train):
-    process = train.start("--num-iterations", 100_000, processes=2)
+@pytest.mark.parametrize("target, sent", [("rank", signal.SIGTERM), ("torchrun", signal.SIGINT)])
+def test_a_signal_saves_on_both_of_two_ranks_at_one_step(train, target, sent):
+    process = train.start("--num-iterations", 100_000, "--log-every", 1_000_000, processes=2)
     first_step(process)
     children = ranks_of(process, "train.py.*num-iterations 100000")
-    os.kill(max(children), signal.SIGTERM)
+    os.kill(max(children) if target == "rank" else process.pid, sent)
     result = train.finish(process)
     last = result.log[-1]
-    assert last["event"] == "interrupted" and "SIGTERM" in result.output
+    assert last["event"] == "interrupted" and f"by {sent.name}" in result.output
+    assert "continue with: torchrun --nproc_per_node=2 train.py --" in result.output
     folder, reasons = checkpoint.newest_valid(result.folder / "checkpoints")
     assert folder.name == f"step_{last['step']:06d}" and reasons == []
     assert result.output.count("stopped  by") == 1
@@ -229,7 +232,7 @@ def test_sigterm_to_one_of_two_ranks_saves_on_both_at_one_step(train):
 def test_a_full_disk_is_one_line_and_training_goes_on(train, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("cannot mount a small disk here")
     try:
@@ -239,10 +242,47 @@ def test_a_full_disk_is_one_line_and_training_goes_on(train, tmp_path):
         log = (disk / "a" / "log.jsonl").read_text().splitlines()
         subprocess.run(["umount", str(disk)])
     assert result.code == 1, result.output
-    assert result.output.count("save     failed, the next one tries again: ") == 1
-    assert result.output.count("error: the last save failed: ") == 1
+    assert result.output.count("save     failed, the next one tries again: [Errno 28] No space left") == 2
+    assert result.output.count("error: the last save failed: [Errno 28] No space left") == 1
     assert "Traceback" not in result.output
     assert max(json.loads(line)["step"] for line in log) == 30
+
+
+def test_a_folder_that_vanishes_is_one_line_and_training_goes_on(train, tmp_path):
+    process = train.start("--num-iterations", 100_000, "--save-every", 20)
+    first_step(process)
+    shutil.rmtree(tmp_path / "out" / "a")
+    for line in process.stdout:
+        if "the next one tries again" in line:
+            break
+    assert "No such file" in line
+    process.send_signal(signal.SIGTERM)
+    result = train.finish(process)
+    assert result.code == 1 and "error: the last save failed: " in result.output, result.output
+    assert "Traceback" not in result.output and not (tmp_path / "out" / "a").exists()
+
+
+def test_a_closed_pipe_stops_no_run(train):
+    process = train.start("--num-iterations", 30)
+    first_step(process)
+    process.stdout.close()
+    assert process.wait(timeout=100) == 0
+
+
+def test_saves_by_the_clock(train):
+    result = train("--num-iterations", 200, "--save-minutes", 0.005, "--eval-every", -1)
+    saved = [r["step"] for r in result.log if r.get("event") == "saved"]
+    assert len(saved) > 2 and saved == sorted(set(saved)) and saved[-1] == 200
+    folders = {f.name for f in (result.folder / "checkpoints").iterdir()}
+    assert folders == {f"step_{step:06d}" for step in saved[-2:]}  # the --keep-checkpoints
+
+
+def test_without_any_valid_checkpoint_nothing_is_begun_anew(train):
+    whole = train("--num-iterations", 10)
+    (whole.folder / "checkpoints" / "step_000010" / "state.json").unlink()
+    again = train("--resume")
+    assert again.code == 2 and "state.json" in again.output and "is valid" in again.output
+    assert again.log == whole.log
 
 
 @pytest.mark.slow
@@ -334,9 +374,9 @@ def test_a_finished_run_can_be_resumed_and_goes_on_if_there_is_more_to_do(train)
     assert {key: again.summary[key] for key in keys} == {key: whole.summary[key] for key in keys}
     config = (whole.folder / "config.json").read_text()
     (whole.folder / "config.json").write_text(config[:100])
-    damaged = train.start("--resume")
-    assert "config.json is damaged" in damaged.communicate()[0] and damaged.returncode == 2
-    (whole.folder / "config.json").write_text(config)
+    damaged = train("--resume", "--run", "a")
+    assert damaged.code == 0 and "the settings are taken from" in damaged.output, damaged.output
+    assert damaged.config["settings"] == json.loads(config)["settings"]
     more = train("--resume", "--num-iterations", 30)
     assert more.code == 0 and "--num-iterations was 20, is 30" in more.output
     assert "the learning rate decays since step 7" in more.output and more.summary["steps"] == 30

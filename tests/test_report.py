@@ -494,12 +494,12 @@ def test_a_summary_from_before_the_run_was_resumed_does_not_count(make, monkeypa
 
 
 def test_what_was_not_finite_leaves_a_gap(make):
-    folder = make("a", ending="not_finite")
+    folder = make("a", ending="failed")
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     lines = [{k: None if "loss" in k or "norm" in k else v for k, v in r.items()} for r in lines]
     (folder / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
     text = report.write_report(folder).read_text()
-    assert "not_finite: 100" in text and tables(text)["train_loss_ema"] == ["–"] and "curves.png" in text
+    assert "failed: 100" in text and tables(text)["train_loss_ema"] == ["–"] and "curves.png" in text
 
 
 @pytest.mark.parametrize("steps, log", [(0, True), (0, False)])

@@ -3,11 +3,13 @@
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -280,7 +282,10 @@ def test_model_py_continues_a_prompt(reference):
 def test_a_run_that_explodes_stops_and_names_a_parameter(train):
     result = train("--num-iterations", 30, "--embedding-lr", 1e29, "--save-every", 1)
     assert result.code == 1, result.output
-    assert "not finite 5 times in a row, first in " in result.output and "step_00000" in result.output
+    assert "not finite 5 times in a row, first in " in result.output
+    good = re.search(r"last good checkpoint: (\S+)\.", result.output)[1]
+    assert all(p.isfinite().all() for p in torch.load(Path(good) / "model.pt").values())
+    assert (result.folder / "report.md").read_text().splitlines()[2].startswith("failed: ")
     steps = [r for r in result.log if r["kind"] == "step"]
     assert steps[-1]["skipped_steps"] == 5 and steps[-1]["train_loss"] is None
     assert math.isfinite(steps[-1]["train_loss_ema"])
