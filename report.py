@@ -408,7 +408,9 @@ def draw(runs, path):
     panel("val_bpb over training FLOPs", "total_training_flops", "val_bpb", log="x")
     panel("val_bpb over seconds of training", "total_training_time", "val_bpb")
     if len(runs) == 1:
-        panel("schedules over steps", "step", "lrm", "muon_momentum", "weight_decay").legend(frameon=False)
+        panel("schedules over steps", "step", "lrm", "muon_momentum", "weight_decay").legend(
+            frameon=False, loc="center left", bbox_to_anchor=(0.1, 0.55)
+        )
         speed = panel("tokens per second, and MFU in %, over steps", "step", "tok_per_sec")
         speed.set_ylim(bottom=0)
         share = 100 * runs[0].numbers["mfu"] / runs[0].numbers["tok_per_sec"]

@@ -427,9 +427,9 @@ elif total_batch_size is None:
     total_batch_size = max(1, round(total_batch_size / share)) * share  # not every world size is a power of 2
 rows_per_step, rows_per_rank, micro_rows = rows_of(from_rank_0(total_batch_size))
 total_batch_size = rows_per_step * max_seq_len
-seconds_per_step = rows_per_rank // micro_rows * micro_time + optimizer_time
+planned_seconds = rows_per_rank // micro_rows * micro_time + optimizer_time  # of a step, until one is timed
 if minutes:
-    num_iterations = max(1, int(time_left() / seconds_per_step))
+    num_iterations = max(1, int(time_left() / planned_seconds))
 elif num_iterations is None:
     num_iterations = max(1, round(tokens_ahead / total_batch_size))
 num_iterations = from_rank_0(num_iterations)
@@ -495,7 +495,7 @@ if resumed_from:
     if not minutes:
         num_iterations, horizon_is_final = planned, True
     elif not horizon_is_final or minutes != saved.get("minutes"):
-        num_iterations = step + from_rank_0(int(time_left() / seconds_per_step))
+        num_iterations = step + from_rank_0(int(time_left() / planned_seconds))
         horizon_is_final = step > (1 - warmdown_ratio) * num_iterations
     decay_start = (1 - warmdown_ratio) * state["num_iterations"]
     if step > decay_start and num_iterations > state["num_iterations"]:
@@ -558,7 +558,7 @@ plan = (
     f"{num_iterations:,} steps × {total_batch_size:,} tokens "
     f"({rows_per_rank // micro_rows} × {micro_rows} × {max_seq_len:,}) · "
     f"{num_flops_per_token * total_batch_size * num_iterations:.2g} FLOPs · "
-    f"about {report.duration(num_iterations * seconds_per_step)} · {run_folder}"
+    f"about {report.duration(num_iterations * planned_seconds)} · {run_folder}"
 )
 attention = attention_backend(config, compute_dtype, device, compile)
 say(report.header(record, compile, attention, peak, peak_source, plan))
@@ -646,6 +646,7 @@ for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
 
 start_step, last_saved, last_save_time = step, step if resumed_from else -1, time.time()
 time_before, timed_before = total_training_time, timed_steps  # of earlier starts, perhaps on other machines
+seconds_per_step = total_training_time / timed_steps if timed_steps else planned_seconds
 next_length, skips_in_a_row, samples = 1, 0, []
 interruption, saving_is_due = 0, False  # the signal that stops the run; is a checkpoint due
 clock.lap("setup")
@@ -763,7 +764,8 @@ while True:
         places = range(loader.cursor - len(skips) * rows_per_step, loader.cursor, rows_per_step)
         cursors = [place for place, skipped in zip(places, skips) if skipped]  # where those batches begin
         log.write("event", step=step, event="skipped_step", skipped_steps=skipped_steps, cursors=cursors)
-    pace = seconds_per_step + (eval_time / eval_every if eval_every > 0 else 0.0)
+    pace = seconds_per_step if timed_steps > timed_before else planned_seconds
+    pace += eval_time / eval_every if eval_every > 0 else 0.0
     say(report.step_line(figures, num_iterations, val_bpb, peak_source, (num_iterations - step) * pace))
     if skips_in_a_row >= 5:
         forward_backward(rows)  # once more, to name the culprit
