@@ -337,9 +337,9 @@ def logging():
     record = {"step": 1, "tokens": 1, "total_training_flops": 1e12, **dict.fromkeys(fields, 0.5)}
 
     def block(window, log):
-        """60 steps, with a record after each `window` of them."""
+        """20 steps, with a record after each `window` of them."""
         losses = []
-        for step in range(1, 61):
+        for step in range(1, 21):
             nats = forward(tokens, tokens)
             nats.backward()
             optimizer.step(nats.detach())
@@ -353,15 +353,15 @@ def logging():
 
     with tempfile.TemporaryDirectory() as folder, open(Path(folder, "console"), "w") as console:
         log = report.Log(Path(folder))
-        (alone,) = medians([lambda: block(61, log)], seconds=0)
-        window = min(10, max(1, int(0.5 / (alone / 60))))
-        without, logged = timings([lambda: block(61, log), lambda: block(window, log)], seconds=40)
+        (alone,) = medians([lambda: block(21, log)], seconds=0)
+        window = min(10, max(1, int(0.5 / (alone / 20))))
+        without, logged = timings([lambda: block(21, log), lambda: block(window, log)], seconds=40)
         ratios = sorted(b / a - 1 for a, b in zip(without, logged))
-        headline(f"depth 4, {1e3 * statistics.median(without) / 60:.1f} ms a step, a record every {window}")
+        headline(f"depth 4, {1e3 * statistics.median(without) / 20:.1f} ms a step, a record every {window}")
         low, middle, high = (ratios[int(share * (len(ratios) - 1))] for share in (0.25, 0.5, 0.75))
         print(f"records cost {middle:+.2%} (quartiles {low:+.2%}, {high:+.2%}, of {len(ratios)} pairs)")
         (host,) = medians([lambda: log.write("step", **record)], seconds=2)
-        print(f"of which {1e6 * host:.0f} µs a record for the host: {host / (window * alone / 60):.4%}\n")
+        print(f"of which {1e6 * host:.0f} µs a record for the host: {host / (window * alone / 20):.4%}\n")
 
 
 @benchmark
