@@ -29,7 +29,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # less fragmentation
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads slow a shared CPU down many times
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # threads that spin for long slow a shared CPU many times
 os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD", "1")  # for quick warm starts
 
 import filelock
