@@ -23,6 +23,7 @@ from optim_muon import (
     POLAR_EXPRESS,
     QUINTIC,
     MuonAdamW,
+    checksums,
     equilibrate_rows,
     lr_multiplier,
     muon_momentum,
@@ -764,3 +765,15 @@ def test_rows_are_brought_to_one_length_and_zeros_stay_zeros():
     assert torch.equal(found[1, 2], torch.zeros(7)) and torch.isfinite(found).all()
     torch.testing.assert_close(lengths[0], lengths[0].mean().expand(5))
     assert torch.equal(equilibrate_rows(torch.zeros(1, 3, 3)), torch.zeros(1, 3, 3))
+
+
+def test_checksums_see_a_bit_and_a_place():
+    for shape in ((12, 8), (7,), (1,)):
+        p = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        same = [int(s) for s in checksums(p)]
+        assert [int(s) for s in checksums(p.clone())] == same
+        changed = p.clone()
+        changed.view(torch.int32).view(-1)[-1] ^= 1
+        assert [int(s) for s in checksums(changed)] != same
+        for dim in range(p.ndim if p.numel() > 1 else 0):  # the same numbers in other places
+            assert [int(s) for s in checksums(p.flip(dim))] != same

@@ -281,6 +281,22 @@ def test_a_full_disk_does_not_stop_training(tmp_path, capsys):
     assert "No space left" in capsys.readouterr().out
 
 
+def test_what_a_full_disk_refused_follows_once_there_is_room(tmp_path, capsys):
+    log = report.Log(tmp_path)
+    file = log.file
+
+    def full(content):
+        raise OSError(28, "No space left on device")
+
+    log.file = types.SimpleNamespace(write=full)
+    log.write("step", step=1)
+    log.write("step", step=2)
+    log.file = file
+    log.write("step", step=3)
+    assert [r["step"] for r in report.read_log(tmp_path)] == [1, 2, 3]
+    assert capsys.readouterr().out.count("No space left") == 1
+
+
 def test_a_log_is_read_without_its_broken_line_and_cut_after_a_step(tmp_path):
     records = [{"kind": "step", "step": n} for n in (1, 2, 3)]
     text = "".join(json.dumps(r) + "\n" for r in records)
