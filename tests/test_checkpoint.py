@@ -215,8 +215,11 @@ def test_a_checkpoint_moves_between_world_sizes(train):
 @pytest.mark.slow
 @pytest.mark.parametrize("target, sent", [("rank", signal.SIGTERM), ("torchrun", signal.SIGINT)])
 def test_a_signal_saves_on_both_of_two_ranks_at_one_step(train, target, sent):
-    process = train.start("--num-iterations", 100_000, "--log-every", 1_000_000, processes=2)
+    flags = ["--num-iterations", 100_000, "--log-every", 1_000_000, "--eval-every", -1]
+    process = train.start(*flags, processes=2)
     first_step(process)
+    first_step(process)  # the 10th: from here on windows would never end by themselves
+    time.sleep(0.5)
     children = ranks_of(process, "train.py.*num-iterations 100000")
     os.kill(max(children) if target == "rank" else process.pid, sent)
     result = train.finish(process)
