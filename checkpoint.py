@@ -12,6 +12,7 @@ import shutil
 import threading
 from pathlib import Path
 
+import filelock
 import torch
 
 
@@ -184,6 +185,33 @@ def newest_valid(root):
         except CheckpointError as error:
             reasons.append(str(error))
     return None, reasons
+
+
+def saved_settings(run_folder):
+    """
+    -> (the settings, the flags that were given) of a run: from its config.json or, if that is lost, from its
+    newest valid checkpoint; empty where there is neither.
+    """
+    try:
+        config = json.loads((run_folder / "config.json").read_text())
+        return config["settings"], config["given"]
+    except (OSError, ValueError, KeyError, TypeError):
+        newest, _ = newest_valid(run_folder / "checkpoints")
+        state = load(newest, "state") if newest else {}
+        return state.get("settings", {}), state.get("given", {})
+
+
+def lock(folder):
+    """Make this the one process that writes into `folder` -> the lock. CheckpointError if that cannot be."""
+    held = filelock.FileLock(folder / "lock")
+    try:
+        held.acquire(timeout=0)
+    except filelock.Timeout:
+        reason = "is being written by a run that is still going.\nStop that one first."
+        raise CheckpointError(f"{folder} {reason}") from None
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be written: {error.strerror}.\nMake it writable.") from None
+    return held
 
 
 def load(folder, name):

@@ -96,6 +96,12 @@ def has_fast_bf16(device):
     return any(units.get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
+def is_out_of_memory(error):
+    """Whether an exception means that the device's memory does not do, in Metal's and cuBLAS's words too."""
+    told = "out of memory" in str(error) or "ALLOC_FAILED" in str(error)
+    return isinstance(error, torch.OutOfMemoryError) or told
+
+
 def peak_memory(device):
     """Bytes at the peak: CUDA's allocator; on MPS the driver's allocation now; on CPU the resident set."""
     if device.type == "cuda":

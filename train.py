@@ -32,7 +32,6 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # 
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # threads that spin for long slow a shared CPU many times
 os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD", "1")  # for quick warm starts
 
-import filelock
 import torch
 import torch.distributed as dist
 
@@ -93,32 +92,47 @@ keep_checkpoints: int = 2  # how many of the newest are kept
 peak_tflops: float | None = None  # peak of one device, for the MFU (auto: as published, else measured)
 
 HORIZONS = ("num_iterations", "minutes", "target_flops", "target_param_data_ratio")
+PERIODS = ("eval_every", "sample_every", "save_every", "save_minutes")
 CALL = ("run", "out_dir", "resume")  # what belongs to the call and not to the run
 # what belongs to the machine: --resume keeps what was given, and finds anew what was auto
 MACHINE = ("device_type", "dtype", "compile", "device_batch_size", "log_every", "peak_tflops")
 CHOICES = {"device_type": ("cuda", "mps", "cpu"), "dtype": ("bfloat16", "float32")}
-PERIODS = ("eval_every", "sample_every", "save_every", "save_minutes")
-BOUNDS = {"vocab_size": (257, 65_535), "head_dim": (2, 1024), "max_seq_len": (32, 2**20)}
-BOUNDS |= {"warmdown_ratio": (0, 1), "final_lr_frac": (0, 1), "weight_decay": (0, 1e6), "seed": (0, 2**31)}
+BOUNDS = {  # of the numbers that are not simply positive
+    **{"seed": (0, 2**31), "vocab_size": (257, 65_535), "head_dim": (2, 1024), "max_seq_len": (32, 2**20)},
+    **{"minutes": (0.05, 1e6), "weight_decay": (0, 1e6), "warmup_steps": (0, 10**9)},
+    **{"warmdown_ratio": (0, 1), "final_lr_frac": (0, 1)},
+    **dict.fromkeys(PERIODS, (-1, 10**9)),
+}
 HANG_SECONDS = 600  # a window of steps or a collective that takes longer ends the run, with all stacks shown
-BOUNDS |= {"minutes": (0.05, 1e6), "warmup_steps": (0, 10**9), **dict.fromkeys(PERIODS, (-1, 10**9))}
 
 # -----------------------------------------------------------------------------
 # Flags, derived from the settings above
 
+rank, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))  # set by torchrun
+world_size = int(os.environ.get("WORLD_SIZE", 1))
+say = report.tell if rank == 0 else (lambda line: None)
+
 
 def fail(message):
     """Bad settings, data or checkpoint: what is wrong and what to do, in two lines; exit status 2."""
-    if os.environ.get("RANK", "0") != "0":
+    if rank > 0:
         time.sleep(2)  # what is wrong on all ranks is told by rank 0, and torchrun ends the others
     print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(2)
+
+
+def show_error(kind, error, trace):
+    """What the rooms say of bad data and checkpoints is meant for people; of all else they want the trace."""
+    if issubclass(kind, (dataloader.DataError, checkpoint.CheckpointError)):
+        fail(error)
+    sys.__excepthook__(kind, error, trace)
 
 
 def flag(name):
     return "--" + name.replace("_", "-")
 
 
+sys.excepthook = show_error
 HELP = "`python train.py --help` lists all settings."
 READERS = {"int": int, "float": float, "str": str, "bool": {"on": True, "off": False}.__getitem__}
 settings, kinds = {}, {}
@@ -128,11 +142,10 @@ declaration = re.compile(r"^(\w+): (\w+)( \| None)? = .+?  # (.+)$", re.MULTILIN
 for name, kind, optional, comment in declaration.findall(Path(__file__).read_text(encoding="utf-8")):
     settings[name], kinds[name] = globals()[name], (kind, bool(optional))
     shown = "auto" if settings[name] is None else settings[name]
-    options = {"help": f"{comment} [{shown}]".replace("%", "%%"), "default": argparse.SUPPRESS, "dest": name}
-    options["metavar"] = "on|off" if kind == "bool" else kind.upper()
+    options = {"help": f"{comment} [{shown}]".replace("%", "%%"), "metavar": kind.upper()}
     if kind == "bool":
-        options |= {"nargs": "?", "const": "on"}
-    parser.add_argument(*dict.fromkeys((flag(name), f"--{name}")), **options)
+        options |= {"metavar": "on|off", "nargs": "?", "const": "on"}
+    parser.add_argument(flag(name), default=argparse.SUPPRESS, **options)
 arguments = [f"--{a[5:]}=off" if a[:5] == "--no-" and a[5:] in settings else a for a in sys.argv[1:]]
 given, unknown = parser.parse_known_args(arguments)
 given = vars(given)
@@ -147,32 +160,24 @@ for name, text in given.items():
         fail(f"{flag(name)} {text} is not of type {kind}.\n{HELP}")
 settings |= given
 
-given_before = {}  # the flags of the calls that a resumed run was made with
 if settings["run"] and (Path(settings["run"]).name != settings["run"] or settings["run"] == ".."):
     fail(f"--run {settings['run']} is no plain name.\nUse --out-dir for the folder that it shall be in.")
 run_folder = Path(settings["out_dir"]) / settings["run"] if settings["run"] else None
+given_before = {}  # the flags of the calls that a resumed run was made with
 if settings["resume"]:
-    if not run_folder:
-        known = sorted(Path(settings["out_dir"]).glob("*/config.json"), key=os.path.getmtime)
-        if not known:
-            fail(f"{settings['out_dir']} holds no run to resume.\nStart one.")
-        run_folder = known[-1].parent
-    try:
-        old = json.loads((run_folder / "config.json").read_text())
-        saved, given_before = old["settings"], old["given"]
-    except (OSError, ValueError, KeyError, TypeError):  # each checkpoint has the settings too
-        newest, _ = checkpoint.newest_valid(run_folder / "checkpoints")
-        saved = checkpoint.load(newest, "state")["settings"] if newest else {}
-        if newest and os.environ.get("RANK", "0") == "0":
-            print(f"resume   config.json cannot be read: the settings are taken from {newest}")
+    known = sorted(Path(settings["out_dir"]).glob("*/config.json"), key=os.path.getmtime)
+    if not run_folder and not known:
+        fail(f"{settings['out_dir']} holds no run to resume.\nStart one.")
+    run_folder = run_folder or known[-1].parent
+    saved, given_before = checkpoint.saved_settings(run_folder)
     fixed = HORIZONS if any(given.get(name) is not None for name in HORIZONS) else ()  # a new one, or none
     for name in [n for n in settings if n in saved and n not in CALL]:
         if name in MACHINE and name not in given_before:
             continue
         if name not in given and name not in fixed:
             settings[name] = saved[name]
-        elif settings[name] != saved[name] and os.environ.get("RANK", "0") == "0":
-            print(f"resume   {flag(name)} was {saved[name]}, is {settings[name]}")
+        elif settings[name] != saved[name]:
+            say(f"resume   {flag(name)} was {saved[name]}, is {settings[name]}")
 elif run_folder and run_folder.exists():
     fail(f"the run {run_folder} exists.\nContinue it with --resume or choose another --run.")
 
@@ -197,9 +202,7 @@ found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_
 device_type = device_type or found
 if not {"cuda": torch.cuda, "mps": torch.backends.mps, "cpu": torch.cpu}[device_type].is_available():
     fail(f"--device-type {device_type}: not to be had on this machine.\nHere there is {found}.")
-rank, local_rank = (int(os.environ.get(key, 0)) for key in ("RANK", "LOCAL_RANK"))
-world_size = int(os.environ.get("WORLD_SIZE", 1))
-if world_size > 1 and device_type == "mps":
+if device_type == "mps" and world_size > 1:
     fail("several processes cannot share one MPS device.\nStart one, without torchrun.")
 if device_type == "mps" and dtype == "bfloat16":
     fail("--dtype bfloat16: Metal's causal attention leaks later tokens in half precision.\nLeave it out.")
@@ -209,7 +212,6 @@ if on_gpu:
     if local_rank >= torch.cuda.device_count():
         fail(f"there are more processes than GPUs.\nGive --nproc_per_node={torch.cuda.device_count()}.")
     torch.cuda.set_device(device)
-    gpu_memory = torch.cuda.get_device_properties(device).total_memory
     torch.set_float32_matmul_precision("high")
     import torch._inductor.config  # without two marks the choice of a kernel bars the graph from its cache
 
@@ -223,7 +225,9 @@ if compile_is_auto:
     compile = device_type != "mps" and sys.platform != "win32"
 device_name = report.device_name(device)
 synchronize = report.synchronizer(device_type)
-say = report.tell if rank == 0 else (lambda line: None)
+
+# -----------------------------------------------------------------------------
+# Data: prepared before the process group exists, so that no collective waits for a tokenizer
 
 
 def tell_data(line):
@@ -231,20 +235,14 @@ def tell_data(line):
     report.tell(f"data     {line}")
 
 
-# -----------------------------------------------------------------------------
-# Data: prepared before the process group exists, so that no collective waits for a tokenizer
-
 clock = report.Clock(process_start)
 clock.lap("setup")
 data = data or ("fineweb" if on_gpu else "stdlib")
 max_seq_len = max_seq_len or (2048 if on_gpu else 512)
 eval_tokens = eval_tokens or (10_485_760 if on_gpu else 32_768)
-try:
-    corpus = dataloader.prepare(data, vocab_size, tell_data)
-    clock.lap("corpus")
-    validation = dataloader.ValidationRows(corpus, max_seq_len, eval_tokens)
-except dataloader.DataError as error:
-    fail(error)
+corpus = dataloader.prepare(data, vocab_size, tell_data)
+clock.lap("corpus")
+validation = dataloader.ValidationRows(corpus, max_seq_len, eval_tokens)
 vocab_size = corpus.tokenizer.n_vocab
 if device_type == "mps" and max(vocab_size, (device_batch_size or 1) * max_seq_len) > 32_000:
     fail("Metal sums more than 32,766 products wrongly.\nGive a smaller vocabulary or --device-batch-size.")
@@ -316,8 +314,17 @@ def forward_backward(rows):
     return nats
 
 
+# -----------------------------------------------------------------------------
+# The trial: a few steps on random rows compile, find the batch that fits, and measure the speed
+
+
+def largest_divisor(number, limit):
+    """The largest divisor of a number that is at most `limit`."""
+    return max(n for n in range(1, limit + 1) if number % n == 0)
+
+
 def rows_of(batch_size):
-    """Tokens per step -> (whole rows per step, rows per rank, the largest micro-batch that divides those)."""
+    """Tokens per step -> (whole rows per step, rows per rank, rows per micro-step)."""
     rows = max(1, round(batch_size / max_seq_len))
     if rows % world_size:
         below, above = (max(1, rows // world_size + n) * world_size * max_seq_len for n in (0, 1))
@@ -326,64 +333,65 @@ def rows_of(batch_size):
             f"\nThe nearest sizes that they can share: {below} and {above}."
         )
     per_rank = rows // world_size
-    return rows, per_rank, max(n for n in range(1, min(per_rank, micro_rows) + 1) if per_rank % n == 0)
+    return rows, per_rank, largest_divisor(per_rank, min(per_rank, micro_rows))
 
 
-# -----------------------------------------------------------------------------
-# The trial: a few steps on random rows compile, find the batch that fits, and measure the speed
+FITS, NO_COMPILER, TOO_LARGE = 2, 1, 0
+
+
+def try_rows():
+    """Forward and backward over micro_rows random rows -> (the sum of nats, how it went)."""
+    try:
+        nats = forward_backward(torch.randint(vocab_size, (micro_rows, max_seq_len + 1), device=device))
+        synchronize()
+    except Exception as error:
+        if report.is_out_of_memory(error):
+            return None, TOO_LARGE
+        if not (compile and compile_is_auto):
+            raise
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        say(report.wrap(f"trial    going on without torch.compile, which does not work here: {reason}"))
+        return None, NO_COMPILER
+    crowded = on_gpu and torch.cuda.max_memory_reserved() > 0.95 * torch.cuda.mem_get_info()[1]
+    return nats, TOO_LARGE if crowded and not device_batch_size else FITS
+
 
 micro_rows = device_batch_size or max(1, (65_536 if on_gpu else 2_048) // max_seq_len)
 if total_batch_size:
     micro_rows = rows_of(total_batch_size)[2]
 optimizer = build_optimizer(total_batch_size or 2**19)
-say(f"trial    {'compiling and ' * compile}measuring {micro_rows} × {max_seq_len} tokens")
-FITS, NO_COMPILER, TOO_LARGE = 2, 1, 0
+what = "compiling, which can take a minute the first time, and " if compile else ""
+say(f"trial    {what}measuring steps of {micro_rows} × {max_seq_len} tokens")
 timings = []
 while len(timings) < 4:
-    outcome, begin = FITS, time.perf_counter()
-    try:
-        nats = forward_backward(torch.randint(vocab_size, (micro_rows, max_seq_len + 1), device=device))
-        synchronize()
-        if on_gpu and not device_batch_size and torch.cuda.max_memory_reserved() > 0.95 * gpu_memory:
-            outcome = TOO_LARGE
-    except torch.OutOfMemoryError:
-        outcome = TOO_LARGE
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-        if "out of memory" in str(error) or "ALLOC_FAILED" in str(error):  # Metal's and cuBLAS's words
-            outcome = TOO_LARGE
-        elif compile and compile_is_auto:
-            say(report.wrap(f"trial    going on without torch.compile, which does not work here: {reason}"))
-            outcome = NO_COMPILER
-        else:
-            raise
+    begin = time.perf_counter()
+    nats, outcome = try_rows()
     middle = time.perf_counter()
     if world_size > 1:  # what one rank cannot do, none does
         outcome = torch.tensor(outcome, device=device)
         dist.all_reduce(outcome, dist.ReduceOp.MIN)
     if outcome == FITS:
-        try:
-            optimizer.step(nats)
-            synchronize()
-            timings.append((middle - begin, time.perf_counter() - middle))
-        except torch.OutOfMemoryError:
-            if world_size > 1:
-                raise
-            outcome = TOO_LARGE
+        optimizer.step(nats)  # the gradients stay: training too has some in memory as it goes forward
+        synchronize()
+        timings.append((middle - begin, time.perf_counter() - middle))
+        continue
+    timings = []
     if outcome == NO_COMPILER:
-        model, compile, timings = raw_model, False, []
+        model, compile = raw_model, False
         optimizer = build_optimizer(total_batch_size or 2**19)
-    elif outcome == TOO_LARGE:
-        smaller = max((n for n in range(1, micro_rows) if micro_rows % n == 0), default=0)
-        if device_batch_size or not smaller:
-            fail(f"{micro_rows} rows of {max_seq_len} do not fit.\nTry --device-batch-size {smaller or 1}.")
-        micro_rows, timings = smaller, []
+    elif micro_rows == 1:
+        fail(f"not even one row of {max_seq_len} tokens fits.\nTry a smaller --depth or --max-seq-len.")
+    else:
+        smaller = largest_divisor(micro_rows, micro_rows - 1)
+        if device_batch_size:
+            fail(f"{micro_rows} rows of {max_seq_len} do not fit.\nTry --device-batch-size {smaller}.")
+        micro_rows = smaller
         optimizer.zero_grad(set_to_none=True)
         gc.collect()  # what the failed attempt still holds
         if on_gpu:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-optimizer.zero_grad(set_to_none=True)  # not before: training too has gradients in memory as it goes forward
+optimizer.zero_grad(set_to_none=True)
 if on_gpu:
     torch.cuda.reset_peak_memory_stats()
 micro_time, optimizer_time = from_rank_0([min(t) for t in zip(*timings[1:])])  # the first one compiled
@@ -400,19 +408,15 @@ eval_time = math.ceil(len(validation.places) / (micro_rows * world_size)) * micr
 closing_time = 4.0 + sum(num_params.values()) / 50e6  # the last checkpoint, sample and report
 
 
-def elapsed():
-    """Seconds that this run has taken, before it was resumed too, without the preparation of the corpus."""
-    return sum(clock.spent.values()) + time.time() - clock.last - clock.spent["corpus"]
-
-
 def time_left():
-    """Seconds of the --minutes budget that are left for training and the evaluations in between."""
-    return max(0.0, 60 * minutes - elapsed() - eval_time - closing_time)
+    """Seconds of --minutes left for training, on this rank's clock; what a resumed run took before counts."""
+    elapsed = sum(clock.spent.values()) + time.time() - clock.last - clock.spent["corpus"]
+    return max(0.0, 60 * minutes - elapsed - eval_time - closing_time)
 
 
 tokens_ahead = None  # unknown where steps are given and the batch is not
 if minutes:
-    tokens_ahead = time_left() / micro_time * micro_rows * max_seq_len * world_size
+    tokens_ahead = from_rank_0(time_left()) / micro_time * micro_rows * max_seq_len * world_size
 elif target_flops:
     tokens_ahead = target_flops / num_flops_per_token
 elif target_param_data_ratio:
@@ -422,24 +426,22 @@ if total_batch_size is None and tokens_ahead is None:
 elif total_batch_size is None:
     # the best batch grows with tokens^0.383 (arXiv 2505.13738); short runs need some 600 steps all the same
     best = min(2**19 * (tokens_ahead / 1.5e9) ** 0.383, tokens_ahead / 600)
-    total_batch_size = max(2 ** round(math.log2(max(1, best))), micro_rows * max_seq_len * world_size)
-    share = world_size * max_seq_len
-    total_batch_size = max(1, round(total_batch_size / share)) * share  # not every world size is a power of 2
-rows_per_step, rows_per_rank, micro_rows = rows_of(from_rank_0(total_batch_size))
-total_batch_size = rows_per_step * max_seq_len
+    share = world_size * max_seq_len  # not every world size is a power of 2
+    total_batch_size = max(2 ** round(math.log2(max(1, best))), micro_rows * share)
+    total_batch_size = round(total_batch_size / share) * share
+rows_per_step, rows_per_rank, micro_rows = rows_of(total_batch_size)
+total_batch_size, device_batch_size = rows_per_step * max_seq_len, micro_rows
 planned_seconds = rows_per_rank // micro_rows * micro_time + optimizer_time  # of a step, until one is timed
+horizon_is_final = not minutes  # under --minutes it follows the measured speed until the decay begins
 if minutes:
-    num_iterations = max(1, int(time_left() / planned_seconds))
+    num_iterations = max(1, int(from_rank_0(time_left()) / planned_seconds))
+    # the horizon will still move a little, and nothing before the decay may depend on it
+    warmup_steps = min(warmup_steps, num_iterations // 15)
 elif num_iterations is None:
     num_iterations = max(1, round(tokens_ahead / total_batch_size))
-num_iterations = from_rank_0(num_iterations)
-device_batch_size = micro_rows
-if minutes:  # N will still move a little, and nothing before the decay may depend on it
-    warmup_steps = min(warmup_steps, num_iterations // 15)
 if weight_decay is None:  # longer runs want less (arXiv 2405.13698): it adds up to the same over a run
     tokens = num_iterations * total_batch_size
     weight_decay = 0.28 * min(1.0, (total_batch_size / 2**19) ** 0.5 * 1.5e9 / tokens)
-horizon_is_final = not minutes  # under --minutes it follows the measured speed until the decay begins
 
 raw_model.init_weights(device, seed)  # anew: the trial leaves no trace
 optimizer = build_optimizer(total_batch_size)
@@ -460,32 +462,22 @@ STATE = (
     "losses_seen total_training_time timed_steps skipped_steps"
 ).split()
 
-run = from_rank_0(run or (run_folder.name if run_folder else f"d{depth}-{datetime.now():%Y%m%d-%H%M%S}"))
+run = run_folder.name if run_folder else from_rank_0(f"d{depth}-{datetime.now():%Y%m%d-%H%M%S}")
 run_folder = Path(out_dir) / run
 checkpoints = run_folder / "checkpoints"
-lock = filelock.FileLock(run_folder / "lock")  # held to the end, and let go by any end
-
-
-def lock_run():
-    """Make this the one process that writes into the run's folder; again is allowed."""
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        fail(f"{run_folder} is being written by a run that is still going.\nStop that one first.")
-    except OSError as error:
-        fail(f"{run_folder} cannot be written: {error.strerror}.\nMake it writable.")
-
-
-newest = None, []
+lock, newest = None, (None, [])
 if resume and rank == 0 and run_folder.exists():
-    lock_run()
+    lock = checkpoint.lock(run_folder)
     newest = checkpoint.newest_valid(checkpoints)
 resumed_from, passed_over = from_rank_0(newest)
 for reason in passed_over:
     say(f"resume   passed over: {reason}")
 if passed_over and not resumed_from:
     fail(f"no checkpoint in {checkpoints} is valid.\nPut a good one back, or start another --run.")
+if resume and not resumed_from:
+    say(f"resume   there is no checkpoint in {run_folder} yet: starting at step 0")
 if resumed_from:
+    say(f"resume   from {resumed_from}")
     state, planned = checkpoint.load(resumed_from, "state"), num_iterations
     if missing := [name for name in STATE if name not in state]:
         fail(f"{resumed_from} has no {missing[0]}.\nResume it with the version that has written it.")
@@ -495,21 +487,16 @@ if resumed_from:
     if not minutes:
         num_iterations, horizon_is_final = planned, True
     elif not horizon_is_final or minutes != saved.get("minutes"):
-        num_iterations = step + from_rank_0(int(time_left() / planned_seconds))
+        num_iterations = step + int(from_rank_0(time_left()) / planned_seconds)
         horizon_is_final = step > (1 - warmdown_ratio) * num_iterations
     decay_start = (1 - warmdown_ratio) * state["num_iterations"]
     if step > decay_start and num_iterations > state["num_iterations"]:
         say(f"resume   the learning rate decays since step {decay_start:.0f}: it will rise once more")
-elif resume:
-    say(f"resume   there is no checkpoint in {run_folder} yet: starting at step 0")
 clock.lap("setup")
-try:
-    margin = 1.25 if minutes else 1.0  # a timed horizon may still grow
-    dataloader.fetch_more(corpus, int(margin * num_iterations * rows_per_step), max_seq_len, tell_data)
-    clock.lap("corpus")
-    loader = dataloader.DataLoader(corpus, max_seq_len, rows_per_step, seed, device, rank, world_size)
-except dataloader.DataError as error:
-    fail(error)
+margin = 1.25 if minutes else 1.0  # a timed horizon may still grow
+dataloader.fetch_more(corpus, int(margin * num_iterations * rows_per_step), max_seq_len, tell_data)
+clock.lap("corpus")
+loader = dataloader.DataLoader(corpus, max_seq_len, rows_per_step, seed, device, rank, world_size)
 if loader.order.rows_per_epoch < rows_per_step:
     fail(
         f"the corpus has {loader.order.rows_per_epoch} rows to train on, a batch {rows_per_step}."
@@ -546,7 +533,7 @@ record = {
 if rank == 0:
     try:
         checkpoints.mkdir(parents=True, exist_ok=True)
-        lock_run()
+        lock = lock or checkpoint.lock(run_folder)  # held to the end, and let go by any end
         report.replace(run_folder / "config.json", json.dumps(record, indent=2))
         if not (run_folder / "tokenizer" / "tokenizer.json").exists():  # never touch a good one
             dataloader.save_tokenizer(corpus.tokenizer, run_folder / "tokenizer")
@@ -562,8 +549,6 @@ plan = (
 )
 attention = attention_backend(config, compute_dtype, device, compile)
 say(report.header(record, compile, attention, peak, peak_source, plan))
-if resumed_from:
-    say(f"resume   from {resumed_from}")
 log.write("event", step=step, event="resumed" if resumed_from else "started", num_iterations=num_iterations)
 
 
@@ -584,7 +569,8 @@ def save():
         say("save     left out: the weights are not finite")
         return False
     tensors = {"model": raw_model.state_dict(), "optimizer": optimizer.state_dict()}
-    state = {name: globals()[name] for name in STATE} | {k: record[k] for k in ("settings", "versions")}
+    state = {name: globals()[name] for name in STATE}
+    state |= {name: record[name] for name in ("settings", "given", "versions")}
     state |= {"spent": dict(clock.spent), "data": loader.state_dict()}
     if rank == 0:
         tell_saved(saver.save(step, tensors, state))
@@ -646,7 +632,7 @@ for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
 
 start_step, last_saved, last_save_time = step, step if resumed_from else -1, time.time()
 time_before, timed_before = total_training_time, timed_steps  # of earlier starts, perhaps on other machines
-seconds_per_step = total_training_time / timed_steps if timed_steps else planned_seconds
+dt = seconds_per_step = planned_seconds  # until steps of this start are timed
 next_length, skips_in_a_row, samples = 1, 0, []
 interruption, saving_is_due = 0, False  # the signal that stops the run; is a checkpoint due
 clock.lap("setup")
@@ -734,10 +720,7 @@ while True:
     if step > start_step + 10:
         total_training_time += dt * len(losses)
         timed_steps += len(losses)
-    if timed_steps > timed_before:
         seconds_per_step = (total_training_time - time_before) / (timed_steps - timed_before)
-    else:
-        seconds_per_step = dt
     tokens = loader.cursor * max_seq_len
     flops_so_far = num_flops_per_token * tokens
     figures = {
@@ -764,8 +747,7 @@ while True:
         places = range(loader.cursor - len(skips) * rows_per_step, loader.cursor, rows_per_step)
         cursors = [place for place, skipped in zip(places, skips) if skipped]  # where those batches begin
         log.write("event", step=step, event="skipped_step", skipped_steps=skipped_steps, cursors=cursors)
-    pace = seconds_per_step if timed_steps > timed_before else planned_seconds
-    pace += eval_time / eval_every if eval_every > 0 else 0.0
+    pace = seconds_per_step + (eval_time / eval_every if eval_every > 0 else 0.0)
     say(report.step_line(figures, num_iterations, val_bpb, peak_source, (num_iterations - step) * pace))
     if skips_in_a_row >= 5:
         forward_backward(rows)  # once more, to name the culprit
@@ -810,6 +792,7 @@ if interruption:
 event = "interrupted" if interruption else "finished"
 log.write("event", step=step, event=event, num_iterations=num_iterations)
 clock.lap("saving")
+tok_per_sec = total_batch_size / (seconds_per_step if timed_steps > timed_before else dt)
 summary = {
     "val_bpb": val_bpb,
     "min_val_bpb": min_val_bpb,
@@ -819,8 +802,8 @@ summary = {
     "total_training_flops": flops_so_far,
     "total_training_time": total_training_time,
     "wall_time": sum(clock.spent.values()),
-    "tok_per_sec": total_batch_size / seconds_per_step,
-    "mfu": num_flops_per_token * total_batch_size / seconds_per_step / (peak * world_size),
+    "tok_per_sec": tok_per_sec,
+    "mfu": num_flops_per_token * tok_per_sec / (peak * world_size),
     "mfu_peak": peak,
     "mfu_peak_source": peak_source,
     "peak_memory": report.peak_memory(device),
