@@ -122,9 +122,13 @@ def fail(message):
 
 
 def show_error(kind, error, trace):
-    """What the rooms say of bad data and checkpoints is meant for people; of all else they want the trace."""
+    """What a person can mend is told in two lines; of anything else the trace is wanted."""
+    if kind is KeyboardInterrupt:
+        sys.exit(130)  # before the loop, which saves first
     if issubclass(kind, (dataloader.DataError, checkpoint.CheckpointError)):
         fail(error)
+    if report.is_out_of_memory(error):
+        fail("the device has too little memory.\nTry a smaller --depth, --max-seq-len or --device-batch-size.")
     sys.__excepthook__(kind, error, trace)
 
 
@@ -687,10 +691,7 @@ while True:
             group["lr"] = group["initial_lr"] * lrm
             if group["kind"] == "muon":
                 group["momentum"], group["weight_decay"] = momentum, decay
-        try:
-            rows = next(loader)
-        except dataloader.DataError as error:
-            fail(error)
+        rows = next(loader)
         nats = forward_backward(rows)
         optimizer.step(nats)
         optimizer.zero_grad(set_to_none=True)

@@ -321,3 +321,28 @@ def test_the_device_batch_shrinks_until_it_fits_on_every_rank(train, tmp_path, r
     if processes == 1:
         stuck = train("--num-iterations", 20, "--device-batch-size", 4, "--run", "b", script=script, run="b")
         assert stuck.code == 2 and "Try --device-batch-size 2" in stuck.output and stuck.config is None
+
+
+# a train.py whose first optimizer step, that of the trial, ends in an error
+BROKEN = """
+import runpy, sys
+import torch
+sys.path.insert(0, {repo!r})
+import optim_muon
+def step(self, loss=None):
+    raise {error}
+optim_muon.MuonAdamW.step = step
+runpy.run_path({repo!r} + "/train.py", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    "error, code, told",
+    [("torch.OutOfMemoryError('as if')", 2, "too little memory"), ("KeyboardInterrupt", 130, "")],
+)
+def test_what_a_person_can_mend_shows_no_trace(train, tmp_path, error, code, told):
+    script = tmp_path / "broken.py"
+    script.write_text(BROKEN.format(error=error, repo=str(REPO)))
+    result = train("--num-iterations", 20, script=script)
+    assert result.code == code and told in result.output and "Traceback" not in result.output, result.output
+    assert result.config is None
