@@ -128,7 +128,7 @@ def show_error(kind, error, trace):
     if issubclass(kind, (dataloader.DataError, checkpoint.CheckpointError)):
         fail(error)
     if report.is_out_of_memory(error):
-        fail("the device has too little memory.\nTry a smaller --depth, --max-seq-len or --device-batch-size.")
+        fail("the device has too little memory.\nTry a smaller --depth or --device-batch-size.")
     sys.__excepthook__(kind, error, trace)
 
 
