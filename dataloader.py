@@ -18,6 +18,7 @@ import sys
 import sysconfig
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
@@ -117,33 +118,10 @@ def make_once(folder, make):
 
 def damaged(path, what):
     """The DataError for a file that is not what it should be."""
-    made = path if cache_folder() in path.parents else cache_folder() / "checked"
-    made = next((folder for folder in list(path.parents)[:2] if (folder / "manifest.json").exists()), made)
+    made = cache_folder() / "checked"  # what is known of files that are not ours
+    if cache_folder() in path.parents:
+        made = next((folder for folder in path.parents[:2] if (folder / "manifest.json").exists()), path)
     return DataError(f"{path} is damaged: {what}.\nPut the right one back or delete {made} to begin anew.")
-
-
-def fetch(path, temporary, say):
-    """Have `path`, a file of a public data set, in the cache: whole, its header valid, or not at all."""
-    if path.exists():
-        return
-    import huggingface_hub  # slow to import, and seldom needed
-
-    repository, megabytes, *_ = PUBLIC[path.parent.name]
-    say(f"fetching {path.name} of {repository}, about {megabytes} MB")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        options = {"repo_type": "dataset", "revision": REVISION, "local_dir": temporary / "fetched"}
-        fetched = Path(huggingface_hub.hf_hub_download(repository, path.name, **options))  # checks the size
-        if path.suffix == ".bin":
-            open_shard(fetched)
-        os.rename(fetched, path)
-        shutil.rmtree(temporary / "fetched")
-    except Exception as error:  # the hub lets any error of the network through
-        if isinstance(error, DataError) or (type(error) in (OSError, PermissionError) and error.errno):
-            raise  # it arrived damaged, or the disk failed
-        reason = str(error.__cause__ or error).split("\n")[0].rstrip(".") or type(error).__name__
-        advice = f"Put it (and those after it, for a long run) into {path.parent} by hand, {INSTEAD}"
-        raise DataError(f"{path.name} of {repository} cannot be fetched: {reason}.\n{advice}") from None
 
 
 # -----------------------------------------------------------------------------
@@ -154,27 +132,26 @@ def train_tokenizer(texts, vocab_size):
     """Train a byte-level BPE of at most vocab_size tokens, <|bos|> the last of them, on strings."""
     assert vocab_size <= 2**16, "tokens are kept as uint16"
 
-    def pieces(left=TOKENIZER_CHARS):
+    def pieces():
+        left = TOKENIZER_CHARS
         for _, piece in cut_into_pieces(texts):
-            if left > 0:
-                yield piece
+            yield piece
             left -= len(piece)
+            if left <= 0:
+                return
 
     trainer = rustbpe.Tokenizer()
     trainer.train_from_iterator(pieces(), vocab_size - 1, buffer_size=1024, pattern=SPLIT_PATTERN)
     ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
-    return tiktoken.Encoding(
-        "onedial", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens={"<|bos|>": len(ranks)}
-    )
+    special = {"<|bos|>": len(ranks)}
+    return tiktoken.Encoding("onedial", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=special)
 
 
 def save_tokenizer(encoding, folder):
     """Write tokenizer.tiktoken (lines of base64, rank) and tokenizer.json (the rest) -> {file: sha256}."""
     folder.mkdir(parents=True, exist_ok=True)
-    special = {text: encoding.encode_single_token(text) for text in encoding.special_tokens_set}
-    rest = {"name": encoding.name, "pattern": encoding._pat_str, "special_tokens": special}
-    ranks = [token for token in range(encoding.n_vocab) if token not in special.values()]
-    lines = (base64.b64encode(encoding.decode_single_token_bytes(rank)) + b" %d\n" % rank for rank in ranks)
+    rest = {"name": encoding.name, "pattern": encoding._pat_str, "special_tokens": encoding._special_tokens}
+    lines = [base64.b64encode(token) + b" %d\n" % rank for token, rank in encoding._mergeable_ranks.items()]
     files = {"tokenizer.tiktoken": b"".join(lines), "tokenizer.json": json.dumps(rest, indent=2).encode()}
     return {name: write(folder / name, content) for name, content in files.items()}
 
@@ -205,10 +182,10 @@ def gpt2_tokenizer(vocab_size):
     try:
         ranks = read_ranks(path) if path.exists() else tiktoken.get_encoding("r50k_base")._mergeable_ranks
         if sorted(ranks.values()) != list(range(50256)):
-            raise ValueError(f"it has {len(ranks):,} tokens")
+            raise ValueError
     except Exception as error:  # tiktoken lets any error of the network through
         if path.exists():
-            raise damaged(path, error) from None
+            raise damaged(path, "it does not hold the ranks 0 to 50255") from None
         what = f"GPT-2's vocabulary cannot be fetched: {type(error).__name__}"
         raise DataError(f"{what}.\nPut {path.name} into {path.parent} by hand, {INSTEAD}") from None
     special = {"<|endoftext|>": 50256}
@@ -217,9 +194,10 @@ def gpt2_tokenizer(vocab_size):
 
 def bytes_per_token(encoding):
     """int64 array (n_vocab,): the number of bytes that each token stands for, 0 for special tokens."""
-    special = {encoding.encode_single_token(text) for text in encoding.special_tokens_set}
-    tokens = range(encoding.n_vocab)
-    return np.array([0 if t in special else len(encoding.decode_single_token_bytes(t)) for t in tokens])
+    lengths = np.zeros(encoding.n_vocab, dtype=np.int64)
+    for token, rank in encoding._mergeable_ranks.items():
+        lengths[rank] = len(token)
+    return lengths
 
 
 # -----------------------------------------------------------------------------
@@ -253,29 +231,37 @@ def split_by_name(root, file):
 
 
 def read_documents(file):
-    """Yield the documents of a file: strings of valid Unicode, not empty."""
-    if file.suffix.lower() == ".jsonl":
-        with open(file, "rb") as lines:
-            for number, line in enumerate(lines, 1):
-                try:
-                    text = json.loads(line.decode("utf-8", "replace"))["text"] if line.strip() else ""
-                    text = text.encode("utf-8", "replace").decode()  # JSON may hold half a surrogate pair
-                except (ValueError, KeyError, TypeError, AttributeError):
-                    what = f'{file}, line {number}: no JSON object with a "text" string'
-                    raise DataError(f"{what}.\nMend or delete that line.") from None
-                if text:
-                    yield text
-    elif file.suffix.lower() == ".parquet":
-        try:
-            import pyarrow.parquet as parquet
-        except ImportError:
-            raise DataError(f'{file} takes pyarrow to read.\npip install "onedial[parquet]"') from None
-        for batch in parquet.ParquetFile(file).iter_batches(batch_size=1024, columns=["text"]):
-            yield from filter(None, batch.column("text").cast("string").to_pylist())
-    else:
-        content = file.read_bytes()
-        if content and b"\0" not in content[:8192]:  # a NUL byte: not text
-            yield content.decode("utf-8", "replace")
+    """Yield the documents of a file: strings of valid Unicode, not empty; DataError names what is amiss."""
+    try:
+        if file.suffix.lower() == ".jsonl":
+            yield from read_jsonl(file)
+        elif file.suffix.lower() == ".parquet":
+            import pyarrow.parquet as parquet  # an extra
+
+            for batch in parquet.ParquetFile(file).iter_batches(batch_size=1024, columns=["text"]):
+                yield from filter(None, batch.column("text").cast("string").to_pylist())
+        else:
+            content = file.read_bytes()
+            if content and b"\0" not in content[:8192]:  # a NUL byte: not text
+                yield content.decode("utf-8", "replace")
+    except ImportError:
+        raise DataError(f'{file} takes pyarrow to read.\npip install "onedial[parquet]"') from None
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{file} cannot be read: {error}.\nMend it, or take it out.") from None
+
+
+def read_jsonl(file):
+    """Yield the texts in a file of one JSON object a line, blank lines and empty texts left out."""
+    with open(file, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                text = json.loads(line.decode("utf-8", "replace"))["text"] if line.strip() else ""
+                text = text.encode("utf-8", "replace").decode()  # JSON may hold half a surrogate pair
+            except (ValueError, KeyError, TypeError, AttributeError):
+                what = f'{file}, line {number}: no JSON object with a "text" string'
+                raise DataError(f"{what}.\nMend or delete that line.") from None
+            if text:
+                yield text
 
 
 def split_documents(root, files, split):
@@ -284,33 +270,32 @@ def split_documents(root, files, split):
     folder; "hash": 5% of the documents by content, so that adding files moves none; "tail": each one's end.
     """
     for file in files:
-        try:
-            for text in read_documents(file):
-                if split == "files":
-                    yield split_by_name(root, file), text
-                elif split == "hash":
-                    place = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") / 2**32
-                    yield "val" if place < VAL_SHARE else "train", text
-                else:
-                    cut = int((1 - VAL_SHARE) * len(text))
-                    cut = text.rfind("\n", int(0.8 * len(text)), cut) + 1 or cut
-                    yield from (part for part in (("train", text[:cut]), ("val", text[cut:])) if part[1])
-        except (OSError, ValueError, KeyError) as error:
-            raise DataError(f"{file} cannot be read: {error}.\nMend it, or take it out.") from None
+        for text in read_documents(file):
+            cut = len(text)  # what is before it trains, what is after it is held out
+            if split == "files" and split_by_name(root, file) == "val":
+                cut = 0
+            elif split == "hash":
+                place = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") / 2**32
+                cut = 0 if place < VAL_SHARE else cut
+            elif split == "tail":
+                cut = int((1 - VAL_SHARE) * len(text))
+                cut = text.rfind("\n", int(0.8 * len(text)), cut) + 1 or cut
+            if text[:cut]:
+                yield "train", text[:cut]
+            if text[cut:]:
+                yield "val", text[cut:]
 
 
 def choose_split(root, files):
     """-> (the first of the splits files, hash, tail that will do, {"train" or "val": bytes of UTF-8})."""
     for split in ("files", "hash", "tail"):
-        if split == "files" and len({split_by_name(root, file) for file in files}) < 2:
-            continue
-        sizes = {"train": 0, "val": 0}
+        sizes = Counter()
         for name, text in split_documents(root, files, split):
             sizes[name] += len(text.encode())
-        share = sizes["val"] / max(1, sum(sizes.values()))
-        if (split == "files" and 0 < share < 1) or (split == "hash" and 0.01 <= share <= 0.20):
-            break
-    return split, sizes
+        share = sizes["val"] / max(1, sizes.total())
+        will_do = {"files": 0 < share < 1, "hash": 0.01 <= share <= 0.20, "tail": True}
+        if will_do[split]:
+            return split, sizes
 
 
 # -----------------------------------------------------------------------------
@@ -321,10 +306,8 @@ def open_shard(path, expected=None):
     """Memory-map a shard's tokens (uint16), after checking header, size and, if given, its sha256."""
     try:
         header, size = np.fromfile(path, dtype="<i4", count=HEADER_INTS), path.stat().st_size
-        if len(header) < HEADER_INTS or header[0] != MAGIC or header[1] != VERSION:
-            raise damaged(path, f"no token shard starts with {header[:3].tolist()}")
-        if size != 4 * HEADER_INTS + 2 * int(header[2]):
-            raise damaged(path, f"{size:,} bytes instead of {4 * HEADER_INTS + 2 * int(header[2]):,}")
+        if header[:3].tolist() != [MAGIC, VERSION, (size - 4 * HEADER_INTS) / 2]:
+            raise damaged(path, f"no token shard of {size:,} bytes starts with {header[:3].tolist()}")
         if expected and sha256(path) != expected:
             raise damaged(path, "its sha256 has changed")
     except OSError as error:
@@ -398,7 +381,7 @@ class Corpus:
     spread_val: bool = False
     more: list | None = None
     shards: dict = field(default_factory=lambda: {"train": [], "val": []})
-    counts: dict = field(default_factory=lambda: {"train": {}, "val": {}})
+    counts: dict = field(default_factory=lambda: {"train": Counter(), "val": Counter()})
 
     @property
     def bos(self):
@@ -408,8 +391,7 @@ class Corpus:
     def add(self, root, split, entry):
         """Take in a manifest's entry for a split: its counts, and its shards, which lie in root."""
         self.shards[split] += [(root / shard["file"], shard["sha256"]) for shard in entry["shards"]]
-        for key in [key for key in ("documents", "bytes", "tokens") if key in entry]:
-            self.counts[split][key] = self.counts[split].get(key, 0) + entry[key]
+        self.counts[split].update({key: count for key, count in entry.items() if key != "shards"})
 
     def rows(self, split, T):
         """The number of rows of T tokens in each shard of a split, a list; DataError if there is none."""
@@ -430,59 +412,52 @@ def prepare(data, vocab_size=None, say=lambda line: None):
         if data in PUBLIC:
             return prepare_public(data, vocab_size, say)
         root, files = find_files(data)
-        stats = [(file, file.stat()) for file in files]
-        stats = [(str(file.relative_to(root)), stat.st_size, stat.st_mtime_ns) for file, stat in stats]
-        if not sum(size for _, size, _ in stats):
-            known = ".txt, .md, .py and other sources, .jsonl and .parquet with a text field, .bin shards"
-            raise DataError(f"--data {data}: there is no text in it.\nKnown are {known}.")
-        name = Path(data).resolve().stem
-        if files[0].suffix == ".bin":
-            return prepare_shards(name, root, files, vocab_size, say)
-        return prepare_text(name, root, files, stats, vocab_size, say)
+        if files and files[0].suffix == ".bin":
+            corpus = Corpus(Path(data).resolve().stem, "", gpt2_tokenizer(vocab_size))
+            for file in files:
+                take(corpus, split_by_name(root, file), file, say)
+            digests = [[digest for _, digest in shards] for shards in corpus.shards.values()]
+            corpus.fingerprint = fingerprint(digests)
+            return corpus
+        return prepare_text(data, root, files, vocab_size, say)
     except OSError as error:
         raise DataError(f"{error.filename or data} cannot be read: {error.strerror}.\nMend that.") from None
 
 
-def prepare_text(name, root, files, stats, vocab_size, say):
+def prepare_text(data, root, files, vocab_size, say):
     """A corpus of text files: split, BPE and tokens are made anew whenever a file has changed."""
-    total = sum(size for _, size, _ in stats)
+    sources = [(str(file.relative_to(root)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    total = sum(size for _, size, _ in sources)
     # √bytes to the nearest power of two: 4,096 for 20 MB, 32,768 for 1 GB
-    vocab_size = vocab_size or int(2 ** np.clip(round(np.log2(total) / 2), 9, 15))
+    vocab_size = vocab_size or int(2 ** np.clip(round(np.log2(max(1, total)) / 2), 9, 15))
 
     def make(temporary):
         say(f"reading {len(files):,} files, {total / 1e6:,.1f} MB")
         split, sizes = choose_split(root, files)
-        if not sum(sizes.values()):
-            raise DataError(f"{root}: there is no text in {len(files)} files.\nThey are empty, or binary.")
+        if not sizes.total():
+            known = ".txt, .md, .py and other sources, .jsonl and .parquet with a text field, .bin shards"
+            raise DataError(f"--data {data}: there is no text in it.\nKnown are {known}.")
 
         def texts(part):
             return (text for name, text in split_documents(root, files, split) if name == part)
 
         say(f"training a BPE of {vocab_size:,} tokens on {sizes['train'] / 1e6:,.1f} MB")
         encoding = train_tokenizer(texts("train"), vocab_size)
-        manifest = {"split": split, "sources": [[name, size] for name, size, _ in stats]}
+        manifest = {"split": split, "sources": [[name, size] for name, size, _ in sources]}
         manifest["tokenizer"] = save_tokenizer(encoding, temporary / "tokenizer")
         for part in ("train", "val"):
             say(f"tokenizing {sizes[part] / 1e6:,.1f} MB of the {part} split")
             manifest[part] = encode_texts(encoding, texts(part), temporary, part, say)
         return manifest
 
-    identity = fingerprint(2, str(root.resolve()), vocab_size, SPLIT_PATTERN, stats)
+    name = Path(data).resolve().stem
+    identity = fingerprint(2, str(root.resolve()), vocab_size, SPLIT_PATTERN, sources)
     folder = cache_folder() / "corpora" / f"{name}-{identity}"
     manifest = make_once(folder, make)
     encoding = load_tokenizer(folder / "tokenizer", manifest["tokenizer"])
     corpus = Corpus(name, fingerprint(manifest), encoding, manifest["split"], spread_val=True)
     for part in ("train", "val"):
         corpus.add(folder, part, manifest[part])
-    return corpus
-
-
-def prepare_shards(name, root, files, vocab_size, say):
-    """A corpus of .bin shards with GPT-2's tokens that were made elsewhere."""
-    corpus = Corpus(name, "", gpt2_tokenizer(vocab_size))
-    for file in files:
-        take(corpus, split_by_name(root, file), file, say)
-    corpus.fingerprint = fingerprint([[sha for _, sha in shards] for shards in corpus.shards.values()])
     return corpus
 
 
@@ -544,6 +519,30 @@ def take(corpus, split, path, say):
         return {"tokens": len(tokens), "shards": [{"file": path.name, "sha256": digest}]}
 
     corpus.add(path.parent if ready else folder, split, make_once(folder, make))
+
+
+def fetch(path, temporary, say):
+    """Have `path`, a file of a public data set, in the cache: whole, its header valid, or not at all."""
+    if path.exists():
+        return
+    import huggingface_hub  # slow to import, and seldom needed
+
+    repository, megabytes, *_ = PUBLIC[path.parent.name]
+    say(f"fetching {path.name} of {repository}, about {megabytes} MB")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    options = {"repo_type": "dataset", "revision": REVISION, "local_dir": temporary / "fetched"}
+    try:
+        fetched = Path(huggingface_hub.hf_hub_download(repository, path.name, **options))  # checks the size
+    except Exception as error:  # the hub lets any error of the network through
+        if type(error) in (OSError, PermissionError) and error.errno:
+            raise  # the disk failed
+        reason = str(error.__cause__ or error).split("\n")[0].rstrip(".") or type(error).__name__
+        advice = f"Put it (and those after it, for a long run) into {path.parent} by hand, {INSTEAD}"
+        raise DataError(f"{path.name} of {repository} cannot be fetched: {reason}.\n{advice}") from None
+    if path.suffix == ".bin":
+        open_shard(fetched)
+    os.rename(fetched, path)
+    shutil.rmtree(temporary / "fetched")
 
 
 # -----------------------------------------------------------------------------
@@ -645,8 +644,8 @@ class DataLoader:
 
     def state_dict(self):
         """The place in the global order, a few plain values that hold for any world size and batch size."""
-        facts = {"fingerprint": self.corpus.fingerprint, "T": self.T, "seed": self.seed}
-        return {"cursor": self.cursor, **facts}
+        fingerprint = self.corpus.fingerprint
+        return {"cursor": self.cursor, "fingerprint": fingerprint, "T": self.T, "seed": self.seed}
 
     def load_state_dict(self, state):
         """Go on with exactly the next row; ValueError names a corpus, row length or seed that differs."""
@@ -666,12 +665,12 @@ class ValidationRows:
     def __init__(self, corpus, T, eval_tokens):
         self.corpus, self.T = corpus, T
         self.token_bytes = bytes_per_token(corpus.tokenizer)
-        rows = np.array(corpus.rows("val", T))
-        ends, count = rows.cumsum(), min(rows.sum(), max(1, eval_tokens // T))
-        chosen = np.arange(count) * rows.sum() // count if corpus.spread_val else np.arange(count)
-        shards = np.searchsorted(ends, chosen, side="right")
-        self.places = list(zip(shards.tolist(), (chosen - (ends - rows)[shards]).tolist()))  # (shard, row)
-        self.shards = {s: open_shard(*corpus.shards["val"][s]) for s in sorted(set(shards.tolist()))}
+        places = [(shard, row) for shard, count in enumerate(corpus.rows("val", T)) for row in range(count)]
+        count = min(len(places), max(1, eval_tokens // T))
+        spread = [places[i * len(places) // count] for i in range(count)]
+        self.places = spread if corpus.spread_val else places[:count]
+        used = {shard for shard, _ in self.places}
+        self.shards = {shard: open_shard(*corpus.shards["val"][shard]) for shard in used}
 
     def prompt(self, length):
         """The bos and first tokens of the first validation row, a list of ids to sample from."""
