@@ -11,14 +11,12 @@ import base64
 import hashlib
 import json
 import os
-import queue
 import re
 import shutil
 import sys
 import sysconfig
-import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
@@ -579,19 +577,11 @@ class RowOrder:
 
 def stay_ahead(source, count):
     """Iterate over `source`, `count` items ahead, in a background thread; an error of it is raised here."""
-    ready = queue.Queue(count)
-
-    def work():
-        try:
-            for item in source:
-                ready.put(item)
-        except Exception as error:
-            ready.put(error)
-
-    threading.Thread(target=work, daemon=True).start()
-    while not isinstance(item := ready.get(), Exception):
-        yield item
-    raise item
+    thread = ThreadPoolExecutor(max_workers=1)
+    ahead = deque(thread.submit(next, source) for _ in range(count))
+    while True:
+        ahead.append(thread.submit(next, source))
+        yield ahead.popleft().result()
 
 
 class DataLoader:
