@@ -37,10 +37,11 @@ VAL_SHARE = 0.05
 SPLIT_PATTERN = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}|"
 SPLIT_PATTERN += r" ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-TEXT_SUFFIXES = """
+SUFFIXES = """
     .txt .text .md .rst .org .tex .adoc .bib .log .csv .tsv .json .xml .html .htm .css .yaml .yml .toml .py
     .pyi .c .h .cc .cpp .cxx .hpp .cu .java .js .jsx .ts .tsx .go .rs .rb .php .pl .sh .bash .sql .swift .kt
-    .scala .hs .ml .lua .r .jl .m .lisp .el .clj .ex .erl .f90 .cs .vb .dart .zig .nim .proto""".split()
+    .scala .hs .ml .lua .r .jl .m .lisp .el .clj .ex .erl .f90 .cs .vb .dart .zig .nim .proto
+    .jsonl .parquet .bin""".split()
 FINE, MIX = "kjj0/fineweb10B-gpt2", "karpathy/climbmix-400b-shuffle"
 PUBLIC = {  # name: (repository, MB in a file, validation file, training files in the order of epoch 0)
     "fineweb": (FINE, 200, "fineweb_val_000000.bin", [f"fineweb_train_{n:06}.bin" for n in range(1, 104)]),
@@ -76,14 +77,12 @@ def sha256(path):
 
 def write(path, *contents):
     """Write bytes or arrays to a file, forced to the disk -> their sha256."""
-    digest = hashlib.sha256()
     with open(path, "wb") as file:
         for content in contents:
             file.write(content)
-            digest.update(content)
         file.flush()
         os.fsync(file.fileno())
-    return digest.hexdigest()
+    return sha256(path)
 
 
 def make_once(folder, make):
@@ -106,12 +105,13 @@ def make_once(folder, make):
                         os.rename(temporary, folder)
                     finally:
                         shutil.rmtree(temporary, ignore_errors=True)
-        return json.loads(manifest.read_bytes())
     except OSError as error:
         advice = "Make room there, or set ONEDIAL_HOME to another folder."
         raise DataError(f"{folder} cannot be written: {error.strerror or error}.\n{advice}") from None
-    except ValueError:
-        raise damaged(manifest, "it is no JSON") from None
+    try:
+        return json.loads(manifest.read_bytes())
+    except (OSError, ValueError):
+        raise damaged(manifest, "it cannot be read as JSON") from None
 
 
 def damaged(path, what):
@@ -120,6 +120,116 @@ def damaged(path, what):
     if cache_folder() in path.parents:
         made = next((folder for folder in path.parents[:2] if (folder / "manifest.json").exists()), path)
     return DataError(f"{path} is damaged: {what}.\nPut the right one back or delete {made} to begin anew.")
+
+
+# -----------------------------------------------------------------------------
+# Documents: find them, read them, split them
+
+
+def find_files(data):
+    """`stdlib` or a path -> (root, its text files or else its .bin shards, in a fixed order)."""
+    root, suffixes, skip = Path(data).expanduser(), SUFFIXES, ()
+    if data == "stdlib":
+        root, suffixes, skip = Path(sysconfig.get_path("stdlib")), [".py"], ("site-packages", "dist-packages")
+    if not root.exists():
+        advice = f"Give a text file, a folder of text, or one of: stdlib, {', '.join(PUBLIC)}."
+        raise DataError(f"--data {data}: there is no such file or folder.\n{advice}")
+    if root.is_file():
+        return root.parent, [root]
+    files = []
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".") and name not in skip]
+        files += [Path(folder, name) for name in names if not name.startswith(".")]
+    files = sorted(file for file in files if file.suffix.lower() in suffixes and file.is_file())
+    shards = [file for file in files if file.suffix == ".bin"]
+    if any(MAGIC in np.fromfile(file, dtype="<i4", count=1) for file in shards):
+        return root, shards
+    return root, [file for file in files if file.suffix != ".bin"]
+
+
+def read_documents(file):
+    """Yield the documents of a file: strings of valid Unicode, not empty; DataError names what is amiss."""
+    try:
+        if file.suffix.lower() == ".jsonl":
+            yield from read_jsonl(file)
+        elif file.suffix.lower() == ".parquet":
+            import pyarrow.parquet as parquet  # an extra
+
+            for batch in parquet.ParquetFile(file).iter_batches(batch_size=1024, columns=["text"]):
+                yield from filter(None, batch.column("text").cast("string").to_pylist())
+        else:
+            content = file.read_bytes()
+            if content and b"\0" not in content[:8192]:  # a NUL byte: not text
+                yield content.decode("utf-8", "replace")
+    except ImportError:
+        raise DataError(f'{file} takes pyarrow to read.\npip install "onedial[parquet]"') from None
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{file} cannot be read: {error}.\nMend it, or take it out.") from None
+
+
+def read_jsonl(file):
+    """Yield the texts in a file of one JSON object a line, blank lines and empty texts left out."""
+    with open(file, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                text = json.loads(line.decode("utf-8", "replace"))["text"] if line.strip() else ""
+                text = text.encode("utf-8", "replace").decode()  # JSON may hold half a surrogate pair
+            except (ValueError, KeyError, TypeError, AttributeError):
+                what = f'{file}, line {number}: no JSON object with a "text" string'
+                raise DataError(f"{what}.\nMend or delete that line.") from None
+            if text:
+                yield text
+
+
+def split_by_name(root, file):
+    """val where that is a word in the name of the file, or of a folder between it and root, else train."""
+    return "val" if re.search(r"(?<![a-z])val(?![a-z])", str(file.relative_to(root)).lower()) else "train"
+
+
+def split_documents(root, files, split):
+    """
+    Yield ("train" or "val", text) over all documents. `split` decides: "files": by the word val in name or
+    folder; "hash": 5% of the documents by content, so that adding files moves none; "tail": each one's end.
+    """
+    for file in files:
+        for text in read_documents(file):
+            cut = len(text)  # what is before it trains, what is after it is held out
+            if split == "files" and split_by_name(root, file) == "val":
+                cut = 0
+            elif split == "hash":
+                place = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") / 2**32
+                cut = 0 if place < VAL_SHARE else cut
+            elif split == "tail":
+                cut = int((1 - VAL_SHARE) * len(text))
+                cut = text.rfind("\n", int(0.8 * len(text)), cut) + 1 or cut
+            if text[:cut]:
+                yield "train", text[:cut]
+            if text[cut:]:
+                yield "val", text[cut:]
+
+
+def choose_split(root, files):
+    """-> (the first of the splits files, hash, tail that will do, {"train" or "val": bytes of UTF-8})."""
+    for split in ("files", "hash", "tail"):
+        sizes = Counter()
+        for name, text in split_documents(root, files, split):
+            sizes[name] += len(text.encode())
+        share = sizes["val"] / max(1, sizes.total())
+        will_do = {"files": 0 < share < 1, "hash": 0.01 <= share <= 0.20, "tail": True}
+        if will_do[split]:
+            return split, sizes
+
+
+def cut_into_pieces(texts):
+    """Yield (does it start a text, piece): at most PIECE_CHARS, cut after a line end where there is one."""
+    for text in texts:
+        start = 0
+        while start < len(text):
+            end = start + PIECE_CHARS
+            if end < len(text):
+                end = text.rfind("\n", start, end) + 1 or end
+            yield start == 0, text[start:end]
+            start = end
 
 
 # -----------------------------------------------------------------------------
@@ -199,104 +309,6 @@ def bytes_per_token(encoding):
 
 
 # -----------------------------------------------------------------------------
-# Documents: find them, read them, split them
-
-
-def find_files(data):
-    """`stdlib` or a path -> (root, its text files or else its .bin shards, in a fixed order)."""
-    root, suffixes, skip = Path(data).expanduser(), [*TEXT_SUFFIXES, ".jsonl", ".parquet", ".bin"], ()
-    if data == "stdlib":
-        root, suffixes, skip = Path(sysconfig.get_path("stdlib")), ".py", ("site-packages", "dist-packages")
-    if not root.exists():
-        advice = f"Give a text file, a folder of text, or one of: stdlib, {', '.join(PUBLIC)}."
-        raise DataError(f"--data {data}: there is no such file or folder.\n{advice}")
-    if root.is_file():
-        return root.parent, [root]
-    files = []
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".") and name not in skip]
-        files += [Path(folder, name) for name in names if not name.startswith(".")]
-    files = sorted(file for file in files if file.suffix.lower() in suffixes and file.is_file())
-    shards = [file for file in files if file.suffix == ".bin"]
-    if any(MAGIC in np.fromfile(file, dtype="<i4", count=1) for file in shards):
-        return root, shards
-    return root, [file for file in files if file.suffix != ".bin"]
-
-
-def split_by_name(root, file):
-    """val where that is a word in the name of the file, or of a folder between it and root, else train."""
-    return "val" if re.search(r"(?<![a-z])val(?![a-z])", str(file.relative_to(root)).lower()) else "train"
-
-
-def read_documents(file):
-    """Yield the documents of a file: strings of valid Unicode, not empty; DataError names what is amiss."""
-    try:
-        if file.suffix.lower() == ".jsonl":
-            yield from read_jsonl(file)
-        elif file.suffix.lower() == ".parquet":
-            import pyarrow.parquet as parquet  # an extra
-
-            for batch in parquet.ParquetFile(file).iter_batches(batch_size=1024, columns=["text"]):
-                yield from filter(None, batch.column("text").cast("string").to_pylist())
-        else:
-            content = file.read_bytes()
-            if content and b"\0" not in content[:8192]:  # a NUL byte: not text
-                yield content.decode("utf-8", "replace")
-    except ImportError:
-        raise DataError(f'{file} takes pyarrow to read.\npip install "onedial[parquet]"') from None
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{file} cannot be read: {error}.\nMend it, or take it out.") from None
-
-
-def read_jsonl(file):
-    """Yield the texts in a file of one JSON object a line, blank lines and empty texts left out."""
-    with open(file, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                text = json.loads(line.decode("utf-8", "replace"))["text"] if line.strip() else ""
-                text = text.encode("utf-8", "replace").decode()  # JSON may hold half a surrogate pair
-            except (ValueError, KeyError, TypeError, AttributeError):
-                what = f'{file}, line {number}: no JSON object with a "text" string'
-                raise DataError(f"{what}.\nMend or delete that line.") from None
-            if text:
-                yield text
-
-
-def split_documents(root, files, split):
-    """
-    Yield ("train" or "val", text) over all documents. `split` decides: "files": by the word val in name or
-    folder; "hash": 5% of the documents by content, so that adding files moves none; "tail": each one's end.
-    """
-    for file in files:
-        for text in read_documents(file):
-            cut = len(text)  # what is before it trains, what is after it is held out
-            if split == "files" and split_by_name(root, file) == "val":
-                cut = 0
-            elif split == "hash":
-                place = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") / 2**32
-                cut = 0 if place < VAL_SHARE else cut
-            elif split == "tail":
-                cut = int((1 - VAL_SHARE) * len(text))
-                cut = text.rfind("\n", int(0.8 * len(text)), cut) + 1 or cut
-            if text[:cut]:
-                yield "train", text[:cut]
-            if text[cut:]:
-                yield "val", text[cut:]
-
-
-def choose_split(root, files):
-    """-> (the first of the splits files, hash, tail that will do, {"train" or "val": bytes of UTF-8})."""
-    for split in ("files", "hash", "tail"):
-        sizes = Counter()
-        for name, text in split_documents(root, files, split):
-            sizes[name] += len(text.encode())
-        share = sizes["val"] / max(1, sizes.total())
-        will_do = {"files": 0 < share < 1, "hash": 0.01 <= share <= 0.20, "tail": True}
-        if will_do[split]:
-            return split, sizes
-
-
-# -----------------------------------------------------------------------------
 # Tokens on disk
 
 
@@ -311,18 +323,6 @@ def open_shard(path, expected=None):
     except OSError as error:
         raise damaged(path, error.strerror) from None
     return np.asarray(np.memmap(path, dtype="<u2", mode="r"))[2 * HEADER_INTS :]
-
-
-def cut_into_pieces(texts):
-    """Yield (does it start a text, piece): at most PIECE_CHARS, cut after a line end where there is one."""
-    for text in texts:
-        start = 0
-        while start < len(text):
-            end = start + PIECE_CHARS
-            if end < len(text):
-                end = text.rfind("\n", start, end) + 1 or end
-            yield start == 0, text[start:end]
-            start = end
 
 
 def encode_texts(encoding, texts, folder, split, say):
@@ -591,15 +591,14 @@ class DataLoader:
     seconds that the loop has waited. DataError for a damaged shard, ValueError for rows that do not divide.
     """
 
-    def __init__(self, corpus, T, rows_per_batch, seed, device, rank=0, world_size=1, threaded=True):
+    def __init__(self, corpus, T, rows_per_batch, seed, device, rank=0, world_size=1):
         if rows_per_batch % world_size:
             raise ValueError(f"{rows_per_batch} rows do not divide by {world_size} ranks")
         self.corpus, self.T, self.seed, self.device = corpus, T, seed, torch.device(device)
         self.rows_per_batch, self.rank = rows_per_batch, rank
         self.rows_per_rank = rows_per_batch // world_size
         self.order = RowOrder(corpus.rows("train", T), seed, growing=corpus.more is not None)
-        self.cursor, self.wait_time = 0, 0.0
-        self.threaded, self.source = threaded, None
+        self.cursor, self.wait_time, self.source = 0, 0.0, None
 
     @property
     def epoch(self):
@@ -625,8 +624,7 @@ class DataLoader:
 
     def __next__(self):
         start = time.perf_counter()
-        if self.source is None:
-            self.source = stay_ahead(self.batches(), 2) if self.threaded else self.batches()
+        self.source = self.source or stay_ahead(self.batches(), 2)
         batch = next(self.source)
         self.wait_time += time.perf_counter() - start
         self.cursor += self.rows_per_batch
@@ -693,7 +691,7 @@ def describe(data):
             facts.append(f"{count['bytes'] / count['tokens']:.2f} bytes per token")
         print(f"{split:6}{' · '.join(facts)}")
     print(f"split by {corpus.split} · vocabulary of {corpus.tokenizer.n_vocab:,} · {corpus.fingerprint}")
-    row = next(DataLoader(corpus, 128, 1, seed=0, device="cpu", threaded=False))[0]
+    row = next(DataLoader(corpus, 128, 1, seed=0, device="cpu"))[0]
     print(f"an example row:\n{corpus.tokenizer.decode(row.tolist())}", flush=True)
 
 
