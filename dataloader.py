@@ -10,6 +10,7 @@ it encoded by all cores (tiktoken), and kept in a cache folder as uint16 shards 
 import base64
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -300,14 +301,6 @@ def gpt2_tokenizer(vocab_size):
     return tiktoken.Encoding("gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special)
 
 
-def bytes_per_token(encoding):
-    """int64 array (n_vocab,): the number of bytes that each token stands for, 0 for special tokens."""
-    lengths = np.zeros(encoding.n_vocab, dtype=np.int64)
-    for token, rank in encoding._mergeable_ranks.items():
-        lengths[rank] = len(token)
-    return lengths
-
-
 # -----------------------------------------------------------------------------
 # Tokens on disk
 
@@ -489,7 +482,7 @@ def fetch_more(corpus, rows, T, say=lambda line: None):
     """
     have = corpus.rows("train", T)
     if corpus.more and sum(have) < rows:
-        files = min(len(corpus.more), -(-(rows - sum(have)) * len(have) // sum(have)))
+        files = min(len(corpus.more), math.ceil((rows - sum(have)) * len(have) / sum(have)))
         size = files * PUBLIC[corpus.name][1] / 1000
         say(f"{files} more files of {corpus.name} are needed, {size:.1f} GB in all")
     while corpus.more and sum(corpus.rows("train", T)) < rows:
@@ -575,15 +568,6 @@ class RowOrder:
             epoch += 1
 
 
-def stay_ahead(source, count):
-    """Iterate over `source`, `count` items ahead, in a background thread; an error of it is raised here."""
-    thread = ThreadPoolExecutor(max_workers=1)
-    ahead = deque(thread.submit(next, source) for _ in range(count))
-    while True:
-        ahead.append(thread.submit(next, source))
-        yield ahead.popleft().result()
-
-
 class DataLoader:
     """
     Iterate over this rank's rows of each global batch: int64 tensors (rows_per_batch / world_size, T + 1)
@@ -598,7 +582,8 @@ class DataLoader:
         self.rows_per_batch, self.rank = rows_per_batch, rank
         self.rows_per_rank = rows_per_batch // world_size
         self.order = RowOrder(corpus.rows("train", T), seed, growing=corpus.more is not None)
-        self.cursor, self.wait_time, self.source = 0, 0.0, None
+        self.cursor, self.wait_time = 0, 0.0
+        self.source, self.ahead, self.thread = self.batches(), deque(), ThreadPoolExecutor(max_workers=1)
 
     @property
     def epoch(self):
@@ -624,8 +609,9 @@ class DataLoader:
 
     def __next__(self):
         start = time.perf_counter()
-        self.source = self.source or stay_ahead(self.batches(), 2)
-        batch = next(self.source)
+        while len(self.ahead) < 3:  # the batch asked for, and two ahead
+            self.ahead.append(self.thread.submit(next, self.source))
+        batch = self.ahead.popleft().result()
         self.wait_time += time.perf_counter() - start
         self.cursor += self.rows_per_batch
         return batch.to(self.device, non_blocking=batch.is_pinned())  # else it could go before it is copied
@@ -640,7 +626,7 @@ class DataLoader:
         for key, mine in self.state_dict().items():
             if key != "cursor" and mine != state[key]:
                 raise ValueError(f"the data is not the checkpoint's: {key} is {mine}, was {state[key]}")
-        assert self.source is None, "load before the first batch"
+        assert not self.ahead, "load before the first batch"
         self.cursor = state["cursor"]
 
 
@@ -652,7 +638,9 @@ class ValidationRows:
 
     def __init__(self, corpus, T, eval_tokens):
         self.corpus, self.T = corpus, T
-        self.token_bytes = bytes_per_token(corpus.tokenizer)
+        self.token_bytes = np.zeros(corpus.tokenizer.n_vocab, dtype=np.int64)  # 0: a special token
+        for token, rank in corpus.tokenizer._mergeable_ranks.items():
+            self.token_bytes[rank] = len(token)
         places = [(shard, row) for shard, count in enumerate(corpus.rows("val", T)) for row in range(count)]
         count = min(len(places), max(1, eval_tokens // T))
         spread = [places[i * len(places) // count] for i in range(count)]

@@ -323,7 +323,8 @@ def test_tokenizer_sees_only_the_training_split(text):
 
 
 def test_tokenizer_is_saved_as_text(text, tmp_path):
-    encoding = prepare(str(text), 500).tokenizer
+    corpus = prepare(str(text), 500)
+    encoding = corpus.tokenizer
     assert encoding.n_vocab == 500 and encoding.decode([499]) == "<|bos|>"
     dataloader.save_tokenizer(encoding, tmp_path / "t")
     again = dataloader.load_tokenizer(tmp_path / "t")
@@ -332,7 +333,7 @@ def test_tokenizer_is_saved_as_text(text, tmp_path):
     assert again.special_tokens_set == {"<|bos|>"} and again.n_vocab == 500
     for file in (tmp_path / "t").iterdir():
         file.read_text("ascii")
-    lengths = dataloader.bytes_per_token(encoding)
+    lengths = ValidationRows(corpus, 32, 1).token_bytes
     assert lengths[499] == 0 and len(lengths) == 500
     assert lengths[encoding.encode_ordinary(sample)].sum() == len(sample.encode())
 
