@@ -323,20 +323,19 @@ def encode_texts(encoding, texts, folder, split, say):
     bos = np.array([encoding.n_vocab - 1], dtype=np.uint32)
     documents, size, waiting, shards, said = 0, 0, [], [], time.monotonic()
 
-    def encode(block):  # the text of a special token is text like any other
+    def encode(block):
         parts = []
         for first, piece in block:
-            parts += bos[:first], encoding.encode_to_numpy(piece, disallowed_special=())
+            if first:
+                parts.append(bos)
+            parts.append(encoding.encode_to_numpy(piece, disallowed_special=()))  # <|bos|> is text here
         return np.concatenate(parts).astype("<u2")
 
-    def write_shards(least):
-        while sum(map(len, waiting)) >= least:
-            tokens = np.concatenate(waiting)
-            waiting[:], tokens = [tokens[SHARD_TOKENS:]], tokens[:SHARD_TOKENS]
-            header = np.array([MAGIC, VERSION, len(tokens)] + [0] * (HEADER_INTS - 3), dtype="<i4")
-            name = f"{split}_{len(shards):06}.bin"
-            digest = write(folder / name, header, tokens)
-            shards.append({"file": name, "tokens": len(tokens), "sha256": digest})
+    def write_shard(tokens):
+        header = np.array([MAGIC, VERSION, len(tokens)] + [0] * (HEADER_INTS - 3), dtype="<i4")
+        name = f"{split}_{len(shards):06}.bin"
+        digest = write(folder / name, header, tokens)
+        shards.append({"file": name, "tokens": len(tokens), "sha256": digest})
 
     pieces = cut_into_pieces(texts)
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # tiktoken releases the GIL
@@ -344,11 +343,15 @@ def encode_texts(encoding, texts, folder, split, say):
             waiting += pool.map(encode, (batch[i : i + 16] for i in range(0, len(batch), 16)))
             documents += sum(first for first, _ in batch)
             size += sum(len(piece.encode()) for _, piece in batch)
-            write_shards(SHARD_TOKENS)
+            while sum(map(len, waiting)) >= SHARD_TOKENS:
+                tokens = np.concatenate(waiting)
+                write_shard(tokens[:SHARD_TOKENS])
+                waiting = [tokens[SHARD_TOKENS:]]
             if time.monotonic() - said > 2:
                 said = time.monotonic()
                 say(f"{size / 1e6:,.0f} MB are tokenized")
-    write_shards(1)
+    if any(map(len, waiting)):
+        write_shard(np.concatenate(waiting))
     tokens = sum(shard["tokens"] for shard in shards)
     return {"documents": documents, "bytes": size, "tokens": tokens, "shards": shards}
 
