@@ -286,8 +286,10 @@ def test_ready_shards(tmp_path, home):
     with pytest.raises(DataError, match="a_train_2.bin is damaged"):  # the same size, another content
         take(DataLoader(prepare(str(tmp_path / "e")), 100, 100, 0, "cpu"), 1)
     shard(tmp_path / "f" / "train.bin", [60_000] * 500)
-    with pytest.raises(DataError, match="60,000"):
+    (tmp_path / "f" / "manifest.json").write_text("{}")  # the person's own
+    with pytest.raises(DataError, match="60,000") as error:
         prepare(str(tmp_path / "f"))
+    assert f"delete {home / 'checked'} to begin anew" in two_lines(error)
 
 
 def test_gpt2_vocabulary_by_hand_or_not_at_all(tmp_path, home, monkeypatch):
@@ -928,6 +930,9 @@ def test_climbmix_is_tokenized_file_by_file(hub, climbmix, home):
     hub.mode = "500"
     assert prepare("climbmix", 500).fingerprint == first
     with pytest.raises(DataError, match="shard_00000.parquet"):
+        prepare("climbmix", 600)
+    (home / "climbmix" / "shard_00000.parquet").write_bytes(hub.files["shard_00000.parquet"][:-100])
+    with pytest.raises(DataError, match="shard_00000.parquet cannot be read"):
         prepare("climbmix", 600)
     (path, _), *_ = corpus.shards["train"]
     path.write_bytes(path.read_bytes()[:-1] + b"\xff")
