@@ -410,7 +410,7 @@ def prepare(data, vocab_size=None, say=lambda line: None):
             corpus = Corpus(Path(data).resolve().stem, "", gpt2_tokenizer(vocab_size))
             for file in files:
                 take(corpus, split_by_name(root, file), file, say)
-            digests = [[digest for _, digest in shards] for shards in corpus.shards.values()]
+            digests = [[digest for _, digest in corpus.shards[part]] for part in ("train", "val")]
             corpus.fingerprint = fingerprint(digests)
             return corpus
         return prepare_text(data, root, files, vocab_size, say)
@@ -582,8 +582,7 @@ class DataLoader:
         if rows_per_batch % world_size:
             raise ValueError(f"{rows_per_batch} rows do not divide by {world_size} ranks")
         self.corpus, self.T, self.seed, self.device = corpus, T, seed, torch.device(device)
-        self.rows_per_batch, self.rank = rows_per_batch, rank
-        self.rows_per_rank = rows_per_batch // world_size
+        self.rows_per_batch, self.rank, self.world_size = rows_per_batch, rank, world_size
         self.order = RowOrder(corpus.rows("train", T), seed, growing=corpus.more is not None)
         self.cursor, self.wait_time = 0, 0.0
         self.source, self.ahead, self.thread = self.batches(), deque(), ThreadPoolExecutor(max_workers=1)
@@ -596,11 +595,12 @@ class DataLoader:
     def batches(self):
         """Yield this rank's batches from the cursor on, in host memory."""
         order, opened = self.order.rows(self.cursor), None
-        shape, on_gpu = (self.rows_per_rank, self.T + 1), self.device.type == "cuda"
+        count, on_gpu = self.rows_per_batch // self.world_size, self.device.type == "cuda"
         while True:
-            batch = torch.empty(shape, dtype=torch.int64, pin_memory=on_gpu)
-            batch[:, 0], rows = self.corpus.bos, batch.numpy()
-            places = list(islice(order, self.rows_per_batch))[self.rank * len(rows) :][: len(rows)]
+            batch = torch.empty((count, self.T + 1), dtype=torch.int64, pin_memory=on_gpu)
+            rows = batch.numpy()
+            rows[:, 0] = self.corpus.bos
+            places = list(islice(order, self.rows_per_batch))[self.rank * count : (self.rank + 1) * count]
             for j, (shard, row) in enumerate(places):
                 if shard != opened:  # one at a time is mapped, its sha256 verified
                     opened, tokens = shard, open_shard(*self.corpus.shards["train"][shard])
