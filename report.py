@@ -7,6 +7,7 @@ log.jsonl, config.json and summary.json are the record; the console line, report
     python report.py out/a out/b   # out/compare-a-b/compare.md
 """
 
+import contextlib
 import importlib.metadata
 import itertools
 import json
@@ -31,17 +32,23 @@ import torch.distributed as dist
 
 # dense bf16 TFLOP/s, as published, by the words of a GPU's name without maker, brand and gigabytes: any
 # other word (Laptop, Ti, D, MIG) makes it another chip. What is not here is measured
-PUBLISHED_PEAKS = {"GB200": 2500.0, "B200": 2250.0, "H200": 989.0, "GH200": 989.0, "L40S": 362.0}
-PUBLISHED_PEAKS |= {"H100 HBM3": 989.0, "H100 PCIE": 756.0, "H100 NVL": 835.0, "A100 SXM4": 312.0}
-PUBLISHED_PEAKS |= {"A100 PCIE": 312.0, "RTX 5090": 209.5, "RTX 4090": 165.2, "RTX 3090": 71.0, "L4": 121.0}
+PUBLISHED_PEAKS = {
+    "GB200": 2500, "B200": 2250, "RTX 5090": 209.5,
+    "GH200": 989, "H200": 989, "H100 HBM3": 989, "H100 PCIE": 756, "H100 NVL": 835,
+    "L40S": 362, "L4": 121, "RTX 4090": 165.2,
+    "A100 SXM4": 312, "A100 PCIE": 312, "RTX 3090": 71,
+}
 
 
-def published_peak(device_name):
-    """Published dense bf16 FLOP/s of a GPU by its name, or None for one that the table does not know."""
+def find_peak(device, device_name, dtype, given_tflops=None):
+    """-> (peak FLOP/s of one device in the training dtype, "given", "published" or "measured")."""
+    if given_tflops:
+        return given_tflops * 1e12, "given"
     words = re.findall(r"[A-Z0-9.]+", device_name.upper())
     name = " ".join(word for word in words if not re.fullmatch(r"NVIDIA|GEFORCE|\d+GB?", word))
-    tflops = PUBLISHED_PEAKS.get(name)
-    return tflops and tflops * 1e12
+    if device.type == "cuda" and dtype == torch.bfloat16 and name in PUBLISHED_PEAKS:
+        return PUBLISHED_PEAKS[name] * 1e12, "published"
+    return measured_peak(device, dtype), "measured"
 
 
 def measured_peak(device, dtype):
@@ -60,14 +67,6 @@ def measured_peak(device, dtype):
         if time.perf_counter() - begin + 6 * 8 * seconds > 2:  # the next size takes 8 times as long
             break
     return 2 * n**3 / seconds
-
-
-def find_peak(device, device_name, dtype, given_tflops=None):
-    """-> (peak FLOP/s of one device in the training dtype, "given", "published" or "measured")."""
-    if given_tflops:
-        return given_tflops * 1e12, "given"
-    peak = published_peak(device_name) if device.type == "cuda" and dtype == torch.bfloat16 else None
-    return (peak, "published") if peak else (measured_peak(device, dtype), "measured")
 
 
 def synchronizer(device_type):
@@ -165,7 +164,7 @@ class Log:
 
     def __init__(self, folder, wandb=False, config=None):
         self.file = open(folder / "log.jsonl", "ab", buffering=0) if folder else None
-        self.waiting, self.told = b"", False  # what a full disk has not taken yet; has that been told
+        self.waiting = b""  # what a full disk has not taken yet
         self.wandb = None
         if folder and wandb:
             self.guard(self.start_wandb, folder, config)
@@ -193,15 +192,14 @@ class Log:
     def write(self, kind, **fields):
         fields = {name: plain(value) for name, value in fields.items()}
         if self.file:
+            told_before = bool(self.waiting)
             self.waiting += json.dumps({"kind": kind, **fields}).encode() + b"\n"
             try:
                 while self.waiting:
                     self.waiting = self.waiting[self.file.write(self.waiting) :]
-                self.told = False
             except OSError as error:
-                if not self.told:
+                if not told_before:
                     tell(wrap(f"log      kept until it can be written, training goes on: {error}"))
-                self.told = True
         if self.wandb and kind != "event":
             self.guard(self.wandb.log, {k: v for k, v in fields.items() if v is not None})
 
@@ -209,7 +207,9 @@ class Log:
         if self.file:
             self.file.close()
         if self.wandb:
-            self.guard(lambda: (self.wandb.summary.update(summary or {}), self.wandb.finish()))
+            self.guard(self.wandb.summary.update, summary or {})
+        if self.wandb:
+            self.guard(self.wandb.finish)
 
 
 def tell(line):
@@ -230,12 +230,11 @@ def short(number, gap=""):
 
 def duration(seconds):
     """90 -> '1m30s'; hours without seconds."""
-    seconds = max(0, round(seconds))
-    if seconds < 60:
-        return f"{seconds}s"
-    if seconds < 3600:
-        return f"{seconds // 60}m{seconds % 60:02d}s"
-    return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
+    minutes, seconds = divmod(max(0, round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}h{minutes:02d}m"
+    return f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
 
 
 def val_line(record, num_iterations):
@@ -308,11 +307,10 @@ def versions():
 def read_log(folder):
     """The records of a run's log.jsonl, in order; a line that a crash cut short is left out."""
     path, records = Path(folder) / "log.jsonl", []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
-        try:
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError):
             records.append(json.loads(line))
-        except ValueError:
-            continue
     return records
 
 
