@@ -346,7 +346,7 @@ class Run:
         self.config, records = json.loads((self.folder / "config.json").read_text()), read_log(folder)
         kinds = ("step", "val", "event")
         self.steps, self.vals, self.events = ([r for r in records if r["kind"] == kind] for kind in kinds)
-        self.numbers = {"mfu_peak_source": self.config.get("mfu_peak_source", "device's")}
+        self.numbers = {}
         for record in self.vals[-1:] + self.steps[-1:]:
             self.numbers |= record
         self.numbers["steps"] = records[-1]["step"] if records else 0
@@ -361,75 +361,60 @@ class Run:
         self.facts = {"device": self.config["device"], "processes": self.config["world_size"]}
         self.facts |= {"corpus": self.config["corpus"]["fingerprint"], **self.config["versions"]}
 
+    def records(self, name):
+        """The records that hold the number `name`."""
+        return self.vals if name == "val_bpb" else self.steps
+
 
 # -----------------------------------------------------------------------------
 # The report of a run, and the comparison of several
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe's and Ito's
-LOOKS = {"val_bpb": "o-", "muon_momentum": "--", "weight_decay": "-."}
-
-
-def column(records, name):
-    """One number of each record; nan for a non-finite one."""
-    return [math.nan if r[name] is None else r[name] for r in records]
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe's and Ito's, one a run
+LOOKS = {"train_loss": {"alpha": 0.3}, "val_bpb": {"marker": "o", "markersize": 3}}
+LOOKS |= {"muon_momentum": {"linestyle": "--"}, "weight_decay": {"linestyle": ":"}}
+SCHEDULES = "lrm (line), muon_momentum (dashes), weight_decay (dots)"
+PANELS = (  # title, x, what is drawn over it, options of the axes
+    ("train loss of a step (faint) and on average, in nats", "step", ["train_loss", "train_loss_ema"], {}),
+    ("val_bpb over steps", "step", ["val_bpb"], {}),
+    ("val_bpb over training FLOPs", "total_training_flops", ["val_bpb"], {"xscale": "log"}),
+    ("val_bpb over seconds of training", "total_training_time", ["val_bpb"], {}),
+    (SCHEDULES, "step", ["lrm", "muon_momentum", "weight_decay"], {}),
+    ("gradient norm over steps", "step", ["grad_norm"], {"yscale": "log"}),
+    ("tokens per second over steps", "step", ["tok_per_sec"], {"ylim": (0, None)}),
+    ("MFU over steps", "step", ["mfu"], {"ylim": (0, None)}),
+)
 
 
 def draw(runs, path):
-    """The losses of one run or several, a colour for each; of one also schedules, speed, norm, waiting."""
+    """All PANELS of one run or several: a colour for each run, a look for each number."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    rows = 4 if len(runs) == 1 else 2
-    figure = Figure(figsize=(10, 3.2 * rows), layout="constrained")
-    places = iter(figure.subplots(rows, 2).flat)
-
-    def panel(title, x, *names, log=None):
-        axes = next(places)
+    figure = Figure(figsize=(10, 13), layout="constrained")
+    for axes, (title, x, names, options) in zip(figure.subplots(4, 2).flat, PANELS):
+        for run, colour in zip(runs, itertools.cycle(COLOURS)):
+            # the start of a loss would flatten all that follows
+            start = 0.03 * run.numbers["steps"] if "val_bpb" in names or "train_loss" in names else -1
+            for name in names:
+                records = [r for r in run.records(name) if r["step"] > start]
+                xs, ys = [r[x] for r in records], [r[name] for r in records]
+                axes.plot(xs, ys, color=colour, **LOOKS.get(name, {}))
+        axes.set(**options)
         axes.set_title(title, loc="left", fontsize=10)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-        for run, colour in zip(runs, itertools.cycle(COLOURS)):
-            records = run.vals if "val_bpb" in names else run.steps
-            if names[-1] in ("val_bpb", "train_loss_ema"):  # the start would flatten all that follows
-                records = [r for r in records if r["step"] > 0.03 * run.numbers["steps"]]
-            for name, own_colour in zip(names, COLOURS):
-                look = {"color": own_colour if "lrm" in names else colour, "markersize": 3, "label": name}
-                look["alpha"] = 0.3 if name == "train_loss" else 1
-                axes.plot(column(records, x), column(records, name), LOOKS.get(name, "-"), **look)
-        if log:  # with a label at each 1, 2, 5: it may span less than a decade
-            axes.set(**{log + "scale": "log"})
-            axis = getattr(axes, log + "axis")
-            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axis.set_major_formatter(lambda value, _: f"{value:.3g}".replace("e+", "e"))
-            axis.set_minor_formatter(NullFormatter())
-        if log != "x":
-            axes.locator_params(axis="x", nbins=6)
-        return axes
-
-    title = "train loss of a step (faint) and on average, nats per token"
-    loss = panel(title, "step", "train_loss", "train_loss_ema")
-    panel("val_bpb over steps", "step", "val_bpb")
-    panel("val_bpb over training FLOPs", "total_training_flops", "val_bpb", log="x")
-    panel("val_bpb over seconds of training", "total_training_time", "val_bpb")
-    if len(runs) == 1:
-        panel("schedules over steps", "step", "lrm", "muon_momentum", "weight_decay").legend(
-            frameon=False, loc="center left", bbox_to_anchor=(0.1, 0.55)
-        )
-        speed = panel("tokens per second, and MFU in %, over steps", "step", "tok_per_sec")
-        speed.set_ylim(bottom=0)
-        share = 100 * runs[0].numbers["mfu"] / runs[0].numbers["tok_per_sec"]
-        speed.secondary_yaxis("right", functions=(lambda tokens: share * tokens, lambda mfu: mfu / share))
-        panel("gradient norm over steps", "step", "grad_norm", log="y")
-        panel("share of the time that training waited for data", "step", "data_wait").set_ylim(0, 1)
-    else:
-        lines, names = loss.lines[1::2], [run.name for run in runs]
-        figure.legend(lines, names, loc="outside upper left", ncols=3, frameon=False)
+        for axis in (axes.xaxis, axes.yaxis):
+            if axis.get_scale() == "log":  # with a label at each 1, 2, 5: it may span less than a decade
+                axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axis.set_major_formatter("{x:.3g}")
+                axis.set_minor_formatter(NullFormatter())
+    figure.legend(axes.lines, [run.name for run in runs], loc="outside upper left", ncols=3, frameon=False)
     figure.savefig(path, dpi=110)
 
 
 def sparkline(values):
-    """'first ▇▅▃▂▁ last' in at most 60 bars."""
-    values = [v for v in values if math.isfinite(v)] or [0.0]
+    """'first ▇▅▃▂▁ last' in at most 60 bars; None is left out."""
+    values = [value for value in values if value is not None] or [0.0]
     low, high, count = min(values), max(values), min(60, len(values))
     chosen = [values[(i + 1) * len(values) // count - 1] for i in range(count)]
     bars = ("▁▂▃▄▅▆▇█"[int(7 * (v - low) / (high - low or 1))] for v in chosen)
@@ -442,10 +427,12 @@ def show_curves(runs, folder):
         draw(runs, folder / "curves.png")
         return "![curves](curves.png)"
     except Exception:  # no matplotlib, or a broken one
-        lines = [f"{'val_bpb':<15} {sparkline(column(run.vals, 'val_bpb'))}  {run.name}" for run in runs]
-        for name in ("train_loss_ema", "lrm", "tok_per_sec", "grad_norm") if len(runs) == 1 else ():
-            lines.append(f"{name:<15} {sparkline(column(runs[0].steps, name))}")
-        return "    " + "\n    ".join(lines)
+        lines = []
+        for name in ("val_bpb", "train_loss_ema", "lrm", "tok_per_sec", "grad_norm"):
+            for run in runs:
+                values = [record[name] for record in run.records(name)]
+                lines.append(f"    {name:<15} {sparkline(values)}  {run.name}")
+        return "\n".join(lines)
 
 
 NUMBERS = {  # results by their names in summary.json, and how they are written
@@ -458,10 +445,7 @@ NUMBERS = {  # results by their names in summary.json, and how they are written
 }
 MEMORY = {"cuda": "CUDA's allocator", "mps": "the driver's, at the end", "cpu": "resident set"}
 LAPS = {"corpus": "preparation of the corpus", "trial": "trial and compilation"}
-# settings that may be auto and decide the numbers: with the flags that were given they repeat a run
-PINNED = "seed data dtype vocab_size depth head_dim max_seq_len total_batch_size num_iterations eval_tokens "
-PINNED += "warmup_steps weight_decay"
-NOT_REPEATED = "run out_dir resume wandb minutes target_flops target_param_data_ratio"
+NOT_REPEATED = "run out_dir resume wandb minutes target_flops target_param_data_ratio".split()
 
 
 def table(header, rows):
@@ -474,7 +458,7 @@ def table(header, rows):
 def results(runs):
     """The final numbers of one run or several, with their differences from the first."""
     first, rows = runs[0], []
-    notes = {"mfu": f"mfu, of the {first.numbers['mfu_peak_source']} peak"}
+    notes = {"mfu": f"mfu, of the {first.config['mfu_peak_source']} peak"}
     notes["peak_memory"] = f"peak_memory, {MEMORY[first.config['settings']['device_type']]}"
     for name, write in NUMBERS.items():
         base, *values = (run.numbers.get(name) for run in runs)
@@ -487,7 +471,7 @@ def results(runs):
 
 def time_table(run):
     """Where the wall time went; what training waited for data stands apart."""
-    starts = [0, *column(run.steps, "step")]
+    starts = [0, *(r["step"] for r in run.steps)]
     windows = [r["dt"] * (r["step"] - start) for r, start in zip(run.steps, starts)]
     waiting = sum(window * r["data_wait"] for window, r in zip(windows, run.steps))
     laps = {**run.numbers.get("time", {"training": sum(windows)}), "waiting for data": waiting}
@@ -498,15 +482,15 @@ def time_table(run):
 
 
 def command(run, num_iterations):
-    """The shell commands that repeat a run, with the values that were found for auto."""
+    """The shell commands that repeat a run: each setting as it was given, found for auto, or edited."""
     config = run.config
-    names = (config["given"].keys() | PINNED.split()) - set(NOT_REPEATED.split())
     several = f"torchrun --standalone --nproc_per_node={config['world_size']}"
     words = [several if config["world_size"] > 1 else "python", "train.py"]
     for name, value in (config["settings"] | {"num_iterations": num_iterations}).items():
-        if name in names and value is not None:
-            value = {"True": "on", "False": "off"}.get(str(value), str(value))
-            words.append(f"--{name.replace('_', '-')} {shlex.quote(value)}")
+        if value is not None and name not in NOT_REPEATED:
+            if isinstance(value, bool):
+                value = "on" if value else "off"
+            words.append(f"--{name.replace('_', '-')} {shlex.quote(str(value))}")
     commit, _, changed = (config["versions"]["git_commit"] or "unknown").partition("-")
     note = "  # and the changes that were not committed" if changed else ""
     return f"    git checkout {commit}{note}\n    {' '.join(words)}"
@@ -519,8 +503,7 @@ def write_report(folder):
     last = run.events[-1]["event"] if run.events else "empty"
     state = last if last in ("finished", "interrupted", "failed") else "still going, or cut off"
     plans = [event["num_iterations"] for event in run.events if "num_iterations" in event]
-    plans += [step] if last == "finished" else []
-    num_iterations = config["settings"]["num_iterations"] or [None, *plans][-1]
+    num_iterations = [config["settings"]["num_iterations"], *plans][-1]
     given = [[name, config["settings"].get(name)] for name in config["given"]]
     counts = {**params, "all parameters": sum(params.values())}
     counts["FLOPs per token, PaLM convention"] = config["num_flops_per_token"]

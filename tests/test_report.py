@@ -398,6 +398,7 @@ def config():
         "num_flops_per_token_causal": 8_000.0,
         "corpus": {"name": "text", "fingerprint": "c0ffee", "train": {"tokens": 12_345}},
         "device": "a | CPU",
+        "mfu_peak_source": "measured",
         "world_size": 1,
         "versions": {"python": "3.11", "torch": "2.13.0", "git_commit": "0123abc"},
     }
@@ -424,11 +425,10 @@ def make(tmp_path, config):
             if step % 20 == 0:
                 records.append({"kind": "val", **sofar, "val_bpb": 1 + 2 / (1 + step), "min_val_bpb": 1.0})
         if ending:
-            records.append({"kind": "event", "step": steps, "event": ending})
+            records.append({"kind": "event", "step": steps, "event": ending, "num_iterations": steps})
             spent = {"setup": 1.0, "corpus": 2.0, "trial": 3.0, "training": 10.5, "evaluation": 4.0}
             summary = {"steps": steps, "val_bpb": 1.25, "wall_time": 20.5, "time": spent, "mfu": 0.5}
-            summary |= {"mfu_peak_source": "measured", "tok_per_sec": 5120.0}
-            summary["samples"] = [["say `", "```\nhi"]]
+            summary |= {"tok_per_sec": 5120.0, "samples": [["say `", "```\nhi"]]}
             (path / "summary.json").write_text(json.dumps(summary))
         (path / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records) + tail)
         return path
@@ -485,6 +485,7 @@ def test_the_command_repeats_the_run(make, monkeypatch):
         **{"num-iterations": "100", "total-batch-size": "512", "seed": "42", "data": "'my text'"},
         **{"dtype": "float32", "vocab-size": "512", "depth": "2", "head-dim": "32", "max-seq-len": "64"},
         **{"matrix-lr": "0.01", "compile": "off", "eval-tokens": "1024", "weight-decay": "0.28"},
+        "device-type": "cpu",
     }
     versions = {"git_commit": "0123abc-dirty"}
     checkout, line = command("b", world_size=8, versions=versions)
@@ -539,7 +540,7 @@ def test_without_matplotlib_the_curves_are_text(make, monkeypatch):
 
 
 def test_a_sparkline_keeps_the_ends_and_the_width():
-    line = report.sparkline([float(n) for n in range(1000)] + [math.nan])
+    line = report.sparkline([float(n) for n in range(1000)] + [None])
     first, bars, last = line.split()
     assert (first, last) == ("0", "999") and len(bars) == 60 and bars[0] == "▁" and bars[-1] == "█"
     assert report.sparkline([2.0]).split() == ["2", "▁", "2"]
