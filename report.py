@@ -78,12 +78,12 @@ def device_name(device):
     """The name of the GPU or of the CPU, as far as the system tells."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    if sys.platform == "darwin":
-        name = os.popen("sysctl -n machdep.cpu.brand_string").read().strip() or name
-    elif Path("/proc/cpuinfo").exists():
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-        name = found[1].strip() if found else name
+    commands = {
+        "darwin": "sysctl -n machdep.cpu.brand_string",
+        "linux": "grep -m 1 '^model name' /proc/cpuinfo | cut -d : -f 2",
+    }
+    name = os.popen(commands.get(sys.platform, "")).read().strip()
+    name = name or platform.processor() or platform.machine()
     return f"{name}, {torch.get_num_threads()} threads" if device.type == "cpu" else name
 
 
@@ -108,6 +108,18 @@ def peak_memory(device):
     if device.type == "mps":
         return torch.mps.driver_allocated_memory()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def versions():
+    """Python, package and system versions, and the git commit of the code, for config.json."""
+    found = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
+    found |= {name: importlib.metadata.version(name) for name in ("numpy", "tiktoken", "rustbpe")}
+    found |= {"system": platform.platform(), "git_commit": None}
+    command = "git describe --always --abbrev=40 --dirty --exclude *".split()  # "-dirty": changed since
+    with contextlib.suppress(OSError):  # there may be no git
+        git = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+        found["git_commit"] = git.stdout.strip() or None
+    return found
 
 
 def update_ema(smooth, loss, beta):
@@ -151,12 +163,13 @@ class Clock:
 
 
 # -----------------------------------------------------------------------------
-# Telling
+# The log of a run, and wandb
 
 
-def plain(value):
-    """A float that JSON can hold: non-finite becomes None."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def plain(fields):
+    """The fields as JSON can hold them: a float that is not finite becomes None."""
+    floats = [name for name, value in fields.items() if isinstance(value, float)]
+    return fields | {name: None for name in floats if not math.isfinite(fields[name])}
 
 
 class Log:
@@ -190,7 +203,7 @@ class Log:
             self.wandb = None
 
     def write(self, kind, **fields):
-        fields = {name: plain(value) for name, value in fields.items()}
+        fields = plain(fields)
         if self.file:
             told_before = bool(self.waiting)
             self.waiting += json.dumps({"kind": kind, **fields}).encode() + b"\n"
@@ -212,12 +225,43 @@ class Log:
             self.guard(self.wandb.finish)
 
 
+def read_log(folder):
+    """The records of a run's log.jsonl, in order; a line that a crash cut short is left out."""
+    path, records = Path(folder) / "log.jsonl", []
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError):
+            records.append(json.loads(line))
+    return records
+
+
+def cut_log(folder, step):
+    """Drop the records after `step`, so that no step stands twice once a run goes on from there."""
+    lines = [json.dumps(record) + "\n" for record in read_log(folder) if record["step"] <= step]
+    replace(Path(folder) / "log.jsonl", "".join(lines))
+
+
+def replace(path, text):
+    """Write a file in one go: whoever reads it sees the old text or the new one."""
+    path.with_suffix(".tmp").write_text(text, encoding="utf-8")
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+# -----------------------------------------------------------------------------
+# The console
+
+
 def tell(line):
     """Print a line. Where nobody can read it any more (a closed pipe, a full disk), that stops no run."""
     try:
         print(line, flush=True)
     except OSError:
         sys.stdout = open(os.devnull, "w")
+
+
+def wrap(line):
+    """A line on as many rows of 120 columns as it needs."""
+    return textwrap.fill(line, 120, subsequent_indent=" " * 9, break_on_hyphens=False)
 
 
 def short(number, gap=""):
@@ -235,31 +279,6 @@ def duration(seconds):
     if hours:
         return f"{hours}h{minutes:02d}m"
     return f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
-
-
-def val_line(record, num_iterations):
-    """The console's line for a val record, bold on a terminal unless NO_COLOR (no-color.org) is set."""
-    line = f"val  {record['step']:>{len(str(num_iterations))}}/{num_iterations}  {record['val_bpb']:.4f} "
-    line += f"bits per byte, the lowest so far is {record['min_val_bpb']:.4f}"
-    return f"\033[1m{line}\033[0m" if sys.stdout.isatty() and not os.environ.get("NO_COLOR") else line
-
-
-def step_line(record, num_iterations, val_bpb, mfu_source, eta):
-    """The console's line for a step record: at most 120 columns."""
-    total, loss = str(num_iterations), record["train_loss_ema"]
-    speed = short(record["total_training_flops"] / record["tokens"] * record["tok_per_sec"], " ")
-    mfu = f"{record['mfu']:3.0%} of measured" if mfu_source == "measured" else f"{record['mfu']:5.1%}"
-    lr = f"  lr {record['lrm']:.2f}" if 2 * len(total) + len(mfu) < 25 else ""  # where there is room
-    return (
-        f"step {record['step']:>{len(total)}}/{total}  loss {loss:6.{4 if loss < 10 else 3}f}  "
-        f"val {val_bpb:.4f}{lr}  {short(record['tok_per_sec']):>5} tok/s  {speed:>6}FLOP/s"
-        f"  mfu {mfu}  data {record['data_wait']:3.0%}  eta {duration(eta)}"
-    )[:120]
-
-
-def wrap(line):
-    """A line on as many rows of 120 columns as it needs."""
-    return textwrap.fill(line, 120, subsequent_indent=" " * 9, break_on_hyphens=False)
 
 
 def header(config, compiled, attention, peak, peak_source, plan):
@@ -280,6 +299,26 @@ def header(config, compiled, attention, peak, peak_source, plan):
     return "\n".join(map(wrap, lines))
 
 
+def step_line(record, num_iterations, val_bpb, mfu_source, eta):
+    """The console's line for a step record: at most 120 columns."""
+    total, loss = str(num_iterations), record["train_loss_ema"]
+    speed = short(record["total_training_flops"] / record["tokens"] * record["tok_per_sec"], " ")
+    mfu = f"{record['mfu']:3.0%} of measured" if mfu_source == "measured" else f"{record['mfu']:5.1%}"
+    lr = f"  lr {record['lrm']:.2f}" if 2 * len(total) + len(mfu) < 25 else ""  # where there is room
+    return (
+        f"step {record['step']:>{len(total)}}/{total}  loss {loss:6.{4 if loss < 10 else 3}f}  "
+        f"val {val_bpb:.4f}{lr}  {short(record['tok_per_sec']):>5} tok/s  {speed:>6}FLOP/s"
+        f"  mfu {mfu}  data {record['data_wait']:3.0%}  eta {duration(eta)}"
+    )[:120]
+
+
+def val_line(record, num_iterations):
+    """The console's line for a val record, bold on a terminal unless NO_COLOR (no-color.org) is set."""
+    line = f"val  {record['step']:>{len(str(num_iterations))}}/{num_iterations}  {record['val_bpb']:.4f} "
+    line += f"bits per byte, the lowest so far is {record['min_val_bpb']:.4f}"
+    return f"\033[1m{line}\033[0m" if sys.stdout.isatty() and not os.environ.get("NO_COLOR") else line
+
+
 def show_samples(samples):
     """[[prompt, continuation], …] as indented text."""
     lines = []
@@ -288,97 +327,88 @@ def show_samples(samples):
     return "\n".join(map(wrap, lines))
 
 
-def versions():
-    """Python, package and system versions, and the git commit of the code, for config.json."""
-    found = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
-    found |= {name: importlib.metadata.version(name) for name in ("numpy", "tiktoken", "rustbpe")}
-    command = "git describe --always --abbrev=40 --dirty --exclude *".split()  # "-dirty": changed since
-    try:
-        commit = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent).stdout
-    except OSError:
-        commit = ""
-    return {**found, "system": platform.platform(), "git_commit": commit.strip() or None}
-
-
-# -----------------------------------------------------------------------------
-# The record of a run
-
-
-def read_log(folder):
-    """The records of a run's log.jsonl, in order; a line that a crash cut short is left out."""
-    path, records = Path(folder) / "log.jsonl", []
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    for line in text.splitlines():
-        with contextlib.suppress(ValueError):
-            records.append(json.loads(line))
-    return records
-
-
-def replace(path, text):
-    """Write a file in one go: whoever reads it sees the old text or the new one."""
-    path.with_suffix(".tmp").write_text(text, encoding="utf-8")
-    os.replace(path.with_suffix(".tmp"), path)
-
-
-def cut_log(folder, step):
-    """Drop the records after `step`, so that no step stands twice once a run goes on from there."""
-    lines = [json.dumps(record) + "\n" for record in read_log(folder) if record["step"] <= step]
-    replace(Path(folder) / "log.jsonl", "".join(lines))
-
-
 def finish(folder, summary):
     """Print the numbers as `name: value` lines, and write summary.json and report.md."""
     tell("---")
     for name, value in summary.items():
         if not isinstance(value, (list, dict)):
             tell(f"{name}: {value:.6g}" if isinstance(value, float) else f"{name}: {value}")
-    replace(folder / "summary.json", json.dumps({k: plain(v) for k, v in summary.items()}, indent=2))
+    replace(folder / "summary.json", json.dumps(plain(summary), indent=2))
     tell(f"report: {write_report(folder)}")
-
-
-class Run:
-    """A run's folder, read: config, records by kind, and the final or, till then, the latest numbers."""
-
-    def __init__(self, folder):
-        self.folder, self.name = Path(folder), Path(folder).resolve().name
-        if not (self.folder / "config.json").exists():
-            raise ValueError(f"{folder} holds no config.json.\nGive the folder of a run, such as out/NAME.")
-        self.config, records = json.loads((self.folder / "config.json").read_text()), read_log(folder)
-        kinds = ("step", "val", "event")
-        self.steps, self.vals, self.events = ([r for r in records if r["kind"] == kind] for kind in kinds)
-        self.numbers = {}
-        for record in self.vals[-1:] + self.steps[-1:]:
-            self.numbers |= record
-        self.numbers["steps"] = records[-1]["step"] if records else 0
-        path = self.folder / "summary.json"
-        summary = json.loads(path.read_text()) if path.exists() else {}
-        if summary.get("steps") == self.numbers["steps"]:  # else it is from before the run was resumed
-            self.numbers |= summary
-        if self.steps:
-            flops, causal = (self.config["num_flops_per_token" + kind] for kind in ("", "_causal"))
-            self.numbers["flops_per_sec"] = flops * self.numbers["tok_per_sec"]
-            self.numbers["mfu_causal"] = self.numbers["mfu"] * causal / flops
-        self.facts = {"device": self.config["device"], "processes": self.config["world_size"]}
-        self.facts |= {"corpus": self.config["corpus"]["fingerprint"], **self.config["versions"]}
-
-    def records(self, name):
-        """The records that hold the number `name`."""
-        return self.vals if name == "val_bpb" else self.steps
 
 
 # -----------------------------------------------------------------------------
 # The report of a run, and the comparison of several
 
+
+class Run:
+    """A run's folder, read: config, records, and of each number the final or, till then, the latest value."""
+
+    def __init__(self, folder):
+        self.folder, self.name = Path(folder), Path(folder).resolve().name
+        if not (self.folder / "config.json").exists():
+            raise ValueError(f"{folder} holds no config.json.\nGive the folder of a run, such as out/NAME.")
+        self.config = json.loads((self.folder / "config.json").read_text())
+        self.records = read_log(folder)
+        self.steps = [record for record in self.records if record["kind"] == "step"]
+        self.numbers = {"num_iterations": self.config["settings"]["num_iterations"], "event": None}
+        for record in self.records:
+            self.numbers |= record
+        self.numbers["steps"] = max((record["step"] for record in self.records), default=0)
+        path = self.folder / "summary.json"
+        summary = json.loads(path.read_text()) if path.exists() else {}
+        if summary.get("steps") == self.numbers["steps"]:  # else it is from before the run was resumed
+            self.numbers |= summary
+        if self.steps:
+            flops, causal = self.config["num_flops_per_token"], self.config["num_flops_per_token_causal"]
+            self.numbers["flops_per_sec"] = flops * self.numbers["tok_per_sec"]
+            self.numbers["mfu_causal"] = self.numbers["mfu"] * causal / flops
+        self.facts = {"device": self.config["device"], "processes": self.config["world_size"]}
+        self.facts |= {"corpus": self.config["corpus"]["fingerprint"], **self.config["versions"]}
+
+
+def table(header, rows):
+    """A markdown table; cells are converted by str."""
+    lines = [[str(cell).replace("|", "\\|") for cell in line] for line in (header, *rows)]
+    lines.insert(1, ["---"] * len(header))
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+NUMBERS = {  # results by their names in summary.json, and how they are written
+    "val_bpb": "{:.4f}".format, "min_val_bpb": "{:.4f}".format, "train_loss_ema": "{:.4f}".format,
+    "steps": "{:,}".format, "tokens": short, "total_training_flops": "{:.3g}".format,
+    "total_training_time": duration, "wall_time": duration, "tok_per_sec": short,
+    "flops_per_sec": lambda flops: short(flops, " ") + "FLOP/s", "mfu": "{:.1%}".format,
+    "mfu_causal": "{:.1%}".format, "peak_memory": lambda size: short(size, " ") + "B",
+    "skipped_steps": "{:,}".format,
+}
+MEMORY = {"cuda": "CUDA's allocator", "mps": "the driver's, at the end", "cpu": "resident set"}
+LAPS = {"corpus": "preparation of the corpus", "trial": "trial and compilation"}
+
+
+def results(runs):
+    """The final numbers of one run or several, with their differences from the first."""
+    first, rows = runs[0], []
+    notes = {"mfu": f"mfu, of the {first.config['mfu_peak_source']} peak"}
+    notes["peak_memory"] = f"peak_memory, {MEMORY[first.config['settings']['device_type']]}"
+    for name, write in NUMBERS.items():
+        base, *values = (run.numbers.get(name) for run in runs)
+        cells = ["–" if value is None else write(value) for value in (base, *values)]
+        for i, value in enumerate(values, 1):
+            cells[i] += f" ({value / base - 1:+.1%})" if base and value is not None else ""
+        rows.append([notes.get(name, name), *cells])
+    return table(["result", *(run.name for run in runs)], rows)
+
+
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe's and Ito's, one a run
 LOOKS = {"train_loss": {"alpha": 0.3}, "val_bpb": {"marker": "o", "markersize": 3}}
 LOOKS |= {"muon_momentum": {"linestyle": "--"}, "weight_decay": {"linestyle": ":"}}
-SCHEDULES = "lrm (line), muon_momentum (dashes), weight_decay (dots)"
 PANELS = (  # title, x, what is drawn over it, options of the axes
     ("train loss of a step (faint) and on average, in nats", "step", ["train_loss", "train_loss_ema"], {}),
     ("val_bpb over steps", "step", ["val_bpb"], {}),
     ("val_bpb over training FLOPs", "total_training_flops", ["val_bpb"], {"xscale": "log"}),
     ("val_bpb over seconds of training", "total_training_time", ["val_bpb"], {}),
-    (SCHEDULES, "step", ["lrm", "muon_momentum", "weight_decay"], {}),
+    ("lrm ──, momentum – –, weight decay ···· over steps", "step", ["lrm", "muon_momentum", "weight_decay"], {}),
     ("gradient norm over steps", "step", ["grad_norm"], {"yscale": "log"}),
     ("tokens per second over steps", "step", ["tok_per_sec"], {"ylim": (0, None)}),
     ("MFU over steps", "step", ["mfu"], {"ylim": (0, None)}),
@@ -396,7 +426,7 @@ def draw(runs, path):
             # the start of a loss would flatten all that follows
             start = 0.03 * run.numbers["steps"] if "val_bpb" in names or "train_loss" in names else -1
             for name in names:
-                records = [r for r in run.records(name) if r["step"] > start]
+                records = [r for r in run.records if name in r and r["step"] > start]
                 xs, ys = [r[x] for r in records], [r[name] for r in records]
                 axes.plot(xs, ys, color=colour, **LOOKS.get(name, {}))
         axes.set(**options)
@@ -430,43 +460,9 @@ def show_curves(runs, folder):
         lines = []
         for name in ("val_bpb", "train_loss_ema", "lrm", "tok_per_sec", "grad_norm"):
             for run in runs:
-                values = [record[name] for record in run.records(name)]
+                values = [record[name] for record in run.records if name in record]
                 lines.append(f"    {name:<15} {sparkline(values)}  {run.name}")
         return "\n".join(lines)
-
-
-NUMBERS = {  # results by their names in summary.json, and how they are written
-    "val_bpb": "{:.4f}".format, "min_val_bpb": "{:.4f}".format, "train_loss_ema": "{:.4f}".format,
-    "steps": "{:,}".format, "tokens": short, "total_training_flops": "{:.3g}".format,
-    "total_training_time": duration, "wall_time": duration, "tok_per_sec": short,
-    "flops_per_sec": lambda flops: short(flops, " ") + "FLOP/s", "mfu": "{:.1%}".format,
-    "mfu_causal": "{:.1%}".format, "peak_memory": lambda size: short(size, " ") + "B",
-    "skipped_steps": "{:,}".format,
-}
-MEMORY = {"cuda": "CUDA's allocator", "mps": "the driver's, at the end", "cpu": "resident set"}
-LAPS = {"corpus": "preparation of the corpus", "trial": "trial and compilation"}
-NOT_REPEATED = "run out_dir resume wandb minutes target_flops target_param_data_ratio".split()
-
-
-def table(header, rows):
-    """A markdown table; cells are converted by str."""
-    lines = [[str(cell).replace("|", "\\|") for cell in line] for line in (header, *rows)]
-    lines.insert(1, ["---"] * len(header))
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def results(runs):
-    """The final numbers of one run or several, with their differences from the first."""
-    first, rows = runs[0], []
-    notes = {"mfu": f"mfu, of the {first.config['mfu_peak_source']} peak"}
-    notes["peak_memory"] = f"peak_memory, {MEMORY[first.config['settings']['device_type']]}"
-    for name, write in NUMBERS.items():
-        base, *values = (run.numbers.get(name) for run in runs)
-        cells = ["–" if value is None else write(value) for value in (base, *values)]
-        for i, value in enumerate(values, 1):
-            cells[i] += f" ({value / base - 1:+.1%})" if base and value is not None else ""
-        rows.append([notes.get(name, name), *cells])
-    return table(["result", *(run.name for run in runs)], rows)
 
 
 def time_table(run):
@@ -481,13 +477,14 @@ def time_table(run):
     return table(["where the time went", "seconds", "share"], [*rows, ["together", f"{total:.1f}", ""]])
 
 
-def command(run, num_iterations):
+def command(run):
     """The shell commands that repeat a run: each setting as it was given, found for auto, or edited."""
     config = run.config
     several = f"torchrun --standalone --nproc_per_node={config['world_size']}"
     words = [several if config["world_size"] > 1 else "python", "train.py"]
-    for name, value in (config["settings"] | {"num_iterations": num_iterations}).items():
-        if value is not None and name not in NOT_REPEATED:
+    left_out = "run out_dir resume wandb minutes target_flops target_param_data_ratio".split()
+    for name, value in (config["settings"] | {"num_iterations": run.numbers["num_iterations"]}).items():
+        if value is not None and name not in left_out:
             if isinstance(value, bool):
                 value = "on" if value else "off"
             words.append(f"--{name.replace('_', '-')} {shlex.quote(str(value))}")
@@ -499,28 +496,23 @@ def command(run, num_iterations):
 def write_report(folder):
     """report.md, from log.jsonl, config.json and, if the run came to an end, summary.json -> its path."""
     run = Run(folder)
-    config, step, params = run.config, run.numbers["steps"], run.config["num_params"]
-    last = run.events[-1]["event"] if run.events else "empty"
-    state = last if last in ("finished", "interrupted", "failed") else "still going, or cut off"
-    plans = [event["num_iterations"] for event in run.events if "num_iterations" in event]
-    num_iterations = [config["settings"]["num_iterations"], *plans][-1]
+    config, numbers, params = run.config, run.numbers, run.config["num_params"]
+    ended = numbers["event"] in ("finished", "interrupted", "failed")
+    state = numbers["event"] if ended else "still going, or cut off"
     given = [[name, config["settings"].get(name)] for name in config["given"]]
     counts = {**params, "all parameters": sum(params.values())}
     counts["FLOPs per token, PaLM convention"] = config["num_flops_per_token"]
     counts["FLOPs per token, exact causal"] = config["num_flops_per_token_causal"]
     counts = [[name, f"{count:,.0f}"] for name, count in counts.items()]
-    parts = [f"# {run.name}", f"{state}: {step} of {num_iterations or '?'} steps"]
-    if run.steps:
-        parts += [results([run]), show_curves([run], run.folder)]
-    else:
-        parts += ["The log holds no step yet."]
+    parts = [f"# {run.name}", f"{state}: {numbers['steps']} of {numbers['num_iterations'] or '?'} steps"]
+    parts += [results([run]), show_curves([run], run.folder)] if run.steps else ["The log holds no step yet."]
     parts += ["## Settings that were given", table(["setting", "value"], given)]
     parts += ["## Hardware and versions", table(["what", "value"], run.facts.items())]
     parts += ["## Time", time_table(run)] if run.steps else []
     parts += ["## Parameters and FLOPs", table(["what", "count"], counts)]
-    for prompt, text in run.numbers.get("samples", []):
+    for prompt, text in numbers.get("samples", []):
         parts += [f"## Sample from {prompt!r}", textwrap.indent(text, "    ")]
-    parts += ["## How to repeat it", command(run, num_iterations)]
+    parts += ["## How to repeat it", command(run)]
     replace(run.folder / "report.md", "\n\n".join(parts) + "\n")
     return run.folder / "report.md"
 
