@@ -404,14 +404,14 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # 
 LOOKS = {"train_loss": {"alpha": 0.3}, "val_bpb": {"marker": "o", "markersize": 3}}
 LOOKS |= {"muon_momentum": {"linestyle": "--"}, "weight_decay": {"linestyle": ":"}}
 PANELS = (  # title, x, what is drawn over it, options of the axes
-    ("train loss of a step (faint) and on average, in nats", "step", ["train_loss", "train_loss_ema"], {}),
-    ("val_bpb over steps", "step", ["val_bpb"], {}),
-    ("val_bpb over training FLOPs", "total_training_flops", ["val_bpb"], {"xscale": "log"}),
-    ("val_bpb over seconds of training", "total_training_time", ["val_bpb"], {}),
-    ("lrm ──, momentum – –, weight decay ···· over steps", "step", ["lrm", "muon_momentum", "weight_decay"], {}),
-    ("gradient norm over steps", "step", ["grad_norm"], {"yscale": "log"}),
-    ("tokens per second over steps", "step", ["tok_per_sec"], {"ylim": (0, None)}),
-    ("MFU over steps", "step", ["mfu"], {"ylim": (0, None)}),
+    ("train loss of a step (faint) and on average, nats per token", "step", "train_loss train_loss_ema", {}),
+    ("val_bpb over steps", "step", "val_bpb", {}),
+    ("val_bpb over training FLOPs", "total_training_flops", "val_bpb", {"xscale": "log"}),
+    ("val_bpb over seconds of training", "total_training_time", "val_bpb", {}),
+    ("lrm ──, momentum – –, weight decay ···· over steps", "step", "lrm muon_momentum weight_decay", {}),
+    ("gradient norm over steps", "step", "grad_norm", {"yscale": "log"}),
+    ("tokens per second over steps", "step", "tok_per_sec", {"ylim": (0, None)}),
+    ("MFU over steps", "step", "mfu", {"ylim": (0, None)}),
 )
 
 
@@ -425,7 +425,7 @@ def draw(runs, path):
         for run, colour in zip(runs, itertools.cycle(COLOURS)):
             # the start of a loss would flatten all that follows
             start = 0.03 * run.numbers["steps"] if "val_bpb" in names or "train_loss" in names else -1
-            for name in names:
+            for name in names.split():
                 records = [r for r in run.records if name in r and r["step"] > start]
                 xs, ys = [r[x] for r in records], [r[name] for r in records]
                 axes.plot(xs, ys, color=colour, **LOOKS.get(name, {}))
