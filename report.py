@@ -111,14 +111,19 @@ def peak_memory(device):
 
 
 def versions():
-    """Python, package and system versions, and the git commit of the code, for config.json."""
+    """Versions of Python, packages and system, the git commit, and which settings were edited since."""
     found = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
     found |= {name: importlib.metadata.version(name) for name in ("numpy", "tiktoken", "rustbpe")}
-    found |= {"system": platform.platform(), "git_commit": None}
-    command = "git describe --always --abbrev=40 --dirty --exclude *".split()  # "-dirty": changed since
+    found |= {"system": platform.platform(), "git_commit": None, "edited_settings": ""}
+
+    def git(arguments):
+        command = ["git", "-C", str(Path(__file__).parent), *arguments.split()]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
     with contextlib.suppress(OSError):  # there may be no git
-        git = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
-        found["git_commit"] = git.stdout.strip() or None
+        found["git_commit"] = git("describe --always --abbrev=40 --dirty --exclude *") or None
+        changes = git("diff --no-color -U0 HEAD -- train.py")
+        found["edited_settings"] = " ".join(re.findall(r"^\+(\w+): .+ = ", changes, re.MULTILINE))
     return found
 
 
@@ -499,14 +504,15 @@ def write_report(folder):
     config, numbers, params = run.config, run.numbers, run.config["num_params"]
     ended = numbers["event"] in ("finished", "interrupted", "failed")
     state = numbers["event"] if ended else "still going, or cut off"
-    given = [[name, config["settings"].get(name)] for name in config["given"]]
+    own = dict.fromkeys([*config["given"], *config["versions"].get("edited_settings", "").split()])
+    own = [[name, config["settings"].get(name)] for name in own]
     counts = {**params, "all parameters": sum(params.values())}
     counts["FLOPs per token, PaLM convention"] = config["num_flops_per_token"]
     counts["FLOPs per token, exact causal"] = config["num_flops_per_token_causal"]
     counts = [[name, f"{count:,.0f}"] for name, count in counts.items()]
     parts = [f"# {run.name}", f"{state}: {numbers['steps']} of {numbers['num_iterations'] or '?'} steps"]
     parts += [results([run]), show_curves([run], run.folder)] if run.steps else ["The log holds no step yet."]
-    parts += ["## Settings that were given", table(["setting", "value"], given)]
+    parts += ["## Settings that were given or edited", table(["setting", "value"], own)]
     parts += ["## Hardware and versions", table(["what", "value"], run.facts.items())]
     parts += ["## Time", time_table(run)] if run.steps else []
     parts += ["## Parameters and FLOPs", table(["what", "count"], counts)]
