@@ -211,7 +211,8 @@ def split_documents(root, files, split):
 
 def choose_split(root, files):
     """-> (the first of the splits files, hash, tail that will do, {"train" or "val": bytes of UTF-8})."""
-    for split in ("files", "hash", "tail"):
+    named = len({split_by_name(root, file) for file in files}) > 1
+    for split in ("files", "hash", "tail") if named else ("hash", "tail"):
         sizes = Counter()
         for name, text in split_documents(root, files, split):
             sizes[name] += len(text.encode())
@@ -548,27 +549,21 @@ def shuffled(n, *seed):
     return np.random.RandomState([s % 2**32 for s in seed]).permutation(n)
 
 
-class RowOrder:
+def row_order(rows_per_shard, seed, cursor=0, growing=False):
     """
-    The global order of rows: shards follow one another in an order drawn from seed and epoch, the rows of
-    each are shuffled likewise. If `growing`, the shards of epoch 0 stand as listed: more can follow later.
+    Yield (shard, row) for ever, from the place `cursor` of the global order on: shards follow one another in
+    an order drawn from seed and epoch, the rows of each are shuffled likewise. If `growing`, the shards of
+    epoch 0 stand as listed: more can follow later.
     """
-
-    def __init__(self, rows_per_shard, seed, growing=False):
-        self.rows_per_shard, self.seed, self.growing = rows_per_shard, seed, growing
-        self.rows_per_epoch = sum(rows_per_shard)
-
-    def rows(self, cursor):
-        """Yield (shard, row) for ever, from the place `cursor` on, over all epochs."""
-        epoch, skip = divmod(cursor, self.rows_per_epoch)
-        while True:
-            count = len(self.rows_per_shard)
-            for shard in range(count) if self.growing and epoch == 0 else shuffled(count, self.seed, epoch):
-                if skip < self.rows_per_shard[shard]:
-                    rows = shuffled(self.rows_per_shard[shard], self.seed, epoch, shard)
-                    yield from ((shard, row) for row in rows[skip:])
-                skip = max(0, skip - self.rows_per_shard[shard])
-            epoch += 1
+    epoch, skip = divmod(cursor, sum(rows_per_shard))
+    while True:
+        shards = shuffled(len(rows_per_shard), seed, epoch)
+        for shard in range(len(shards)) if growing and epoch == 0 else shards:
+            if skip < rows_per_shard[shard]:
+                rows = shuffled(rows_per_shard[shard], seed, epoch, shard)
+                yield from ((shard, row) for row in rows[skip:])
+            skip = max(0, skip - rows_per_shard[shard])
+        epoch += 1
 
 
 class DataLoader:
@@ -583,18 +578,20 @@ class DataLoader:
             raise ValueError(f"{rows_per_batch} rows do not divide by {world_size} ranks")
         self.corpus, self.T, self.seed, self.device = corpus, T, seed, torch.device(device)
         self.rows_per_batch, self.rank, self.world_size = rows_per_batch, rank, world_size
-        self.order = RowOrder(corpus.rows("train", T), seed, growing=corpus.more is not None)
+        self.rows_per_shard = corpus.rows("train", T)
+        self.rows_per_epoch = sum(self.rows_per_shard)
         self.cursor, self.wait_time = 0, 0.0
         self.source, self.ahead, self.thread = self.batches(), deque(), ThreadPoolExecutor(max_workers=1)
 
     @property
     def epoch(self):
         """Passes over the training split so far, a fraction."""
-        return self.cursor / self.order.rows_per_epoch
+        return self.cursor / self.rows_per_epoch
 
     def batches(self):
         """Yield this rank's batches from the cursor on, in host memory."""
-        order, opened = self.order.rows(self.cursor), None
+        growing, opened = self.corpus.more is not None, None
+        order = row_order(self.rows_per_shard, self.seed, self.cursor, growing)
         count, on_gpu = self.rows_per_batch // self.world_size, self.device.type == "cuda"
         while True:
             batch = torch.empty((count, self.T + 1), dtype=torch.int64, pin_memory=on_gpu)

@@ -501,9 +501,9 @@ margin = 1.25 if minutes else 1.0  # a timed horizon may still grow
 dataloader.fetch_more(corpus, int(margin * num_iterations * rows_per_step), max_seq_len, tell_data)
 clock.lap("corpus")
 loader = dataloader.DataLoader(corpus, max_seq_len, rows_per_step, seed, device, rank, world_size)
-if loader.order.rows_per_epoch < rows_per_step:
+if loader.rows_per_epoch < rows_per_step:
     fail(
-        f"the corpus has {loader.order.rows_per_epoch} rows to train on, a batch {rows_per_step}."
+        f"the corpus has {loader.rows_per_epoch} rows to train on, a batch {rows_per_step}."
         "\nGive more text, a smaller --total-batch-size or a smaller --max-seq-len."
     )
 if resumed_from:

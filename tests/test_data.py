@@ -560,7 +560,7 @@ def test_every_token_is_a_target_once_an_epoch(corpus):
     )
     assert len(shards) > 3 and sum(expected.values()) == sum(len(tokens) // T for tokens in shards)
     loader = DataLoader(corpus, T, 1, 0, "cpu")
-    epochs = [take(loader, loader.order.rows_per_epoch) for _ in range(3)]
+    epochs = [take(loader, loader.rows_per_epoch) for _ in range(3)]
     for rows in epochs:
         assert rows.shape == (sum(expected.values()), T + 1) and rows.dtype == np.int64
         assert (rows[:, 0] == corpus.bos).all()
@@ -578,7 +578,7 @@ def test_order_depends_on_corpus_seed_and_length_only(corpus):
         return np.concatenate([next(ranks[i % world_size]).numpy() for i in range(count * world_size)])
 
     expected = rows(24)  # more than an epoch
-    assert len(expected) > DataLoader(corpus, 32, 1, 0, "cpu").order.rows_per_epoch
+    assert len(expected) > DataLoader(corpus, 32, 1, 0, "cpu").rows_per_epoch
     for options in ((8,), (1,), (48, 4), (24, 2), (12, 3), (24, 1, 5, False)):
         assert np.array_equal(rows(*options), expected), options
     assert not np.array_equal(rows(24, seed=6), expected)
@@ -588,13 +588,13 @@ def test_order_depends_on_corpus_seed_and_length_only(corpus):
 
 def test_the_shuffle_is_the_same_everywhere():
     assert dataloader.shuffled(8, 42, 0).tolist() == [4, 3, 7, 6, 0, 1, 5, 2]
-    order = dataloader.RowOrder([3, 2], 7).rows(0)
+    order = dataloader.row_order([3, 2], seed=7)
     assert [next(order) for _ in range(5)] == [(1, 0), (1, 1), (0, 1), (0, 2), (0, 0)]
 
 
 def test_shards_and_rows_are_shuffled_anew_each_epoch_but_a_growing_set_starts_as_listed():
     def epochs(growing, count=20):
-        order = dataloader.RowOrder([30] * count, 1, growing).rows(0)
+        order = dataloader.row_order([30] * count, seed=1, growing=growing)
         return [list(itertools.islice(order, 30 * count)) for _ in range(3)]
 
     plain, growing, longer = epochs(False), epochs(True), epochs(True, 25)
