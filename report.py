@@ -286,7 +286,7 @@ def duration(seconds):
     return f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
 
 
-def header(config, compiled, attention, peak, peak_source, plan):
+def header(config, compiled, attention, plan):
     """The lines that a run starts with, from its config.json and what only the machine knows."""
     model, params, corpus = config["model"], config["num_params"], config["corpus"]
     processes = f"{config['world_size']} × " if config["world_size"] > 1 else ""
@@ -296,7 +296,7 @@ def header(config, compiled, attention, peak, peak_source, plan):
         f"parameters · {short(config['num_flops_per_token'], ' ')}FLOP per token",
         f"device   {processes}{config['device']} · {config['settings']['dtype']} · "
         f"{'compiled' if compiled else 'eager'} · {attention} attention · "
-        f"peak {short(peak, ' ')}FLOP/s ({peak_source})",
+        f"peak {short(config['mfu_peak'], ' ')}FLOP/s ({config['mfu_peak_source']})",
         f"data     {corpus['name']} · vocabulary of {model['vocab_size']:,} · "
         f"{short(corpus['train']['tokens'])} training tokens · fingerprint {corpus['fingerprint']}",
         f"plan     {plan}",

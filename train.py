@@ -552,7 +552,7 @@ plan = (
     f"about {report.duration(num_iterations * planned_seconds)} · {run_folder}"
 )
 attention = attention_backend(config, compute_dtype, device, compile)
-say(report.header(record, compile, attention, peak, peak_source, plan))
+say(report.header(record, compile, attention, plan))
 log.write("event", step=step, event="resumed" if resumed_from else "started", num_iterations=num_iterations)
 
 
