@@ -71,9 +71,9 @@ def orthogonalize(G, dtype=torch.float32, method="polar_express"):
 
 
 def equilibrate_rows(G):
-    """Scale each row of G (B, rows, cols) to the rows' root mean square length (arXiv 2603.28254)."""
+    """Scale each row of G (B, rows, cols) in place to the rows' RMS length (arXiv 2603.28254) -> G."""
     lengths = torch.linalg.vector_norm(G, dim=-1, keepdim=True)
-    return G * (lengths.square().mean(dim=-2, keepdim=True).sqrt() / lengths.clamp_min(1e-20))
+    return G.mul_(lengths.square().mean(dim=-2, keepdim=True).sqrt() / lengths.clamp_min(1e-20))
 
 
 def normalize_neurons(update, second_momentum, beta2, live):
@@ -90,36 +90,35 @@ def normalize_neurons(update, second_momentum, beta2, live):
     update.mul_(scale * (norm / new_norm.clamp_min(1e-10)).sqrt())
 
 
-def muon_update(weight, grad, state, scalars, beta2, equilibrate, cautious, method, dtype):
+def muon_update(weight, grad, state, group, live, lr, momentum, weight_decay, dtype):
     """
-    One Muon step in place on a stack weight (B, rows, cols), fp32; scalars["live"] 0: nothing changes.
-    What moves during training is a 0-D tensor, so that the compiled graph stays valid.
+    One Muon step in place on a stack weight (B, rows, cols), fp32; live 0: nothing changes. What moves during
+    training is a 0-D tensor and not taken from the group, so that the compiled graph stays valid.
     """
-    live, lr, momentum, weight_decay = (scalars[k] for k in ("live", "lr", "momentum", "weight_decay"))
-    grad = torch.where(live > 0, grad.float(), 0.0)  # 0 · NaN is NaN, so a bad gradient is replaced
+    grad = grad.float()
+    grad.view(torch.int32).mul_(live.int())  # a bad gradient times 0, as integers, because 0 · NaN is NaN
     state["momentum_buffer"].lerp_(grad, live * (1 - momentum))
     update = grad.lerp_(state["momentum_buffer"], momentum)  # Nesterov
-    if equilibrate:
+    if group["equilibrate"]:
         update = equilibrate_rows(update)
-    update = orthogonalize(update, dtype, method)
-    if beta2 is not None:
-        normalize_neurons(update, state["second_momentum"], beta2, live)
-    decay = live * lr * weight_decay
-    if cautious:
-        decay = (update * weight).ge_(0).mul_(decay)  # on CPUs `where` with such a mask is ten times slower
+    update = orthogonalize(update, dtype, group["orthogonalizer"])
+    if group["beta2"] is not None:
+        normalize_neurons(update, state["second_momentum"], group["beta2"], live)
+    shrink = -live * lr * weight_decay
+    if group["cautious"]:  # weight first: the product gets its memory layout, not that of a turned update
+        shrink = (weight * update).ge_(0).mul_(shrink)
     shape_scale = math.sqrt(max(1, weight.size(-2) / weight.size(-1)))
-    weight.mul_(1 - decay).addcmul_(update, live * lr, value=-shape_scale)
+    weight.mul_(shrink.add_(1)).addcmul_(update, live * lr, value=-shape_scale)
 
 
 def adamw_update(weight, grad, state, group, skipped):
     """One AdamW step in place by PyTorch's fused kernel, in fp32 whatever the dtype; skipped 1: none."""
     master = weight.float().contiguous()  # mostly weight itself
     moments = [state["exp_avg"]], [state["exp_avg_sq"]], [], [state["step"]]
-    beta1, beta2 = group["betas"]
-    options = {"beta1": beta1, "beta2": beta2, **{key: group[key] for key in ("lr", "weight_decay", "eps")}}
+    (beta1, beta2), rest = group["betas"], {key: group[key] for key in ("lr", "weight_decay", "eps")}
+    options = {"fused": True, "amsgrad": False, "maximize": False, "beta1": beta1, "beta2": beta2, **rest}
     # the kernel itself looks at found_inf, on the device
-    options |= {"fused": True, "found_inf": skipped, "amsgrad": False, "maximize": False}
-    adamw([master], [grad.float().contiguous()], *moments, **options)
+    adamw([master], [grad.float().contiguous()], *moments, found_inf=skipped, **options)
     if master is not weight:
         weight.copy_(master)
 
@@ -132,7 +131,7 @@ def pad(x, rows):
 
 class Bucket:
     """
-    What is reduced, updated and gathered as one: all matrices of one shape (muon) or one tensor (adamw).
+    What is reduced, updated and gathered as one: matrices of one shape (muon) or one tensor (adamw).
     If `sharded`, each rank owns a chunk of the matrices or of the tensor's rows and keeps only their state.
     """
 
@@ -144,19 +143,21 @@ class Bucket:
         self.parts = world_size if self.sharded else 1
         self.chunk = -(-self.length // self.parts)  # the last ranks may own less, or nothing
         self.own = slice(rank * self.chunk, (rank + 1) * self.chunk)
-        zeros = partial(torch.zeros, dtype=torch.float32, device=params[0].device)
+        mine, zeros = self.mine(params), partial(torch.zeros, dtype=torch.float32, device=params[0].device)
         if self.stacked:
-            count, (rows, cols) = len(self.mine(params)), params[0].shape
-            self.state = {"momentum_buffer": zeros(count, rows, cols)}
+            rows, cols = params[0].shape
+            self.state = {"momentum_buffer": zeros(len(mine), rows, cols)}
             if group["beta2"] is not None:
-                self.state["second_momentum"] = zeros(count, *((rows, 1) if rows >= cols else (1, cols)))
+                self.state["second_momentum"] = zeros(len(mine), *((rows, 1) if rows >= cols else (1, cols)))
         else:
-            shape = self.mine(params[0]).shape
+            shape = mine[0].shape
             self.state = {"exp_avg": zeros(shape), "exp_avg_sq": zeros(shape), "step": zeros(())}
 
-    def mine(self, whole):
-        """This rank's share of a list of matrices, or of a tensor's rows."""
-        return whole[self.own] if self.sharded else whole
+    def mine(self, tensors):
+        """This rank's share of one tensor per parameter: some matrices, or a view of some rows."""
+        if not self.sharded:
+            return tensors
+        return tensors[self.own] if self.stacked else [t[self.own] if t.ndim else t for t in tensors]
 
     def separate(self, whole):
         """One tensor for the bucket -> one per parameter."""
@@ -177,7 +178,7 @@ class Bucket:
 
     def gather(self, share):
         """Start to gather the ranks' shares -> (the whole, a handle or None)."""
-        if not self.sharded:
+        if not self.sharded or not share.ndim:  # a step count
             return share, None
         whole = share.new_empty(self.parts * self.chunk, *share.shape[1:])
         handle = all_gather(whole, pad(share, self.chunk), async_op=True)
@@ -200,7 +201,7 @@ class MuonAdamW(torch.optim.Optimizer):
         check_groups(groups)
         groups = [{**DEFAULTS[g["kind"]], **g, "initial_lr": g["lr"]} for g in groups if g["params"]]
         super().__init__([{**g, "params": list(g["params"].items())} for g in groups], defaults={})
-        self.orthogonalize_dtype, self.compiled = orthogonalize_dtype, compile
+        self.orthogonalize_dtype = orthogonalize_dtype
         grouped = dist.is_available() and dist.is_initialized()
         rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if grouped else (0, 1)
         self.distributed = self.world_size > 1
@@ -213,7 +214,12 @@ class MuonAdamW(torch.optim.Optimizer):
             for name, p in zip(group["param_names"], group["params"]):
                 by_shape.setdefault(p.shape if group["kind"] == "muon" else name, []).append((name, p))
             for pairs in by_shape.values():
-                self.buckets.append(Bucket(group, *map(list, zip(*pairs)), rank, self.world_size))
+                count = len(pairs)
+                if self.device.type == "cpu" and not compile:
+                    count = self.world_size * max(1, EAGER_NUMEL // pairs[0][1].numel())
+                for start in range(0, len(pairs), count):
+                    names, params = map(list, zip(*pairs[start : start + count]))
+                    self.buckets.append(Bucket(group, names, params, rank, self.world_size))
 
     @torch.no_grad()
     def step(self, loss=None):
@@ -255,22 +261,17 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def _update(self, bucket, grad):
         """Update this rank's share of a bucket by its share of the gradient -> the new weights."""
+        group, mine = bucket.group, bucket.mine(bucket.params)
         if not bucket.stacked:
-            share = bucket.mine(bucket.params[0])  # a view: what changes is the parameter itself
-            adamw_update(share, grad, bucket.state, bucket.group, self.skipped)
-            return share
-        if not len(grad):  # more ranks than matrices
+            adamw_update(mine[0], grad, bucket.state, group, self.skipped)
+            return mine[0]  # the parameter itself or a view of its rows
+        if not mine:  # more ranks than matrices
             return grad.float()
-        share = torch.stack(bucket.mine(bucket.params)).float()
-        group, scalar = bucket.group, partial(torch.full, (), dtype=torch.float32, device=self.device)
-        scalars = {key: scalar(group[key]) for key in ("lr", "momentum", "weight_decay")}  # asynchronous
-        scalars["live"] = 1 - self.skipped
-        options = [group[key] for key in ("beta2", "equilibrate", "cautious", "orthogonalizer")]
-        options.append(self.orthogonalize_dtype)
-        whole = self.compiled or self.device.type != "cpu"
-        size = len(grad) if whole else max(1, EAGER_NUMEL // grad[0].numel())
-        for weight, g, *state in zip(*(x.split(size) for x in (share, grad, *bucket.state.values()))):
-            self.muon_update(weight, g, dict(zip(bucket.state, state)), scalars, *options)
+        share = torch.stack(mine).float()
+        scalar = partial(torch.full, (), dtype=torch.float32, device=self.device)  # asynchronous
+        moving = {key: scalar(group[key]) for key in ("lr", "momentum", "weight_decay")}
+        moving["live"] = 1 - self.skipped
+        self.muon_update(share, grad, bucket.state, group, dtype=self.orthogonalize_dtype, **moving)
         return share
 
     def not_finite(self):
@@ -298,7 +299,7 @@ class MuonAdamW(torch.optim.Optimizer):
         state = {name: {} for bucket in self.buckets for name in bucket.names}
         for bucket in self.buckets:
             for key, part in bucket.state.items():
-                whole, handle = (part, None) if key == "step" else bucket.gather(part)
+                whole, handle = bucket.gather(part)
                 if handle is not None:
                     handle.wait()
                 for name, tensor in zip(bucket.names, bucket.separate(whole)):
@@ -323,12 +324,9 @@ class MuonAdamW(torch.optim.Optimizer):
                         raise ValueError(f"optimizer state {key} of {name} has shape {found}, not {shape}")
         for bucket in self.buckets:
             for key, part in bucket.state.items():
-                tensors = [saved[name][key] for name in bucket.names]
-                if bucket.stacked:
-                    for slot, tensor in zip(part, bucket.mine(tensors)):
-                        slot.copy_(tensor)
-                else:
-                    part.copy_(tensors[0] if key == "step" else bucket.mine(tensors[0]))
+                mine = bucket.mine([saved[name][key] for name in bucket.names])
+                for slot, tensor in zip(bucket.separate(part), mine):
+                    slot.copy_(tensor)
 
 
 def checksums(p):
