@@ -141,23 +141,25 @@ class Bucket:
         self.sharded = self.distributed and (self.stacked or params[0].numel() >= SHARD_NUMEL)
         self.length = len(params) if self.stacked else params[0].shape[:1].numel()  # 1 of a 0-D tensor
         self.parts = world_size if self.sharded else 1
-        self.chunk = -(-self.length // self.parts)  # the last ranks may own less, or nothing
-        self.own = slice(rank * self.chunk, (rank + 1) * self.chunk)
-        mine, zeros = self.mine(params), partial(torch.zeros, dtype=torch.float32, device=params[0].device)
+        self.chunk = -(-self.length // self.parts)
+        start = min(rank * self.chunk, self.length)  # the last ranks may own less, or nothing
+        self.own = slice(start, min(start + self.chunk, self.length))
+        share = self.mine(params)
+        zeros = partial(share.new_zeros, dtype=torch.float32)
         if self.stacked:
-            rows, cols = params[0].shape
-            self.state = {"momentum_buffer": zeros(len(mine), rows, cols)}
+            count, rows, cols = share.shape
+            self.state = {"momentum_buffer": zeros(share.shape)}
             if group["beta2"] is not None:
-                self.state["second_momentum"] = zeros(len(mine), *((rows, 1) if rows >= cols else (1, cols)))
+                self.state["second_momentum"] = zeros((count, rows, 1) if rows >= cols else (count, 1, cols))
         else:
-            shape = mine[0].shape
-            self.state = {"exp_avg": zeros(shape), "exp_avg_sq": zeros(shape), "step": zeros(())}
+            self.state = {"exp_avg": zeros(share.shape), "exp_avg_sq": zeros(share.shape), "step": zeros(())}
 
     def mine(self, tensors):
-        """This rank's share of one tensor per parameter: some matrices, or a view of some rows."""
-        if not self.sharded:
-            return tensors
-        return tensors[self.own] if self.stacked else [t[self.own] if t.ndim else t for t in tensors]
+        """This rank's share of one tensor per parameter: a stack of some matrices, or a view of some rows."""
+        if self.stacked:
+            matrices = tensors[self.own]
+            return torch.stack(matrices) if matrices else tensors[0].new_empty(0, *tensors[0].shape)
+        return tensors[0][self.own] if self.sharded and tensors[0].ndim else tensors[0]  # 0-D: a step count
 
     def separate(self, whole):
         """One tensor for the bucket -> one per parameter."""
@@ -174,11 +176,11 @@ class Bucket:
         chunk = whole.new_empty(self.chunk, *whole.shape[1:])
         whole = pad(whole, self.parts * self.chunk)
         handle = reduce_scatter(chunk, whole, dist.ReduceOp.AVG, async_op=True)
-        return chunk[: len(range(self.length)[self.own])], handle
+        return chunk[: self.own.stop - self.own.start], handle
 
     def gather(self, share):
         """Start to gather the ranks' shares -> (the whole, a handle or None)."""
-        if not self.sharded or not share.ndim:  # a step count
+        if not self.sharded or not share.ndim:
             return share, None
         whole = share.new_empty(self.parts * self.chunk, *share.shape[1:])
         handle = all_gather(whole, pad(share, self.chunk), async_op=True)
@@ -220,6 +222,7 @@ class MuonAdamW(torch.optim.Optimizer):
                 for start in range(0, len(pairs), count):
                     names, params = map(list, zip(*pairs[start : start + count]))
                     self.buckets.append(Bucket(group, names, params, rank, self.world_size))
+        self.parameters = {name: p for b in self.buckets for name, p in zip(b.names, b.params)}
 
     @torch.no_grad()
     def step(self, loss=None):
@@ -227,10 +230,10 @@ class MuonAdamW(torch.optim.Optimizer):
         One update from the parameters' .grad; `loss`: this rank's loss, a tensor, checked to be finite too.
         ValueError for a parameter without gradient.
         """
-        grads = {name: p.grad for b in self.buckets for name, p in zip(b.names, b.params)}
-        if missing := [name for name, grad in grads.items() if grad is None]:
-            raise ValueError(f"parameter {missing[0]} has no gradient.\nIt took no part in the loss.")
-        self.grad_norm = torch.nn.utils.get_total_norm(grads.values()).float()
+        for name, p in self.parameters.items():
+            if p.grad is None:
+                raise ValueError(f"parameter {name} has no gradient.\nIt took no part in the loss.")
+        self.grad_norm = torch.nn.utils.get_total_norm(p.grad for p in self.parameters.values()).float()
         verdict = self.grad_norm if loss is None else self.grad_norm + loss.detach().float()
         self.skipped = (~torch.isfinite(verdict)).float()
         reductions = (bucket.reduce() for bucket in self.buckets)
@@ -261,31 +264,28 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def _update(self, bucket, grad):
         """Update this rank's share of a bucket by its share of the gradient -> the new weights."""
-        group, mine = bucket.group, bucket.mine(bucket.params)
-        if not bucket.stacked:
-            adamw_update(mine[0], grad, bucket.state, group, self.skipped)
-            return mine[0]  # the parameter itself or a view of its rows
-        if not mine:  # more ranks than matrices
-            return grad.float()
-        share = torch.stack(mine).float()
-        scalar = partial(torch.full, (), dtype=torch.float32, device=self.device)  # asynchronous
-        moving = {key: scalar(group[key]) for key in ("lr", "momentum", "weight_decay")}
-        moving["live"] = 1 - self.skipped
-        self.muon_update(share, grad, bucket.state, group, dtype=self.orthogonalize_dtype, **moving)
+        group, share = bucket.group, bucket.mine(bucket.params)
+        if not bucket.stacked:  # then the share is the parameter's own memory
+            adamw_update(share, grad, bucket.state, group, self.skipped)
+            return share
+        share = share.float()
+        if len(share):  # there may be more ranks than matrices
+            scalar = partial(torch.full, (), dtype=torch.float32, device=self.device)  # asynchronous
+            moving = {key: scalar(group[key]) for key in ("lr", "momentum", "weight_decay")}
+            moving["live"] = 1 - self.skipped
+            self.muon_update(share, grad, bucket.state, group, dtype=self.orthogonalize_dtype, **moving)
         return share
 
     def not_finite(self):
         """The first parameter whose .grad is not finite on some rank: its name or None. A collective call."""
-        named = [pair for bucket in self.buckets for pair in zip(bucket.names, bucket.params)]
-        bad = torch.stack([(~torch.isfinite(p.grad).all()).int() for _, p in named])
+        bad = torch.stack([(~p.grad.isfinite().all()).int() for p in self.parameters.values()])
         if self.distributed:
             dist.all_reduce(bad, dist.ReduceOp.MAX)
-        return next((name for (name, _), flag in zip(named, bad.tolist()) if flag), None)
+        return next((name for name, flag in zip(self.parameters, bad.tolist()) if flag), None)
 
     def different_rank(self):
         """The first rank whose weights have other checksums than rank 0's, or None. A collective call."""
-        params = [p.detach() for bucket in self.buckets for p in bucket.params]
-        sums = torch.stack([number for p in params for number in checksums(p)])
+        sums = torch.stack([number for p in self.parameters.values() for number in checksums(p.detach())])
         everyones = [torch.zeros_like(sums) for _ in range(self.world_size)]
         if self.distributed:
             dist.all_gather(everyones, sums)
@@ -296,7 +296,7 @@ class MuonAdamW(torch.optim.Optimizer):
         {"state": {parameter name: {state name: full fp32 tensor}}}, the same for any world size. What did
         not have to be gathered is the optimizer's own memory. A collective call.
         """
-        state = {name: {} for bucket in self.buckets for name in bucket.names}
+        state = {name: {} for name in self.parameters}
         for bucket in self.buckets:
             for key, part in bucket.state.items():
                 whole, handle = bucket.gather(part)
@@ -312,9 +312,9 @@ class MuonAdamW(torch.optim.Optimizer):
         Take over a state_dict() of any world size; learning rates and the like stay those of the groups.
         ValueError names what does not fit, before anything has changed.
         """
-        saved, names = state_dict["state"], {name for bucket in self.buckets for name in bucket.names}
-        if names != saved.keys():
-            raise ValueError(f"optimizer state does not fit: {', '.join(sorted(names ^ saved.keys()))}")
+        saved = state_dict["state"]
+        if strange := saved.keys() ^ self.parameters.keys():
+            raise ValueError(f"optimizer state does not fit: {', '.join(sorted(strange))}")
         for bucket in self.buckets:
             for name, p in zip(bucket.names, bucket.params):
                 for key, part in bucket.state.items():
@@ -324,15 +324,12 @@ class MuonAdamW(torch.optim.Optimizer):
                         raise ValueError(f"optimizer state {key} of {name} has shape {found}, not {shape}")
         for bucket in self.buckets:
             for key, part in bucket.state.items():
-                mine = bucket.mine([saved[name][key] for name in bucket.names])
-                for slot, tensor in zip(bucket.separate(part), mine):
-                    slot.copy_(tensor)
+                part.copy_(bucket.mine([saved[name][key] for name in bucket.names]))
 
 
 def checksums(p):
     """Two int64 sums over the bits of p, of rows and of columns, each weighted by its place."""
-    bits = p.view({2: torch.int16, 4: torch.int32}[p.element_size()])
-    bits = bits.flatten(1) if bits.ndim > 1 else bits.view(-1, 1)
+    bits = p.float().view(torch.int32).reshape(p.shape[:1].numel(), -1)
     sums = (bits.sum(dim, dtype=torch.int64) for dim in (1, 0))
     return [(s * torch.arange(1, len(s) + 1, device=s.device)).sum() for s in sums]
 
