@@ -9,15 +9,11 @@ import hashlib
 import json
 import os
 import shutil
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import filelock
 import torch
-
-
-class CheckpointError(Exception):
-    """A checkpoint that cannot be used; the message names the file and what is wrong with it."""
 
 
 class Saver:
@@ -28,7 +24,7 @@ class Saver:
 
     def __init__(self, root, keep, pin=False, synchronize=lambda: None):
         self.root, self.keep, self.pin, self.synchronize = Path(root), keep, pin, synchronize
-        self.buffers, self.thread, self.outcome = {}, None, None
+        self.buffers, self.thread, self.pending = {}, ThreadPoolExecutor(max_workers=1), None
 
     def save(self, step, tensors, state):
         """
@@ -38,16 +34,13 @@ class Saver:
         outcome = self.wait()
         copies = {name: self.copy(content, name) for name, content in tensors.items()}
         self.synchronize()  # the copies from the device are asynchronous
-        self.thread = threading.Thread(target=self.write, args=(step, copies, state))
-        self.thread.start()
+        self.pending = self.thread.submit(self.write, step, copies, state)
         return outcome
 
     def copy(self, content, place):
-        """The same nested dicts and lists, with each tensor copied into the host buffer of its place."""
+        """The same nested dicts, with each tensor copied into the host buffer of its place."""
         if isinstance(content, dict):
             return {key: self.copy(value, f"{place}/{key}") for key, value in content.items()}
-        if not isinstance(content, torch.Tensor):
-            return content
         buffer = self.buffers.get(place)
         if buffer is None or buffer.shape != content.shape or buffer.dtype != content.dtype:
             buffer = torch.empty(content.shape, dtype=content.dtype, pin_memory=self.pin)
@@ -56,24 +49,21 @@ class Saver:
 
     def write(self, step, tensors, state):
         try:
-            self.outcome = write(self.root, step, tensors, state, self.keep), None
+            return write(self.root, step, tensors, state, self.keep), None
         except Exception as error:
-            reason = error
-            while reason.__context__ and not isinstance(reason, OSError):
-                reason = reason.__context__  # torch.save wraps the disk's error in one of its own
-            self.outcome = None, reason
+            while error.__context__ and not isinstance(error, OSError):
+                error = error.__context__  # torch.save wraps the disk's error in one of its own
             clean_up(self.root)  # what was written of it takes room that the log may need
+            return None, error
 
     def poll(self):
         """Once for each save that has ended: (its folder, None) or (None, the error); else None."""
-        return self.wait() if self.thread and not self.thread.is_alive() else None
+        return self.wait() if self.pending and self.pending.done() else None
 
     def wait(self):
         """Wait for the save that is being written -> its outcome as of `poll`, or None if there is none."""
-        if self.thread:
-            self.thread.join()
-        outcome, self.thread, self.outcome = self.outcome, None, None
-        return outcome
+        pending, self.pending = self.pending, None
+        return pending.result() if pending else None
 
 
 def write(root, step, tensors, state, keep):
@@ -88,25 +78,28 @@ def write(root, step, tensors, state, keep):
     manifest = {}
     for file in sorted(temporary.iterdir()):
         sync(file)
-        manifest[file.name] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
-    manifest["manifest.json"] = {"sha256": own_sha256(manifest)}
+        manifest[file.name] = entry(file)
+    manifest["manifest.json"] = own_entry(manifest)
     (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2))
     sync(temporary / "manifest.json")
     sync(temporary)
     if folder.exists():  # a damaged one, or else the run would have gone on from there
-        os.rename(folder, root / f".tmp-old-{folder.name}")
+        discard(folder)
     os.rename(temporary, folder)
     sync(root)
-    clean_up(root)
     valid = 0
     for old in complete(root):
         if valid >= keep:
-            gone = root / f".tmp-old-{old.name}"  # a kill must not leave half of it under its name
-            os.rename(old, gone)
-            shutil.rmtree(gone)
-        elif old == folder or is_valid(old):
+            discard(old)
+        elif old == folder or fault(old) is None:
             valid += 1
+    clean_up(root)
     return folder
+
+
+def discard(folder):
+    """Give a checkpoint over to `clean_up`; a kill must not leave half of it under its name."""
+    os.rename(folder, folder.with_name(f".tmp-old-{folder.name}"))
 
 
 def clean_up(root):
@@ -124,15 +117,15 @@ def sync(path):
         os.close(handle)
 
 
-def sha256(path):
+def entry(path):
+    """What the manifest holds of a file: its size and its checksum."""
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def own_sha256(manifest):
-    """The checksum of a manifest's entries for the other files."""
-    entries = {name: entry for name, entry in manifest.items() if name != "manifest.json"}
-    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
+def own_entry(manifest):
+    """What the manifest holds of itself: the checksum of its entries for the other files."""
+    return {"sha256": hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()}
 
 
 def complete(root):
@@ -146,45 +139,35 @@ def newest_first(root):
     return sorted(found, key=lambda p: int(p.name.removeprefix("step_")), reverse=True)
 
 
-def is_valid(folder):
-    try:
-        verify(folder)
-    except CheckpointError:
-        return False
-    return True
-
-
-def verify(folder):
-    """Compare each file with the manifest; CheckpointError names the first that is missing or changed."""
+def fault(folder):
+    """Compare each file with the manifest -> what is wrong with the first that is not as it was, or None."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-        intact = manifest.pop("manifest.json")["sha256"] == own_sha256(manifest)
+        intact = manifest.pop("manifest.json") == own_entry(manifest)
     except (OSError, ValueError, AttributeError, TypeError, KeyError):
         intact = False
     if not intact:
-        raise CheckpointError(f"{folder / 'manifest.json'} is missing or damaged")
-    for name, entry in manifest.items():
-        path = folder / name
+        return f"{folder / 'manifest.json'} is missing or damaged"
+    for name, expected in manifest.items():
         try:
-            size = path.stat().st_size
-            if size != entry["bytes"]:
-                raise CheckpointError(f"{path} is damaged: {size:,} bytes, not {entry['bytes']:,}")
-            if sha256(path) != entry["sha256"]:
-                raise CheckpointError(f"{path} is damaged: its sha256 has changed")
+            found = entry(folder / name)
         except OSError as error:
-            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+            return f"{folder / name} cannot be read: {error.strerror}"
+        if found != expected:
+            changed = "sha256" if found["bytes"] == expected["bytes"] else "size"
+            return f"{folder / name} is damaged: its {changed} has changed"
+    return None
 
 
 def newest_valid(root):
-    """-> (the newest checkpoint that verifies, or None; the reasons why newer ones were passed over)."""
-    reasons = []
+    """-> (the newest checkpoint without fault, or None; the faults of newer ones, which were passed over)."""
+    faults = []
     for folder in newest_first(root):
-        try:
-            verify(folder)
-            return folder, reasons
-        except CheckpointError as error:
-            reasons.append(str(error))
-    return None, reasons
+        reason = fault(folder)
+        if reason is None:
+            return folder, faults
+        faults.append(reason)
+    return None, faults
 
 
 def saved_settings(run_folder):
