@@ -41,11 +41,9 @@ class Saver:
         """The same nested dicts, with each tensor copied into the host buffer of its place."""
         if isinstance(content, dict):
             return {key: self.copy(value, f"{place}/{key}") for key, value in content.items()}
-        buffer = self.buffers.get(place)
-        if buffer is None or buffer.shape != content.shape or buffer.dtype != content.dtype:
-            buffer = torch.empty(content.shape, dtype=content.dtype, pin_memory=self.pin)
-            self.buffers[place] = buffer
-        return buffer.copy_(content.detach(), non_blocking=self.pin)
+        if place not in self.buffers:
+            self.buffers[place] = torch.empty(content.shape, dtype=content.dtype, pin_memory=self.pin)
+        return self.buffers[place].copy_(content.detach(), non_blocking=self.pin)
 
     def write(self, step, tensors, state):
         try:

@@ -10,6 +10,7 @@ logits (arXiv 2408.00118), value embeddings, residual scalars, smear, backout (m
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -254,11 +255,10 @@ class GPT(nn.Module):
         self.config = config
         self.compute_dtype, self.max_logits = compute_dtype, max_logits
         # every second layer, counted from the last, mixes a second embedding of the token into its values
-        value_layers = [i for i in range(config.n_layer) if (config.n_layer - 1 - i) % 2 == 0]
-        self.embedding = nn.Embedding(config.padded_vocab_size, config.n_embd)
-        self.value_embeddings = nn.ModuleDict(
-            {str(i): nn.Embedding(config.padded_vocab_size, config.n_embd) for i in value_layers}
-        )
+        value_layers = range((config.n_layer - 1) % 2, config.n_layer, 2)
+        table = partial(nn.Embedding, config.padded_vocab_size, config.n_embd)
+        self.embedding = table()
+        self.value_embeddings = nn.ModuleDict({str(i): table() for i in value_layers})
         self.blocks = nn.ModuleList(Block(config, i in value_layers) for i in range(config.n_layer))
         self.head = Linear(config.n_embd, config.padded_vocab_size)
         self.resid_lambdas = nn.Parameter(torch.empty(config.n_layer))  # weight of the stream, per layer
@@ -275,6 +275,7 @@ class GPT(nn.Module):
         """Allocate on `device` if still on meta, and draw every weight from `seed` alone."""
         if self.head.weight.is_meta:
             self.to_empty(device=device)
+            self.cos, self.sin = rotary_tables(self.config.max_seq_len, self.config.head_dim, device)
         generator = torch.Generator(device=device).manual_seed(seed)
         # bounds of uniform distributions: √3 times the standard deviation, without a normal's outliers
         bound = math.sqrt(3 / self.config.n_embd)
@@ -296,9 +297,6 @@ class GPT(nn.Module):
         self.smear_gate.weight.uniform_(0, 0.02, generator=generator)
         self.smear_lambda.zero_()
         self.backout_lambda.fill_(0.2)
-        cos, sin = rotary_tables(self.config.max_seq_len, self.config.head_dim, device)
-        self.cos.copy_(cos)
-        self.sin.copy_(sin)
 
     def forward(self, tokens, targets=None):
         """
@@ -356,9 +354,8 @@ class GPT(nn.Module):
 
     def num_params(self):
         """{role: number of parameters}, padding of the vocabulary included."""
-        return {
-            role: sum(p.numel() for p in group.values()) for role, group in self.parameter_roles().items()
-        }
+        roles = self.parameter_roles().items()
+        return {role: sum(p.numel() for p in parameters.values()) for role, parameters in roles}
 
     def num_flops_per_token(self, exact_causal=False):
         """
