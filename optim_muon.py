@@ -310,18 +310,16 @@ class MuonAdamW(torch.optim.Optimizer):
     def load_state_dict(self, state_dict):
         """
         Take over a state_dict() of any world size; learning rates and the like stay those of the groups.
-        ValueError names what does not fit, before anything has changed.
+        ValueError names what does not fit, before anything has changed. A collective call.
         """
         saved = state_dict["state"]
         if strange := saved.keys() ^ self.parameters.keys():
             raise ValueError(f"optimizer state does not fit: {', '.join(sorted(strange))}")
-        for bucket in self.buckets:
-            for name, p in zip(bucket.names, bucket.params):
-                for key, part in bucket.state.items():
-                    shape = () if key == "step" else part.shape[1:] if bucket.stacked else p.shape
-                    found = saved[name][key].shape if key in saved[name] else None
-                    if found != shape:
-                        raise ValueError(f"optimizer state {key} of {name} has shape {found}, not {shape}")
+        for name, tensors in self.state_dict()["state"].items():
+            for key, whole in tensors.items():
+                found = saved[name][key].shape if key in saved[name] else None
+                if found != whole.shape:
+                    raise ValueError(f"optimizer state {key} of {name} has shape {found}, not {whole.shape}")
         for bucket in self.buckets:
             for key, part in bucket.state.items():
                 part.copy_(bucket.mine([saved[name][key] for name in bucket.names]))
