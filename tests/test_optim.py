@@ -19,6 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import optim_muon
 from optim_muon import (
     POLAR_EXPRESS,
     QUINTIC,
@@ -555,7 +556,7 @@ def values(params):
 
 def one_rank(rank, world, folder):
     """What each process does; its findings go to a file for the tests below."""
-    found = {}
+    found, optim_muon.EAGER_NUMEL = {}, 200  # so that there are several buckets of one shape
     optimizer, params = problem()
     found["norms"] = train(optimizer, params, range(10), rank, world)
     found["state_10"], found["weights_10"] = copy.deepcopy(optimizer.state_dict()), values(params)
