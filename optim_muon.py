@@ -104,11 +104,12 @@ def muon_update(weight, grad, state, group, live, lr, momentum, weight_decay, dt
     update = orthogonalize(update, dtype, group["orthogonalizer"])
     if group["beta2"] is not None:
         normalize_neurons(update, state["second_momentum"], group["beta2"], live)
-    shrink = -live * lr * weight_decay
+    lr = live * lr
+    shrink = -lr * weight_decay
     if group["cautious"]:  # weight first: the product gets its memory layout, not that of a turned update
         shrink = (weight * update).ge_(0).mul_(shrink)
     shape_scale = math.sqrt(max(1, weight.size(-2) / weight.size(-1)))
-    weight.mul_(shrink.add_(1)).addcmul_(update, live * lr, value=-shape_scale)
+    weight.mul_(shrink.add_(1)).addcmul_(update, lr, value=-shape_scale)
 
 
 def adamw_update(weight, grad, state, group, skipped):
