@@ -16,6 +16,10 @@ import filelock
 import torch
 
 
+class CheckpointError(Exception):
+    """A run's folder that cannot be used; the message says why and what to do, in two lines."""
+
+
 class Saver:
     """
     Writes checkpoints into `root` from a background thread, one at a time, and keeps the `keep` newest. The

@@ -311,14 +311,13 @@ class GPT(nn.Module):
         x0 = x
         resid_lambdas, x0_lambdas = self.resid_lambdas.to(x.dtype), self.x0_lambdas.to(x.dtype)
         for i, block in enumerate(self.blocks):
-            if i == (self.config.n_layer + 1) // 2:
-                middle = x
             x = resid_lambdas[i] * x + x0_lambdas[i] * x0
             has_values = str(i) in self.value_embeddings
             values = self.value_embeddings[str(i)](tokens).to(x.dtype) if has_values else None
             x = block(x, values, cos, sin)
-        if self.config.n_layer > 1:
-            x = x - self.backout_lambda.to(x.dtype) * middle  # the head need not see what fed later layers
+            if i == (self.config.n_layer - 1) // 2:
+                middle = x
+        x = x - self.backout_lambda.to(x.dtype) * middle  # the head need not see what fed later layers
         x = norm(x)
         excess = tokens.numel() * self.config.padded_vocab_size / self.max_logits
         chunks = 2 ** math.ceil(math.log2(max(1, excess)))
