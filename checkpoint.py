@@ -174,16 +174,16 @@ def newest_valid(root):
 
 def saved_settings(run_folder):
     """
-    -> (the settings, the flags that were given) of a run: from its config.json or, if that is lost, from its
-    newest valid checkpoint; empty where there is neither.
+    -> (the settings, the flags that were given, where they are from) of a run: from its config.json or, if
+    that is lost, from its newest valid checkpoint; empty where there is neither.
     """
     try:
         config = json.loads((run_folder / "config.json").read_text())
-        return config["settings"], config["given"]
+        return config["settings"], config["given"], "config.json"
     except (OSError, ValueError, KeyError, TypeError):
         newest, _ = newest_valid(run_folder / "checkpoints")
         state = load(newest, "state") if newest else {}
-        return state.get("settings", {}), state.get("given", {})
+        return state.get("settings", {}), state.get("given", {}), newest
 
 
 def lock(folder):

@@ -580,6 +580,9 @@ class DataLoader:
         self.rows_per_batch, self.rank, self.world_size = rows_per_batch, rank, world_size
         self.rows_per_shard = corpus.rows("train", T)
         self.rows_per_epoch = sum(self.rows_per_shard)
+        if self.rows_per_epoch < rows_per_batch:
+            what = f"the corpus has {self.rows_per_epoch} rows to train on, a batch {rows_per_batch}"
+            raise DataError(f"{what}.\nGive more text, a smaller --total-batch-size or --max-seq-len.")
         self.cursor, self.wait_time = 0, 0.0
         self.source, self.ahead, self.thread = self.batches(), deque(), ThreadPoolExecutor(max_workers=1)
 

@@ -29,6 +29,12 @@ ATTENTION_BACKENDS = [
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
+if torch.cuda.is_available():  # without two marks the choice of a kernel bars the graph from Inductor's cache
+    import torch._inductor.config
+
+    for name in ("_backend_from_string", "_sdpa_kernel"):  # pytorch issue 194007
+        marks = torch._inductor.config.unsafe_marked_cacheable_functions
+        marks[f"torch.nn.attention.{name}"] = torch.__version__
 CUDNN_BLOCK = 128  # before cuDNN 9.15 rows of other lengths got wrong gradients (pytorch issue 169849)
 CPU_BLOCK, CPU_LENGTH = 128, 1024  # queries at a time in blocked_attention, and the longest rows it is for
 

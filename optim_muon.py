@@ -286,10 +286,11 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def different_rank(self):
         """The first rank whose weights have other checksums than rank 0's, or None. A collective call."""
+        if not self.distributed:
+            return None
         sums = torch.stack([number for p in self.parameters.values() for number in checksums(p.detach())])
         everyones = [torch.zeros_like(sums) for _ in range(self.world_size)]
-        if self.distributed:
-            dist.all_gather(everyones, sums)
+        dist.all_gather(everyones, sums)
         return next((r for r, theirs in enumerate(everyones) if not torch.equal(theirs, everyones[0])), None)
 
     def state_dict(self):

@@ -286,9 +286,12 @@ def duration(seconds):
     return f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
 
 
-def header(config, compiled, attention, plan):
-    """The lines that a run starts with, from its config.json and what only the machine knows."""
+def header(config, compiled, attention, num_iterations, seconds_per_step, folder):
+    """The lines that a run starts with, from its config.json and what only this start knows."""
     model, params, corpus = config["model"], config["num_params"], config["corpus"]
+    sizes = ("total_batch_size", "device_batch_size", "max_seq_len")
+    batch, rows, T = (config["settings"][name] for name in sizes)
+    micro_steps = batch // (rows * T * config["world_size"])
     processes = f"{config['world_size']} × " if config["world_size"] > 1 else ""
     lines = (
         f"onedial  depth {model['n_layer']}, width {model['n_embd']} · {short(params['matrix'])} matrix, "
@@ -299,7 +302,9 @@ def header(config, compiled, attention, plan):
         f"peak {short(config['mfu_peak'], ' ')}FLOP/s ({config['mfu_peak_source']})",
         f"data     {corpus['name']} · vocabulary of {model['vocab_size']:,} · "
         f"{short(corpus['train']['tokens'])} training tokens · fingerprint {corpus['fingerprint']}",
-        f"plan     {plan}",
+        f"plan     {num_iterations:,} steps × {batch:,} tokens ({micro_steps} × {rows} × {T:,}) · "
+        f"{config['num_flops_per_token'] * batch * num_iterations:.2g} FLOPs · "
+        f"about {duration(num_iterations * seconds_per_step)} · {folder}",
     )
     return "\n".join(map(wrap, lines))
 

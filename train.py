@@ -173,7 +173,9 @@ if settings["resume"]:
     if not run_folder and not known:
         fail(f"{settings['out_dir']} holds no run to resume.\nStart one.")
     run_folder = run_folder or known[-1].parent
-    saved, given_before = checkpoint.saved_settings(run_folder)
+    saved, given_before, source = checkpoint.saved_settings(run_folder)
+    if source and source != "config.json":
+        say(f"resume   config.json cannot be read: the settings are taken from {source}")
     fixed = HORIZONS if any(given.get(name) is not None for name in HORIZONS) else ()  # a new one, or none
     for name in [n for n in settings if n in saved and n not in CALL]:
         if name in MACHINE and name not in given_before:
@@ -217,16 +219,10 @@ if on_gpu:
         fail(f"there are more processes than GPUs.\nGive --nproc_per_node={torch.cuda.device_count()}.")
     torch.cuda.set_device(device)
     torch.set_float32_matmul_precision("high")
-    import torch._inductor.config  # without two marks the choice of a kernel bars the graph from its cache
-
-    marks = torch._inductor.config.unsafe_marked_cacheable_functions
-    for name in ("_backend_from_string", "_sdpa_kernel"):  # pytorch issue 194007
-        marks[f"torch.nn.attention.{name}"] = torch.__version__
 dtype = dtype or ("bfloat16" if report.has_fast_bf16(device) else "float32")
 compute_dtype = getattr(torch, dtype)
-compile_is_auto = compile is None
-if compile_is_auto:
-    compile = device_type != "mps" and sys.platform != "win32"
+if compile is None:
+    compile = device_type != "mps"
 device_name = report.device_name(device)
 synchronize = report.synchronizer(device_type)
 
@@ -279,6 +275,45 @@ raw_model.init_weights(device, seed)
 model = torch.compile(raw_model, dynamic=False) if compile else raw_model
 num_params = raw_model.num_params()
 num_flops_per_token = raw_model.num_flops_per_token()
+
+# -----------------------------------------------------------------------------
+# The state of the loop, new or from a checkpoint
+
+step = 0  # updates done, skipped ones included
+min_val_bpb = val_bpb = math.inf  # the first only falls
+smooth_train_loss, ema_beta = 0.0, 0.9  # exponential moving average of the train loss, starting at 0
+total_training_time = 0.0  # without the first 10 steps after each start, evaluation, sampling and saving
+dt = math.nan  # seconds per step in the last window
+skipped_steps = 0  # loss or gradient was not finite, and nothing changed
+horizon_is_final = False  # under --minutes it follows the measured speed until the decay begins
+val_step = -1  # of the last evaluation
+STATE = (
+    "step num_iterations horizon_is_final min_val_bpb val_bpb val_step smooth_train_loss "
+    "total_training_time skipped_steps dt"
+).split()
+
+run = run_folder.name if run_folder else from_rank_0(f"d{depth}-{datetime.now():%Y%m%d-%H%M%S}")
+run_folder = Path(out_dir) / run
+checkpoints = run_folder / "checkpoints"
+lock, newest = None, (None, [])
+if resume and rank == 0 and run_folder.exists():
+    lock = checkpoint.lock(run_folder)
+    newest = checkpoint.newest_valid(checkpoints)
+resumed_from, passed_over = from_rank_0(newest)
+for reason in passed_over:
+    say(f"resume   passed over: {reason}")
+if passed_over and not resumed_from:
+    fail(f"no checkpoint in {checkpoints} is valid.\nPut a good one back, or start another --run.")
+if resume and not resumed_from:
+    say(f"resume   there is no checkpoint in {run_folder} yet: starting at step 0")
+if resumed_from:
+    say(f"resume   from {resumed_from}")
+    state = checkpoint.load(resumed_from, "state")
+    if missing := [name for name in STATE if name not in state]:
+        fail(f"{resumed_from} has no {missing[0]}.\nResume it with the version that has written it.")
+    globals().update({name: state[name] for name in STATE})
+    for name, spent in state["spent"].items():
+        clock.spent[name] = clock.spent.get(name, 0.0) + spent
 
 # -----------------------------------------------------------------------------
 # Optimizer: one table, role -> settings. Source of the numbers: nanochat, tuned at depth 12
@@ -351,7 +386,7 @@ def try_rows():
     except Exception as error:
         if report.is_out_of_memory(error):
             return None, TOO_LARGE
-        if not (compile and compile_is_auto):
+        if not (compile and settings["compile"] is None):
             raise
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         say(report.wrap(f"trial    going on without torch.compile, which does not work here: {reason}"))
@@ -436,76 +471,30 @@ elif total_batch_size is None:
 rows_per_step, rows_per_rank, micro_rows = rows_of(total_batch_size)
 total_batch_size, device_batch_size = rows_per_step * max_seq_len, micro_rows
 planned_seconds = rows_per_rank // micro_rows * micro_time + optimizer_time  # of a step, until one is timed
-horizon_is_final = not minutes  # under --minutes it follows the measured speed until the decay begins
-if minutes:
-    num_iterations = max(1, int(from_rank_0(time_left()) / planned_seconds))
+if not minutes:
+    num_iterations = settings["num_iterations"] or max(1, round(tokens_ahead / total_batch_size))
+    horizon_is_final = True
+elif not horizon_is_final or minutes != state["settings"]["minutes"]:
+    num_iterations = max(1, step + int(from_rank_0(time_left()) / planned_seconds))
+    horizon_is_final = step > (1 - warmdown_ratio) * num_iterations
     # the horizon will still move a little, and nothing before the decay may depend on it
     warmup_steps = min(warmup_steps, num_iterations // 15)
-elif num_iterations is None:
-    num_iterations = max(1, round(tokens_ahead / total_batch_size))
+if resumed_from:
+    decay_start = (1 - warmdown_ratio) * state["num_iterations"]
+    if step > decay_start and num_iterations > state["num_iterations"]:
+        say(f"resume   the learning rate decays since step {decay_start:.0f}: it will rise once more")
 if weight_decay is None:  # longer runs want less (arXiv 2405.13698): it adds up to the same over a run
-    tokens = num_iterations * total_batch_size
-    weight_decay = 0.28 * min(1.0, (total_batch_size / 2**19) ** 0.5 * 1.5e9 / tokens)
+    planned_tokens = num_iterations * total_batch_size
+    weight_decay = 0.28 * min(1.0, (total_batch_size / 2**19) ** 0.5 * 1.5e9 / planned_tokens)
 
 raw_model.init_weights(device, seed)  # anew: the trial leaves no trace
 optimizer = build_optimizer(total_batch_size)
 
-# -----------------------------------------------------------------------------
-# The state of the loop, new or from a checkpoint
-
-step = 0  # updates done, skipped ones included
-min_val_bpb = val_bpb = math.inf  # the first only falls
-smooth_train_loss, ema_beta = 0.0, 0.9  # exponential moving average of the train loss, starting at 0
-losses_seen = 0  # by that average, to take the start at 0 out again
-total_training_time = 0.0  # without the first 10 steps after each start, evaluation, sampling and saving
-timed_steps = 0  # the steps in it
-skipped_steps = 0  # loss or gradient was not finite, and nothing changed
-val_step = -1  # of the last evaluation
-STATE = (
-    "step num_iterations horizon_is_final min_val_bpb val_bpb val_step smooth_train_loss "
-    "losses_seen total_training_time timed_steps skipped_steps"
-).split()
-
-run = run_folder.name if run_folder else from_rank_0(f"d{depth}-{datetime.now():%Y%m%d-%H%M%S}")
-run_folder = Path(out_dir) / run
-checkpoints = run_folder / "checkpoints"
-lock, newest = None, (None, [])
-if resume and rank == 0 and run_folder.exists():
-    lock = checkpoint.lock(run_folder)
-    newest = checkpoint.newest_valid(checkpoints)
-resumed_from, passed_over = from_rank_0(newest)
-for reason in passed_over:
-    say(f"resume   passed over: {reason}")
-if passed_over and not resumed_from:
-    fail(f"no checkpoint in {checkpoints} is valid.\nPut a good one back, or start another --run.")
-if resume and not resumed_from:
-    say(f"resume   there is no checkpoint in {run_folder} yet: starting at step 0")
-if resumed_from:
-    say(f"resume   from {resumed_from}")
-    state, planned = checkpoint.load(resumed_from, "state"), num_iterations
-    if missing := [name for name in STATE if name not in state]:
-        fail(f"{resumed_from} has no {missing[0]}.\nResume it with the version that has written it.")
-    globals().update({name: state[name] for name in STATE})
-    for name, spent in state["spent"].items():
-        clock.spent[name] = clock.spent.get(name, 0.0) + spent
-    if not minutes:
-        num_iterations, horizon_is_final = planned, True
-    elif not horizon_is_final or minutes != saved.get("minutes"):
-        num_iterations = step + int(from_rank_0(time_left()) / planned_seconds)
-        horizon_is_final = step > (1 - warmdown_ratio) * num_iterations
-    decay_start = (1 - warmdown_ratio) * state["num_iterations"]
-    if step > decay_start and num_iterations > state["num_iterations"]:
-        say(f"resume   the learning rate decays since step {decay_start:.0f}: it will rise once more")
 clock.lap("setup")
 margin = 1.25 if minutes else 1.0  # a timed horizon may still grow
 dataloader.fetch_more(corpus, int(margin * num_iterations * rows_per_step), max_seq_len, tell_data)
 clock.lap("corpus")
 loader = dataloader.DataLoader(corpus, max_seq_len, rows_per_step, seed, device, rank, world_size)
-if loader.rows_per_epoch < rows_per_step:
-    fail(
-        f"the corpus has {loader.rows_per_epoch} rows to train on, a batch {rows_per_step}."
-        "\nGive more text, a smaller --total-batch-size or a smaller --max-seq-len."
-    )
 if resumed_from:
     try:
         raw_model.load_state_dict(checkpoint.load(resumed_from, "model"))
@@ -519,7 +508,7 @@ if resumed_from:
 # The run's folder
 
 peak, peak_source = report.find_peak(device, device_name, compute_dtype, peak_tflops)
-record = {
+run_config = {
     # the horizon stays what was asked for: state.json and summary.json have the steps that came of it
     "settings": {n: globals()[n] if n != "num_iterations" or n in horizons else None for n in settings},
     "given": given_before | given,
@@ -538,22 +527,19 @@ if rank == 0:
     try:
         checkpoints.mkdir(parents=True, exist_ok=True)
         lock = lock or checkpoint.lock(run_folder)  # held to the end, and let go by any end
-        report.replace(run_folder / "config.json", json.dumps(record, indent=2))
+        report.replace(run_folder / "config.json", json.dumps(run_config, indent=2))
         if not (run_folder / "tokenizer" / "tokenizer.json").exists():  # never touch a good one
             dataloader.save_tokenizer(corpus.tokenizer, run_folder / "tokenizer")
         report.cut_log(run_folder, step if resumed_from else -1)
     except OSError as error:
         fail(f"{run_folder} cannot be written: {error.strerror}.\nChoose another --out-dir or make room.")
-log = report.Log(run_folder if rank == 0 else None, wandb, record)
-plan = (
-    f"{num_iterations:,} steps × {total_batch_size:,} tokens "
-    f"({rows_per_rank // micro_rows} × {micro_rows} × {max_seq_len:,}) · "
-    f"{num_flops_per_token * total_batch_size * num_iterations:.2g} FLOPs · "
-    f"about {report.duration(num_iterations * planned_seconds)} · {run_folder}"
-)
+log = report.Log(run_folder if rank == 0 else None, wandb, run_config)
 attention = attention_backend(config, compute_dtype, device, compile)
-say(report.header(record, compile, attention, plan))
+say(report.header(run_config, compile, attention, num_iterations, planned_seconds, run_folder))
 log.write("event", step=step, event="resumed" if resumed_from else "started", num_iterations=num_iterations)
+
+# -----------------------------------------------------------------------------
+# What the loop calls: sample, save, give up; and what signals ask of it
 
 
 def sample():
@@ -574,7 +560,7 @@ def save():
         return False
     tensors = {"model": raw_model.state_dict(), "optimizer": optimizer.state_dict()}
     state = {name: globals()[name] for name in STATE}
-    state |= {name: record[name] for name in ("settings", "given", "versions")}
+    state |= {name: run_config[name] for name in ("settings", "given", "versions")}
     state |= {"spent": dict(clock.spent), "data": loader.state_dict()}
     if rank == 0:
         tell_saved(saver.save(step, tensors, state))
@@ -583,11 +569,11 @@ def save():
 
 def give_up(reason):
     """The training has failed: say why, and which checkpoint is good; leave a report; exit status 1."""
-    tell_saved(saver.wait())
-    log.write("event", step=step, event="failed", reason=reason)
-    good, _ = checkpoint.newest_valid(checkpoints) if rank == 0 else (None, None)
-    say(f"error: {reason}\nThe last good checkpoint: {good or 'none'}.")
     if rank == 0:
+        tell_saved(saver.wait())
+        log.write("event", step=step, event="failed", reason=reason)
+        good, _ = checkpoint.newest_valid(checkpoints)
+        say(f"error: {reason}\nThe last good checkpoint: {good or 'none'}.")
         log.close()
         with contextlib.suppress(OSError, ValueError):
             report.write_report(run_folder)
@@ -635,16 +621,16 @@ for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
 # The loop. Host and device meet only at the end of a window of steps
 
 start_step, last_saved, last_save_time = step, step if resumed_from else -1, time.time()
-time_before, timed_before = total_training_time, timed_steps  # of earlier starts, perhaps on other machines
-dt = seconds_per_step = planned_seconds  # until steps of this start are timed
+time_before = total_training_time  # of earlier starts, perhaps on other machines
+seconds_per_step = planned_seconds  # until steps of this start are timed
+tokens = loader.cursor * max_seq_len
+flops_so_far = num_flops_per_token * tokens
 next_length, skips_in_a_row, samples = 1, 0, []
 interruption, saving_is_due = 0, False  # the signal that stops the run; is a checkpoint due
 clock.lap("setup")
 while True:
     # between windows: evaluate, sample, save, stop
     at_end = step >= num_iterations
-    tokens = loader.cursor * max_seq_len
-    flops_so_far = num_flops_per_token * tokens
     evaluation_is_due = step == 0 or at_end or (eval_every > 0 and step % eval_every == 0)
     if evaluation_is_due and val_step != step and not interruption:
         expect_progress()
@@ -658,7 +644,8 @@ while True:
         log.write("val", **figures)
         say(report.val_line(figures, num_iterations))
         clock.lap("evaluation")
-    if rank == 0 and (at_end or (sample_every > 0 and step > start_step and step % sample_every == 0)):
+    sample_is_due = at_end or (sample_every > 0 and step > start_step and step % sample_every == 0)
+    if sample_is_due and rank == 0 and not interruption:
         samples = sample()
         say(report.show_samples(samples))
         clock.lap("sampling")
@@ -666,8 +653,9 @@ while True:
     if saving_is_due and last_saved != step:
         expect_progress()
         last_saved = step if save() else last_saved
-        last_save_time, saving_is_due = time.time(), False
+        last_save_time = time.time()
         clock.lap("saving")
+    saving_is_due = False
     if at_end or interruption:
         break
 
@@ -716,12 +704,11 @@ while True:
             skipped_steps, skips_in_a_row = skipped_steps + 1, skips_in_a_row + 1
         else:
             smooth_train_loss = report.update_ema(smooth_train_loss, train_loss, ema_beta)
-            losses_seen, skips_in_a_row = losses_seen + 1, 0
-    debiased_smooth_loss = report.debias(smooth_train_loss, ema_beta, losses_seen)
+            skips_in_a_row = 0
+    debiased_smooth_loss = report.debias(smooth_train_loss, ema_beta, step - skipped_steps)
     if step > start_step + 10:
         total_training_time += dt * len(losses)
-        timed_steps += len(losses)
-        seconds_per_step = (total_training_time - time_before) / (timed_steps - timed_before)
+        seconds_per_step = (total_training_time - time_before) / (step - start_step - 10)
     tokens = loader.cursor * max_seq_len
     flops_so_far = num_flops_per_token * tokens
     figures = {
@@ -774,7 +761,6 @@ while True:
         decision = torch.tensor([*decision, signal_seen], dtype=torch.int64, device=device)  # of any rank
         dist.all_reduce(decision, dist.ReduceOp.MAX)
         num_iterations, horizon_is_final, next_length, saving_is_due, interruption = decision.tolist()
-    expect_progress()
     if step == start_step + 10:
         gc.collect()
         gc.freeze()  # what lives now lives to the end
@@ -787,17 +773,18 @@ faulthandler.cancel_dump_traceback_later()
 failed = tell_saved(saver.wait(), last=True) or last_saved != step
 if interruption:
     say(f"stopped  by {signal.Signals(interruption).name} after step {step}")
-    start = f"torchrun --nproc_per_node={world_size} train.py --" if world_size > 1 else "python train.py"
+    local = os.environ.get("LOCAL_WORLD_SIZE")
+    start = f"torchrun --nproc_per_node={local} train.py --" if world_size > 1 else "python train.py"
     where = f" --out-dir {shlex.quote(out_dir)}" if "out_dir" in given else ""
     say(f"continue with: {start}{where} --run {shlex.quote(run)} --resume")
 event = "interrupted" if interruption else "finished"
 log.write("event", step=step, event=event, num_iterations=num_iterations)
 clock.lap("saving")
-tok_per_sec = total_batch_size / (seconds_per_step if timed_steps > timed_before else dt)
+tok_per_sec = total_batch_size / (seconds_per_step if step > start_step + 10 else dt)
 summary = {
     "val_bpb": val_bpb,
     "min_val_bpb": min_val_bpb,
-    "train_loss_ema": report.debias(smooth_train_loss, ema_beta, losses_seen),
+    "train_loss_ema": report.debias(smooth_train_loss, ema_beta, step - skipped_steps),
     "steps": step,
     "tokens": tokens,
     "total_training_flops": flops_so_far,

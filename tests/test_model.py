@@ -121,8 +121,9 @@ def test_every_parameter_has_exactly_one_role(n_layer):
     assert model.num_params()["embedding"] == 320 * 64
 
 
-def test_every_parameter_gets_a_gradient():
-    model = wake(build())
+@pytest.mark.parametrize("n_layer", [1, 2, 3])
+def test_every_parameter_gets_a_gradient(n_layer):
+    model = wake(build(n_layer=n_layer))
     tokens = tokens_of(model)
     model(tokens, tokens).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())

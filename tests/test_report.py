@@ -253,10 +253,12 @@ def test_header_and_samples_fit_too(config):
     config["device"] = "Intel(R) Xeon(R) Platinum 8480CL with a name that does not end soon, 112 threads"
     config["corpus"]["name"] = "folder/" * 40
     config |= {"mfu_peak": 989e12, "mfu_peak_source": "published"}
-    head = report.header(config, True, "cuDNN", "2,840 steps · " * 20)
+    config["settings"] |= {"total_batch_size": 2**19, "device_batch_size": 32, "max_seq_len": 2048}
+    head = report.header(config, True, "cuDNN", 2840, 1.0, "long/" * 40)
     labels = [line[:9] for line in head.splitlines() if line[:9].strip()]
     assert labels == ["onedial  ", "device   ", "data     ", "plan     "]
     assert "peak 989 TFLOP/s (published)" in " ".join(head.split())
+    assert "2,840 steps × 524,288 tokens (8 × 32 × 2,048)" in head and "about 47m20s" in head
     samples = report.show_samples([["a" * 200, "x = 1\n    indented\n" + "word " * 60], ["", "\n"]])
     assert max(map(len, (head + "\n" + samples).splitlines())) <= 120
     assert "\n             indented\n" in samples

@@ -96,6 +96,8 @@ def test_a_resumed_run_ends_with_the_same_bits(reference, train, tmp_path):
     shutil.rmtree(tmp_path / "out" / "a" / "checkpoints" / "step_000020")
     resumed = train("--resume")
     assert resumed.code == 0, resumed.output
+    saved = sorted(p.name for p in (resumed.folder / "checkpoints").iterdir())
+    assert saved == ["step_000010", "step_000020"]  # and no other one in between
     weights = "checkpoints/step_000020"
     model, same = (torch.load(f / weights / "model.pt") for f in (resumed.folder, reference[0]))
     assert all(torch.equal(model[name], same[name]) for name in same)
@@ -174,6 +176,8 @@ def test_minutes_end_in_time_and_can_be_repeated_by_steps(train):
     assert repeated.summary["val_bpb"] == timed.summary["val_bpb"]
     common = losses(timed).keys() & losses(repeated).keys()
     assert len(common) > 10 and all(losses(timed)[s] == losses(repeated)[s] for s in common)
+    path = timed.folder / "config.json"  # what a resume leaves that was killed before it saved
+    path.write_text(json.dumps(timed.config | {"settings": timed.config["settings"] | {"minutes": 0.55}}))
     longer = train("--resume", "--run", "a", "--minutes", 0.55)
     assert longer.code == 0 and longer.summary["steps"] > steps, longer.output
     spent = longer.summary["wall_time"] - longer.summary["time"].get("corpus", 0)
