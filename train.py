@@ -223,6 +223,9 @@ dtype = dtype or ("bfloat16" if report.has_fast_bf16(device) else "float32")
 compute_dtype = getattr(torch, dtype)
 if compile is None:
     compile = device_type != "mps"
+if device_type == "cpu":  # else threads add up the gradients of an embedding in the order in which they come
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # for debugging only, and not free
 device_name = report.device_name(device)
 synchronize = report.synchronizer(device_type)
 

@@ -40,7 +40,7 @@ def train(home, tmp_path):
     code, output, folder (of --run a, the default), log (records), summary and config (or None).
     """
 
-    def start(*flags, processes=1, tiny=True, script=REPO / "train.py"):
+    def start(*flags, processes=1, tiny=True, script=REPO / "train.py", threads=1):
         command = [sys.executable, str(script)]
         if processes > 1:  # torchrun takes --run for its own --run-path unless -- comes first
             torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
@@ -50,7 +50,7 @@ def train(home, tmp_path):
             flags = [*TINY, "--data", str(home / "text"), "--out-dir", str(tmp_path / "out"), *flags]
         if tiny and "--run" not in flags and "--resume" not in flags:
             flags += ["--run", "a"]
-        env = {**os.environ, "ONEDIAL_HOME": str(home / "cache"), "OMP_NUM_THREADS": "1"}
+        env = {**os.environ, "ONEDIAL_HOME": str(home / "cache"), "OMP_NUM_THREADS": str(threads)}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         return subprocess.Popen(command + flags, cwd=tmp_path, env=env, **pipes)
 

@@ -350,3 +350,14 @@ def test_what_a_person_can_mend_shows_no_trace(train, tmp_path, error, code, tol
     result = train("--num-iterations", 20, script=script)
     assert result.code == code and told in result.output and "Traceback" not in result.output, result.output
     assert result.config is None
+
+
+@pytest.mark.slow
+def test_a_compiled_run_on_two_threads_is_repeated_bit_for_bit(train):
+    flags = ["--num-iterations", 14, "--compile", "on", "--total-batch-size", 2048, "--aspect-ratio", 128]
+    flags += ["--max-seq-len", 256, "--matrix-lr", 0.02, "--embedding-lr", 0.3]
+    first, second = (train(*flags, "--run", name, run=name, threads=2) for name in "ab")
+    assert first.code == 0 and second.code == 0, first.output + second.output
+    common = losses(first).keys() & losses(second).keys()
+    assert len(common) > 10 and all(losses(first)[s] == losses(second)[s] for s in common)
+    assert first.summary["val_bpb"] == second.summary["val_bpb"]
