@@ -471,8 +471,8 @@ elif target_param_data_ratio:
 if total_batch_size is None and tokens_ahead is None:
     total_batch_size = 2**19 if on_gpu else 2**12
 elif total_batch_size is None:
-    # the best batch grows with tokens^0.383 (arXiv 2505.13738); short runs need some 600 steps all the same
-    best = min(2**19 * (tokens_ahead / 1.5e9) ** 0.383, tokens_ahead / 600)
+    # the best batch grows with tokens^0.383 (arXiv 2505.13738); short runs need some 450 steps all the same
+    best = min(2**19 * (tokens_ahead / 1.5e9) ** 0.383, tokens_ahead / 450)
     share = world_size * max_seq_len  # not every world size is a power of 2
     total_batch_size = max(2 ** round(math.log2(max(1, best))), micro_rows * share)
     total_batch_size = round(total_batch_size / share) * share
