@@ -230,7 +230,9 @@ if device_type == "cpu":  # else threads add up the gradients of an embedding in
     # glibc gives freed memory back to the system, and getting it again costs page faults: 10% of a step
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
         m_trim_threshold, m_top_pad, m_mmap_threshold = -1, -2, -3  # malloc.h
-        mallopt(m_trim_threshold, 2**30), mallopt(m_top_pad, 2**26), mallopt(m_mmap_threshold, 2**30)
+        mallopt(m_trim_threshold, 2**30)
+        mallopt(m_top_pad, 2**26)
+        mallopt(m_mmap_threshold, 2**30)
 device_name = report.device_name(device)
 synchronize = report.synchronizer(device_type)
 
