@@ -4,7 +4,7 @@ MuonAdamW: gradients in, weights out; one optimizer, the same on one process and
 Matrices of the blocks learn by Muon (kellerjordan.github.io/posts/muon), everything else by AdamW
 (arXiv 1711.05101). With several processes the gradients are averaged in here, each rank updates its share
 of the rows or matrices and keeps only their state (ZeRO-2, arXiv 1910.02054), and the weights are gathered.
-The schedules are pure functions at the end of the file.
+Schedules and rules of thumb are pure functions at the end of the file.
 """
 
 import math
@@ -224,6 +224,7 @@ class MuonAdamW(torch.optim.Optimizer):
                     names, params = map(list, zip(*pairs[start : start + count]))
                     self.buckets.append(Bucket(group, names, params, rank, self.world_size))
         self.parameters = {name: p for b in self.buckets for name, p in zip(b.names, b.params)}
+        self.bad_norms = torch.zeros(len(self.parameters), device=self.device)  # of the last bad step
 
     @torch.no_grad()
     def step(self, loss=None):
@@ -234,7 +235,9 @@ class MuonAdamW(torch.optim.Optimizer):
         for name, p in self.parameters.items():
             if p.grad is None:
                 raise ValueError(f"parameter {name} has no gradient.\nIt took no part in the loss.")
-        self.grad_norm = torch.nn.utils.get_total_norm(p.grad for p in self.parameters.values()).float()
+        grads = [p.grad for p in self.parameters.values()]
+        norms = torch.stack(torch._foreach_norm(grads, dtype=torch.float32))
+        self.grad_norm = torch.linalg.vector_norm(norms)
         verdict = self.grad_norm if loss is None else self.grad_norm + loss.detach().float()
         self.skipped = (~torch.isfinite(verdict)).float()
         reductions = (bucket.reduce() for bucket in self.buckets)
@@ -242,7 +245,8 @@ class MuonAdamW(torch.optim.Optimizer):
             handle = dist.all_reduce(self.skipped, dist.ReduceOp.MAX, async_op=True)
             reductions = list(reductions)  # all are under way before the first update
             handle.wait()
-        elif self.device.type == "mps" and self.skipped:  # Metal's fused AdamW knows no flag: look here
+        self.bad_norms = torch.where(self.skipped > 0, norms, self.bad_norms)
+        if self.device.type == "mps" and self.skipped:  # Metal's fused AdamW knows no flag: look here
             return
         squares, gathers = [], []
         for bucket, (grad, handle) in zip(self.buckets, reductions):
@@ -278,8 +282,11 @@ class MuonAdamW(torch.optim.Optimizer):
         return share
 
     def not_finite(self):
-        """The first parameter whose .grad is not finite on some rank: its name or None. A collective call."""
-        bad = torch.stack([(~p.grad.isfinite().all()).int() for p in self.parameters.values()])
+        """
+        The first parameter whose gradient was not finite on some rank in the last step that was skipped: its
+        name, or None if that was for the loss alone. A collective call.
+        """
+        bad = (~self.bad_norms.isfinite()).int()
         if self.distributed:
             dist.all_reduce(bad, dist.ReduceOp.MAX)
         return next((name for name, flag in zip(self.parameters, bad.tolist()) if flag), None)
@@ -292,6 +299,11 @@ class MuonAdamW(torch.optim.Optimizer):
         everyones = [torch.zeros_like(sums) for _ in range(self.world_size)]
         dist.all_gather(everyones, sums)
         return next((r for r, theirs in enumerate(everyones) if not torch.equal(theirs, everyones[0])), None)
+
+    def state_bytes(self):
+        """Bytes of the whole state in a checkpoint: moments in fp32, one for Muon and two for AdamW."""
+        moments = {"muon": 1, "adamw": 2}
+        return sum(4 * moments[g["kind"]] * p.numel() for g in self.param_groups for p in g["params"])
 
     def state_dict(self):
         """
@@ -357,28 +369,114 @@ def check_groups(groups):
                 )
 
 
-def warmdown_progress(step, num_iterations, warmdown_ratio):
-    """0 before the learning rate starts to decay, then linearly to 1 at step = num_iterations."""
-    warmdown = warmdown_ratio * num_iterations
-    return 0.0 if warmdown == 0 else max(0.0, 1 - (num_iterations - step) / warmdown)
+# -----------------------------------------------------------------------------
+# Schedules: pure functions of the progress of a run, in [0, 1], and of the step where something warms up
 
 
-def lr_multiplier(step, num_iterations, warmup_steps, warmdown_ratio, final_lr_frac):
+def warmdown(progress, warmdown_ratio):
+    """0 before the learning rate starts to decay, then linearly to 1 at the end."""
+    return 1 - min(1.0, (1 - progress) / warmdown_ratio) if warmdown_ratio > 0 else 0.0
+
+
+def lr_multiplier(step, progress, warmup, warmdown_ratio, final_lr_frac):
     """
-    Warmup, stable, decay (arXiv 2405.18392) for the update after `step` updates of N = num_iterations:
-    linearly up over min(warmup_steps, N / 10), 1, linearly down to final_lr_frac over warmdown_ratio · N.
+    Warmup, stable, decay (arXiv 2405.18392) for the update after `step` updates: linearly up over `warmup`
+    steps, 1, linearly down to final_lr_frac over the last warmdown_ratio of the run.
     """
-    warmup = min(warmup_steps, num_iterations / 10)
-    rise = 1.0 if warmup == 0 else min(1.0, (step + 1) / warmup)
-    return rise * (1 - (1 - final_lr_frac) * warmdown_progress(step, num_iterations, warmdown_ratio))
+    rise = min(1.0, (step + 1) / warmup) if warmup > 0 else 1.0
+    return rise * (1 - (1 - final_lr_frac) * warmdown(progress, warmdown_ratio))
 
 
-def muon_momentum(step, num_iterations, warmdown_ratio):
+def muon_momentum(step, progress, warmdown_ratio):
     """0.85 → 0.97 over the first 400 steps, and on to 0.90 as the learning rate decays (nanochat)."""
     momentum = 0.85 + (0.97 - 0.85) * min(1.0, step / 400)
-    return momentum + (0.90 - momentum) * warmdown_progress(step, num_iterations, warmdown_ratio)
+    return momentum + (0.90 - momentum) * warmdown(progress, warmdown_ratio)
 
 
-def weight_decay_multiplier(step, num_iterations, warmdown_ratio):
-    """1, then a half cosine to 0 as the learning rate decays; before that it needs no horizon."""
-    return 0.5 * (1 + math.cos(math.pi * warmdown_progress(step, num_iterations, warmdown_ratio)))
+def weight_decay_multiplier(progress, warmdown_ratio):
+    """1, then a half cosine to 0 as the learning rate decays."""
+    return 0.5 * (1 + math.cos(math.pi * warmdown(progress, warmdown_ratio)))
+
+
+class Timetable:
+    """
+    Progress by the clock, for a run that may take `span` seconds from its first step to its last: the share
+    of them that has passed. All times are seconds on one clock that never goes back.
+    """
+
+    def __init__(self, now, span, progress=0.0):
+        self.span, self.progress = span, progress
+        self.start, self.last, self.expected, self.last_dt = now - progress * span, now, 0.0, math.inf
+
+    def left(self, now):
+        """Seconds until the deadline."""
+        return self.start + self.span - now
+
+    def at(self, now):
+        """Progress at a time."""
+        return min(1.0, max(self.progress, 1 - self.left(now) / self.span))
+
+    def window(self, now, dt, most):
+        """
+        Plan a window of at most `most` steps that take `dt` each -> (progress of its first step, increment
+        per step, number of steps; 0: the run is over, seconds by which the deadline had to be put off).
+
+        Progress never falls: where it is ahead of the clock it waits for it. A quarter of the steps that are
+        left, at most, are planned at once, so that no change of speed leads beyond the deadline, and a step
+        begins only if at least half of it fits. What the time since the last call has over twice the planned
+        one moves progress by at most 0.2: what a longer stall takes is added to the deadline.
+        """
+        stall = max(0.0, now - self.last - 2 * self.expected - 0.2 * self.span)
+        self.start, self.last = self.start + stall, now
+        dt, self.last_dt = min(dt, self.last_dt), dt  # the better of two windows: a short stall is no speed
+        left = self.left(now)
+        fitting = math.floor(left / dt + 0.5)
+        steps = min(most, max(1, fitting // 4)) if fitting > 0 else 0
+        self.expected = steps * dt
+        first = self.progress = self.at(now)
+        if steps == 0:
+            return 1.0, 0.0, 0, stall
+        end = min(1.0, 1 - (left - steps * dt) / self.span)
+        increment = max(0.0, end - first) / steps
+        self.progress += (steps - 1) * increment  # that of the window's last step
+        return first, increment, steps, stall
+
+
+# -----------------------------------------------------------------------------
+# Rules: from the length of a run to its batch, learning rates and weight decay. Their reference is nanochat's
+# depth 12: batches of 2^19 tokens, 1.5e9 tokens in all
+
+
+def best_batch_size(tokens):
+    """
+    Tokens per step for a run over so many tokens: ∝ tokens^0.383 (arXiv 2505.13738), but some 450 steps at
+    least, and 2,048 tokens, below which updates take most of the time: one minute on two cores came to 2.09
+    bits per byte with 2,048, to 2.29 with 512. 1.5e9 tokens -> 2^19; 20e9 -> 2^20.4; 2e6 -> 2^12.1.
+    """
+    return max(2**11, min(2**19 * (tokens / 1.5e9) ** 0.383, tokens / 450))
+
+
+def whole_rows(batch_size, T):
+    """
+    The power of two of rows of T tokens that is closest to a batch of so many tokens, in tokens: it can be
+    shared by most numbers of ranks and split into micro-steps. 2^19 and T = 2,048 -> 256 rows.
+    """
+    return T * 2 ** round(math.log2(max(1, batch_size / T)))
+
+
+def lr_scales(batch_size):
+    """
+    Factors of AdamW's and of Muon's learning rates for this many tokens per step, against 2^19. Above it both
+    go with √batch (nanochat): 2^20 -> 1.41, 1.41. Below, that is far too timid: at 2,048 tokens and 549 steps
+    AdamW did best with half of its rates and Muon with three times its rate: 2^11 -> 0.5, 3.03.
+    """
+    ratio = batch_size / 2**19
+    return (ratio**0.5, ratio**0.5) if ratio > 1 else (ratio**0.125, ratio**-0.2)
+
+
+def best_weight_decay(batch_size, tokens):
+    """
+    Muon's weight decay ∝ √batch / tokens, so that it adds up to the same over a run (arXiv 2405.13698); 0.28
+    at most. Batches of 2^19 over 1.5e9 tokens -> 0.28, over 6e9 -> 0.07.
+    """
+    return 0.28 * min(1.0, (batch_size / 2**19) ** 0.5 * 1.5e9 / tokens)

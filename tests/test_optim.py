@@ -10,6 +10,7 @@ import itertools
 import math
 import multiprocessing
 import os
+import random
 import shutil
 import sys
 import time
@@ -24,12 +25,17 @@ from optim_muon import (
     POLAR_EXPRESS,
     QUINTIC,
     MuonAdamW,
+    Timetable,
+    best_batch_size,
+    best_weight_decay,
     checksums,
     equilibrate_rows,
     lr_multiplier,
+    lr_scales,
     muon_momentum,
     orthogonalize,
     weight_decay_multiplier,
+    whole_rows,
 )
 
 torch.set_num_threads(1)
@@ -89,7 +95,7 @@ def test_adamw_equals_torch_with_schedules_on(reference_dtype):
         for name, p in ours.items():
             theirs[name].grad = p.grad.to(reference_dtype)
         for group in optimizer.param_groups + reference.param_groups:
-            group["lr"] = 0.03 * lr_multiplier(step, 50, 10, 0.5, 0.1)
+            group["lr"] = 0.03 * lr_multiplier(step, step / 50, 5, 0.5, 0.1)
         optimizer.step()
         reference.step()
     for name, p in ours.items():
@@ -169,9 +175,9 @@ def test_muon_equals_a_float64_reference(shape, refined):
     (group,) = optimizer.param_groups
     for step in range(10):
         set_gradients(params, step)
-        group["lr"] = 0.02 * lr_multiplier(step, 10, 40, 0.5, 0.1)
-        group["momentum"] = muon_momentum(step, 10, 0.5)
-        group["weight_decay"] = 0.3 * weight_decay_multiplier(step, 10, 0.5)
+        group["lr"] = 0.02 * lr_multiplier(step, step / 10, 1, 0.5, 0.1)
+        group["momentum"] = muon_momentum(step, step / 10, 0.5)
+        group["weight_decay"] = 0.3 * weight_decay_multiplier(step / 10, 0.5)
         optimizer.step()
         for name, reference in references.items():
             reference.step(params[name].grad, group["lr"], group["momentum"], group["weight_decay"])
@@ -193,7 +199,7 @@ def test_textbook_muon_equals_torch(shape, dtype):
         set_gradients(params, step)
         theirs["a"].grad = params["a"].grad.clone()
         for g in optimizer.param_groups + reference.param_groups:
-            g["lr"] = 0.02 * lr_multiplier(step, 20, 40, 0.5, 0.1)
+            g["lr"] = 0.02 * lr_multiplier(step, step / 20, 2, 0.5, 0.1)
         optimizer.step()
         reference.step()
     assert relative(params["a"] - start, theirs["a"] - start) < 0.02
@@ -543,7 +549,7 @@ def train(optimizer, params, steps, rank, world):
     norms = []
     for step in steps:
         for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * lr_multiplier(step, 20, 40, 0.5, 0.1)
+            group["lr"] = group["initial_lr"] * lr_multiplier(step, step / 20, 2, 0.5, 0.1)
         optimizer.step(backward(params, rank, world))
         assert optimizer.skipped == 0
         norms.append(optimizer.grad_norm.item())
@@ -703,59 +709,149 @@ def test_each_rank_keeps_its_share_of_the_state(ranks, world):
 
 
 @pytest.mark.parametrize(
-    "step, N, warmup, warmdown, final, expected",
+    "step, progress, warmup, warmdown, final, expected",
     [
-        (0, 1000, 40, 0.5, 0.1, 1 / 40),  # the first update already moves
-        (38, 1000, 40, 0.5, 0.1, 39 / 40),
-        (39, 1000, 40, 0.5, 0.1, 1.0),  # the warmup is over
-        (500, 1000, 40, 0.5, 0.1, 1.0),  # the last stable update
-        (750, 1000, 40, 0.5, 0.1, 0.1 + 0.9 * 0.5),
-        (999, 1000, 40, 0.5, 0.1, 0.1 + 0.9 / 500),  # the last update
-        (1000, 1000, 40, 0.5, 0.1, 0.1),
-        (999, 1000, 40, 0.5, 0.0, 1 / 500),  # never 0 while there is an update
-        (0, 1, 40, 0.65, 0.05, 1.0),  # N = 1
-        (0, 1, 40, 1.0, 0.05, 1.0),
-        (0, 20, 40, 0.5, 0.1, 0.5),  # N < warmup: it takes a tenth of the run
-        (1, 20, 40, 0.5, 0.1, 1.0),
-        (0, 100, 0, 0.5, 0.1, 1.0),  # no warmup
-        (99, 100, 40, 0.0, 0.1, 1.0),  # no warmdown
-        (0, 100, 0, 1.0, 0.0, 1.0),  # warmdown from the start
-        (25, 100, 0, 1.0, 0.0, 0.75),
-        (4, 100, 40, 1.0, 0.0, 0.5 * 0.96),  # where they overlap they multiply
-        (50, 100, 0, 1.0, 1.0, 1.0),  # final 1: constant
+        (0, 0.0, 40, 0.5, 0.1, 1 / 40),  # the first update already moves
+        (38, 0.038, 40, 0.5, 0.1, 39 / 40),
+        (39, 0.039, 40, 0.5, 0.1, 1.0),  # the warmup is over
+        (500, 0.5, 40, 0.5, 0.1, 1.0),  # the last stable update
+        (750, 0.75, 40, 0.5, 0.1, 0.1 + 0.9 * 0.5),
+        (999, 0.999, 40, 0.5, 0.1, 0.1 + 0.9 / 500),  # the last update of 1,000
+        (1000, 1.0, 40, 0.5, 0.1, 0.1),
+        (999, 0.999, 40, 0.5, 0.0, 1 / 500),  # never 0 while there is an update
+        (0, 0.0, 0.1, 0.65, 0.05, 1.0),  # N = 1: a tenth of it
+        (0, 0.0, 2, 0.5, 0.1, 0.5),  # N = 20
+        (1, 0.05, 2, 0.5, 0.1, 1.0),
+        (0, 0.0, 0, 0.5, 0.1, 1.0),  # no warmup
+        (99, 0.99, 10, 0.0, 0.1, 1.0),  # no warmdown
+        (100, 1.0, 10, 0.0, 0.1, 1.0),
+        (0, 0.0, 0, 1.0, 0.0, 1.0),  # warmdown from the start
+        (25, 0.25, 0, 1.0, 0.0, 0.75),
+        (4, 0.04, 10, 1.0, 0.0, 0.5 * 0.96),  # where they overlap they multiply
+        (50, 0.5, 0, 1.0, 1.0, 1.0),  # final 1: constant
+        (7, 0.75, 0, 0.5, 0.1, 0.55),  # progress by the clock need not be step / N
     ],
 )
-def test_lr_multiplier(step, N, warmup, warmdown, final, expected):
-    assert lr_multiplier(step, N, warmup, warmdown, final) == pytest.approx(expected, rel=1e-12)
+def test_lr_multiplier(step, progress, warmup, warmdown, final, expected):
+    assert lr_multiplier(step, progress, warmup, warmdown, final) == pytest.approx(expected, rel=1e-12)
 
 
 def test_muon_momentum():
-    assert muon_momentum(0, 10_000, 0.5) == pytest.approx(0.85)
-    assert muon_momentum(200, 10_000, 0.5) == pytest.approx(0.91)
-    assert [muon_momentum(s, 10_000, 0.5) for s in (400, 3000, 5000)] == pytest.approx([0.97] * 3)
-    assert muon_momentum(7500, 10_000, 0.5) == pytest.approx(0.935)
-    assert muon_momentum(10_000, 10_000, 0.5) == pytest.approx(0.90)
-    assert muon_momentum(0, 1, 0.65) == pytest.approx(0.85)
-    assert muon_momentum(9999, 10_000, 0.0) == pytest.approx(0.97)
-    assert all(0.85 <= muon_momentum(s, 300, 1.0) <= 0.97 for s in range(300))
+    assert muon_momentum(0, 0.0, 0.5) == pytest.approx(0.85)
+    assert muon_momentum(200, 0.02, 0.5) == pytest.approx(0.91)
+    assert [muon_momentum(s, s / 10_000, 0.5) for s in (400, 3000, 5000)] == pytest.approx([0.97] * 3)
+    assert muon_momentum(7500, 0.75, 0.5) == pytest.approx(0.935)
+    assert muon_momentum(10_000, 1.0, 0.5) == pytest.approx(0.90)
+    assert muon_momentum(9999, 0.9999, 0.0) == pytest.approx(0.97)
+    assert all(0.85 <= muon_momentum(s, s / 300, 1.0) <= 0.97 for s in range(300))
 
 
 def test_weight_decay_multiplier():
-    assert [weight_decay_multiplier(s, 1000, 0.5) for s in (0, 499, 500)] == [1.0, 1.0, 1.0]
-    assert weight_decay_multiplier(750, 1000, 0.5) == pytest.approx(0.5)
-    assert 0 < weight_decay_multiplier(999, 1000, 0.5) < 1e-4
-    assert weight_decay_multiplier(1000, 1000, 0.5) == pytest.approx(0)
-    assert weight_decay_multiplier(999, 1000, 0.0) == 1.0
-    assert weight_decay_multiplier(0, 1, 1.0) == 1.0
+    assert [weight_decay_multiplier(p, 0.5) for p in (0.0, 0.499, 0.5)] == [1.0, 1.0, 1.0]
+    assert weight_decay_multiplier(0.75, 0.5) == pytest.approx(0.5)
+    assert 0 < weight_decay_multiplier(0.999, 0.5) < 1e-4
+    assert weight_decay_multiplier(1.0, 0.5) == pytest.approx(0)
+    assert weight_decay_multiplier(0.999, 0.0) == 1.0
 
 
-def test_before_the_decay_nothing_depends_on_the_horizon():
-    """So that a timed run can move its horizon until the decay begins."""
-    for step in range(0, 500, 7):
-        short, long = 1000, 5000
-        assert lr_multiplier(step, short, 40, 0.5, 0.1) == lr_multiplier(step, long, 40, 0.5, 0.1)
-        assert muon_momentum(step, short, 0.5) == muon_momentum(step, long, 0.5)
-        assert weight_decay_multiplier(step, short, 0.5) == weight_decay_multiplier(step, long, 0.5)
+@pytest.mark.parametrize("tokens, batch", [(1.5e9, 2**19), (3e9, 2**19.383), (2e6, 2e6 / 450), (45, 2**11)])
+def test_the_best_batch(tokens, batch):
+    assert best_batch_size(tokens) == pytest.approx(batch)
+
+
+@pytest.mark.parametrize(
+    "batch, T, rows",
+    [(2**19, 2048, 256), (2**19, 1000, 512), (2**12, 512, 8), (4000, 384, 8), (1, 512, 1), (700, 512, 1)],
+)
+def test_whole_rows(batch, T, rows):
+    assert whole_rows(batch, T) == rows * T
+
+
+def test_learning_rates_and_weight_decay_for_a_batch():
+    assert lr_scales(2**19) == (1.0, 1.0)
+    assert lr_scales(2**21) == (2.0, 2.0)
+    assert lr_scales(2**11) == pytest.approx((0.5, 2**1.6))
+    assert best_weight_decay(2**19, 1.5e9) == pytest.approx(0.28)
+    assert best_weight_decay(2**19, 6e9) == pytest.approx(0.07)
+    assert best_weight_decay(2**21, 6e9) == pytest.approx(0.14)
+    assert best_weight_decay(2**12, 2e6) == 0.28
+
+
+# -----------------------------------------------------------------------------
+# Progress by the clock
+
+
+def timed_run(span, step_time, rng, eval_every=0, eval_time=0, resume_at=math.inf, stop_at=math.inf, stop=0):
+    """
+    A run as train.py's loop makes it, on a clock of our own; step_time: seconds since the start -> of a step.
+    -> (seconds beyond the deadline, [(progress, seconds) of each step], seconds it was put off).
+    """
+    now = begin = 1e6 * rng.random()
+    table, dt = Timetable(now, span), step_time(0.0) * rng.choice([0.5, 1, 2])  # the trial's figure is coarse
+    steps, put_off, set_up = [], 0.0, 0.0
+    while True:
+        most = 1 if len(steps) < 10 else min(10, max(1, int(0.5 / dt)))
+        if eval_every:
+            most = min(most, eval_every - len(steps) % eval_every)
+        progress, increment, count, stall = table.window(now, dt, most)
+        put_off += stall
+        if count == 0:
+            return now - begin - span - set_up, steps, put_off
+        start = now
+        for i in range(count):
+            steps.append((progress + i * increment, step_time(now - begin)))
+            now += steps[-1][1]
+            if now - begin > stop_at:
+                now, stop_at = now + stop, math.inf
+        dt = (now - start) / count
+        if eval_every and len(steps) % eval_every == 0 and table.left(now) > 3 * eval_time:
+            now += eval_time * rng.uniform(0.7, 1.5)
+        if now - begin > resume_at:  # killed just after a save, and started again
+            saved, resume_at = table.at(now), math.inf
+            now, set_up = now + 30.0, 30.0
+            table = Timetable(now, span, saved)
+
+
+def assert_in_time(late, steps, span):
+    """Late by 1%, 4 s or one step at most, early by 3% or 8 s; the last step's progress close to 1."""
+    slowest = max(seconds for _, seconds in steps[-10:])
+    assert -max(0.03 * span, 8) <= late <= max(0.01 * span, 4, slowest)
+    assert (1 - steps[-1][0]) * span <= 1.5 * slowest
+    assert all(0 <= a <= b <= 1 for (a, _), (b, _) in zip(steps, steps[1:]))
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_a_timed_run_ends_in_time_with_its_decay_complete(seed):
+    rng = random.Random(seed)
+    span = rng.choice([10, 40, 250, 900])
+    base = span * 10 ** rng.uniform(-4, -1.3)
+    cut, change, noise = rng.uniform(0, span), rng.choice([0.5, 1, 2]), rng.choice([0, 0.1, 0.3])
+
+    def step_time(seconds):
+        return base * (change if seconds > cut else 1) * (1 + noise * rng.uniform(-1, 1))
+
+    eval_every = rng.choice([0, 7, 50])
+    eval_time = min(base * rng.choice([0.3, 3, 10]), 0.1 * base * eval_every)
+    resume_at = rng.choice([math.inf, 0.4 * span])
+    late, steps, put_off = timed_run(span, step_time, rng, eval_every, eval_time, resume_at)
+    assert put_off == 0
+    assert_in_time(late, steps, span)
+
+
+@pytest.mark.parametrize("stop", [5.0, 15.0, 60.0, 3600.0])
+def test_a_long_stall_moves_progress_by_a_fifth_and_is_added_to_the_deadline(stop):
+    rng = random.Random(0)
+    late, steps, put_off = timed_run(100, lambda seconds: 0.2, rng, stop_at=50.0, stop=stop)
+    assert late == pytest.approx(max(0.0, stop - 20), abs=2) and put_off == pytest.approx(late, abs=2)
+    assert max(b - a for (a, _), (b, _) in zip(steps, steps[1:])) <= 0.21
+    assert_in_time(late - put_off, steps, 100)
+
+
+def test_one_step_always_runs_and_an_ended_run_stays_ended():
+    table = Timetable(50.0, 3.0)
+    assert table.window(50.0, 3.0, 10) == (0.0, pytest.approx(1.0), 1, 0.0)
+    assert table.window(54.0, 4.0, 10)[2] == 0 and table.at(54.0) == 1.0
+    assert Timetable(50.0, 100.0, progress=1.0).window(50.0, 0.01, 10) == (1.0, 0.0, 0, 0.0)
 
 
 def test_rows_are_brought_to_one_length_and_zeros_stay_zeros():
