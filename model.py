@@ -9,6 +9,7 @@ logits (arXiv 2408.00118), value embeddings, residual scalars, smear, backout (m
 """
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -49,6 +50,22 @@ class GPTConfig:
     n_head: int = 4
     n_embd: int = 256  # C, the width
 
+    @classmethod
+    def of_depth(cls, depth, vocab_size, max_seq_len, aspect_ratio=64, head_dim=None):
+        """
+        The shape that follows from depth: a width of depth · aspect_ratio, rounded up to whole heads. Depth 4
+        -> 4 heads of 64, width 256; depth 12 -> 6 heads of 128, width 768. ValueError for what cannot be.
+        """
+        head_dim = head_dim or (128 if depth >= 8 else 64)
+        n_head = math.ceil(depth * aspect_ratio / head_dim)
+        if head_dim % 2:
+            what = f"--head-dim {head_dim}: rotary positions turn pairs of channels"
+            raise ValueError(f"{what}.\nGive an even number.")
+        if n_head * head_dim < 32:
+            what = f"depth {depth} and the other settings make a width of {n_head * head_dim}"
+            raise ValueError(f"{what}.\nThe least is 32.")
+        return cls(vocab_size, max_seq_len, depth, n_head, n_head * head_dim)
+
     @property
     def head_dim(self):
         return self.n_embd // self.n_head
@@ -58,42 +75,19 @@ class GPTConfig:
         return -(-self.vocab_size // 64) * 64  # tensor cores want multiples of 64
 
 
-class RMSNorm(torch.autograd.Function):
-    """norm(x), whose backward pass needs the result, which the next layer keeps anyway, and not x."""
-
-    @staticmethod
-    def forward(ctx, x):
-        x_float = x.float()
-        scale = (x_float.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
-        y = (x_float * scale).to(x.dtype)
-        ctx.save_for_backward(y, scale)
-        return y
-
-    @staticmethod
-    def backward(ctx, grad):
-        y, scale = ctx.saved_tensors
-        grad, y = grad.float(), y.float()
-        return ((grad - y * (grad * y).mean(-1, keepdim=True)) * scale).to(ctx.saved_tensors[0].dtype)
-
-
-class ReluSquared(torch.autograd.Function):
-    """relu(x)² (arXiv 2109.08668), whose backward pass needs the result alone: its slope is 2 · √relu(x)²."""
-
-    @staticmethod
-    def forward(ctx, x):
-        y = F.relu(x).square()
-        ctx.save_for_backward(y)
-        return y
-
-    @staticmethod
-    def backward(ctx, grad):
-        (y,) = ctx.saved_tensors
-        return 2 * grad * y.sqrt()
-
-
 def norm(x):
     """RMSNorm over the last dimension, without weights, in fp32 inside (arXiv 1910.07467)."""
     return RMSNorm.apply(x)
+
+
+class Linear(nn.Linear):
+    """A bias-free linear layer that casts its fp32 weight to the activations' dtype: no autocast needed."""
+
+    def __init__(self, in_features, out_features):
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype))
 
 
 def rotary_tables(length, head_dim, device):
@@ -109,6 +103,35 @@ def apply_rotary(x, cos, sin):
     cos, sin = cos.to(x.dtype)[:, :, None], sin.to(x.dtype)
     # one expression and no `cat`, so that it is fused with the norm of q and k
     return (halves * cos + halves.flip(-2) * torch.stack([sin, -sin], dim=-2)).flatten(-2)
+
+
+class RotaryAttention(nn.Module):
+    """Queries and keys get their positions and are normed; then causal attention. It has no weights."""
+
+    def forward(self, q, k, v, cos, sin):
+        q, k = norm(apply_rotary(q, cos, sin)), norm(apply_rotary(k, cos, sin))
+        return causal_attention(q, k, v)  # (B, T, n_head, head_dim)
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config, has_value_embedding):
+        super().__init__()
+        self.n_head = config.n_head
+        self.c_q = Linear(config.n_embd, config.n_embd)
+        self.c_k = Linear(config.n_embd, config.n_embd)
+        self.c_v = Linear(config.n_embd, config.n_embd)
+        self.attention = RotaryAttention()
+        self.c_proj = Linear(config.n_embd, config.n_embd)
+        self.value_gate = Linear(VALUE_GATE_CHANNELS, config.n_head) if has_value_embedding else None
+
+    def forward(self, x, value_embedding, cos, sin):
+        B, T, C = x.shape
+        y = norm(x)
+        q, k, v = (c(y).view(B, T, self.n_head, -1) for c in (self.c_q, self.c_k, self.c_v))
+        if self.value_gate is not None:
+            gate = 3 * torch.sigmoid(self.value_gate(y[..., :VALUE_GATE_CHANNELS]))  # (B, T, n_head)
+            v = v + gate[..., None] * value_embedding.view_as(v)
+        return x + self.c_proj(self.attention(q, k, v, cos, sin).reshape(B, T, C))
 
 
 def causal_attention(q, k, v):
@@ -130,104 +153,6 @@ def causal_attention(q, k, v):
     return y.transpose(1, 2)
 
 
-def blocked_attention(q, k, v, scale):
-    """
-    Causal attention as plain products: CPU_BLOCK queries at a time, on the keys up to their end. Compiled for
-    a CPU it is faster than the flash kernel there. q, k, v and the result: (B, n_head, T, head_dim).
-    """
-    blocks = []
-    for start in range(0, q.size(2), CPU_BLOCK):
-        queries = q[:, :, start : start + CPU_BLOCK]
-        end = start + queries.size(2)
-        scores = scale * (queries @ k[:, :, :end].mT).float()  # (B, n_head, queries, end)
-        future = torch.ones_like(scores[0, 0], dtype=torch.bool).triu(start + 1)
-        p = scores.masked_fill(future, -math.inf).softmax(-1)
-        blocks.append(p.to(q.dtype) @ v[:, :, :end])
-    return torch.cat(blocks, dim=2)
-
-
-def attention_backend(config, dtype, device, compiled):
-    """The name of the kernel that causal_attention runs for this shape, for the run's header."""
-    if device.type == "cpu":
-        return "blocked" if compiled and config.max_seq_len <= CPU_LENGTH else "flash"
-    if device.type == "mps":
-        return "Metal"
-    shape = (1, config.n_head, config.max_seq_len, config.head_dim)
-    q = torch.empty(shape, dtype=dtype, device=device, requires_grad=True)
-    params = torch.backends.cuda.SDPAParams(q, q, q, None, 0.0, True, False)
-    for backend in ATTENTION_BACKENDS[0 if config.max_seq_len % CUDNN_BLOCK == 0 else 1 : -1]:
-        kernel = backend.name.removesuffix("_ATTENTION").lower()
-        if getattr(torch.backends.cuda, f"can_use_{kernel}_attention")(params):
-            return kernel
-    return "math"
-
-
-def softcap(logits):
-    """Bound fp32 logits smoothly to ±SOFTCAP (arXiv 2408.00118, section 2)."""
-    return SOFTCAP * torch.tanh(logits / SOFTCAP)
-
-
-class ChunkedCrossEntropy(torch.autograd.Function):
-    """
-    The loss of GPT.forward, from x (N, C) in the compute dtype, the head's fp32 weight (padded V, C) and
-    targets (N,), for one chunk of rows after the other. Each chunk's gradients are made at once, in the
-    forward pass (arXiv 2410.10989, section 3.2): the N × V logits never exist together.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, targets, vocab_size, chunks):
-        w, columns = weight.to(x.dtype), torch.arange(weight.size(0), device=x.device)
-        nats, grad_x, grad_w = [], [], 0.0
-        for rows, target in zip(x.chunk(chunks), targets.chunk(chunks)):
-            capped = torch.tanh((rows @ w.T).float() / SOFTCAP)  # (n, padded V)
-            logits = (SOFTCAP * capped).masked_fill(columns >= vocab_size, -math.inf)
-            log_sum = logits.exp().sum(-1, keepdim=True).log()  # bounded by ±SOFTCAP: it cannot overflow
-            counted = (target >= 0)[:, None]
-            chosen = logits.gather(1, target.clamp_min(0)[:, None])
-            nats.append((log_sum - chosen) * counted)  # (n, 1)
-            grad = (logits - log_sum).exp() - (columns == target[:, None]).float()  # of the capped logits
-            grad = (grad * counted * (1 - capped.square())).to(x.dtype)
-            grad_x.append(grad @ w)
-            grad_w = grad_w + (grad.T @ rows).float()
-        ctx.save_for_backward(torch.cat(grad_x), grad_w)
-        return torch.cat(nats).sum()  # at the end: a sum per chunk is put off by Inductor, which keeps N × V
-
-    @staticmethod
-    def backward(ctx, grad_nats):
-        grad_x, grad_w = ctx.saved_tensors
-        return (grad_x.float() * grad_nats).to(grad_x.dtype), grad_w * grad_nats, None, None, None
-
-
-class Linear(nn.Linear):
-    """A bias-free linear layer that casts its fp32 weight to the activations' dtype: no autocast needed."""
-
-    def __init__(self, in_features, out_features):
-        super().__init__(in_features, out_features, bias=False)
-
-    def forward(self, x):
-        return F.linear(x, self.weight.to(x.dtype))
-
-
-class CausalSelfAttention(nn.Module):
-    def __init__(self, config, has_value_embedding):
-        super().__init__()
-        self.n_head = config.n_head
-        self.c_q = Linear(config.n_embd, config.n_embd)
-        self.c_k = Linear(config.n_embd, config.n_embd)
-        self.c_v = Linear(config.n_embd, config.n_embd)
-        self.c_proj = Linear(config.n_embd, config.n_embd)
-        self.value_gate = Linear(VALUE_GATE_CHANNELS, config.n_head) if has_value_embedding else None
-
-    def forward(self, x, value_embedding, cos, sin):
-        B, T, C = x.shape
-        q, k, v = (c(x).view(B, T, self.n_head, -1) for c in (self.c_q, self.c_k, self.c_v))
-        if self.value_gate is not None:
-            gate = 3 * torch.sigmoid(self.value_gate(x[..., :VALUE_GATE_CHANNELS]))  # (B, T, n_head)
-            v = v + gate[..., None] * value_embedding.view_as(v)
-        q, k = norm(apply_rotary(q, cos, sin)), norm(apply_rotary(k, cos, sin))
-        return self.c_proj(causal_attention(q, k, v).reshape(B, T, C))
-
-
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -235,7 +160,7 @@ class MLP(nn.Module):
         self.c_proj = Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x):
-        return self.c_proj(ReluSquared.apply(self.c_fc(x)))
+        return x + self.c_proj(ReluSquared.apply(self.c_fc(norm(x))))
 
 
 class Block(nn.Module):
@@ -245,28 +170,55 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, value_embedding, cos, sin):
-        x = x + self.attn(norm(x), value_embedding, cos, sin)
-        return x + self.mlp(norm(x))
+        return self.mlp(self.attn(x, value_embedding, cos, sin))
+
+
+class Head(Linear):
+    """
+    The untied head: the last norm, and fp32 logits bounded to ±SOFTCAP (arXiv 2408.00118, section 2), or
+    with targets the sum of their losses, made in chunks where a batch has more than `max_logits` logits.
+    """
+
+    def __init__(self, config, max_logits):
+        super().__init__(config.n_embd, config.padded_vocab_size)
+        self.vocab_size, self.max_logits = config.vocab_size, max_logits
+
+    def forward(self, x, targets=None):
+        x = norm(x)  # (B, T, C)
+        if targets is not None and targets.numel() * self.out_features > self.max_logits:
+            excess = targets.numel() * self.out_features / self.max_logits
+            chunks = 2 ** math.ceil(math.log2(excess))
+            rows = x.flatten(0, 1)
+            return ChunkedCrossEntropy.apply(rows, self.weight, targets.flatten(), self.vocab_size, chunks)
+        logits = softcap(super().forward(x)[..., : self.vocab_size].float())
+        if targets is None:
+            return logits
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="sum")
+
+
+def softcap(logits):
+    """Bound fp32 logits smoothly to ±SOFTCAP (arXiv 2408.00118, section 2)."""
+    return SOFTCAP * torch.tanh(logits / SOFTCAP)
 
 
 class GPT(nn.Module):
     """
     A decoder-only transformer; build it under `torch.device("meta")`, then call `init_weights(device, seed)`.
-    Parameters are fp32; activations have `compute_dtype`; the loss is computed in fp32, in chunks of rows
-    where a batch has more than `max_logits` logits.
+    Parameters are fp32; activations have `compute_dtype`; the loss is computed in fp32, of at most
+    `max_logits` logits at a time.
     """
 
     def __init__(self, config, compute_dtype=torch.float32, max_logits=2**29):
         super().__init__()
         self.config = config
-        self.compute_dtype, self.max_logits = compute_dtype, max_logits
+        self.compute_dtype, self.has_compiled_parts = compute_dtype, False
         # every second layer, counted from the last, mixes a second embedding of the token into its values
         value_layers = range((config.n_layer - 1) % 2, config.n_layer, 2)
         table = partial(nn.Embedding, config.padded_vocab_size, config.n_embd)
         self.embedding = table()
         self.value_embeddings = nn.ModuleDict({str(i): table() for i in value_layers})
         self.blocks = nn.ModuleList(Block(config, i in value_layers) for i in range(config.n_layer))
-        self.head = Linear(config.n_embd, config.padded_vocab_size)
+        self.head = Head(config, max_logits)
         self.resid_lambdas = nn.Parameter(torch.empty(config.n_layer))  # weight of the stream, per layer
         self.x0_lambdas = nn.Parameter(torch.empty(config.n_layer))  # weight of the embedding, per layer
         self.smear_gate = Linear(SMEAR_GATE_CHANNELS, 1)
@@ -324,23 +276,25 @@ class GPT(nn.Module):
             if i == (self.config.n_layer - 1) // 2:
                 middle = x
         x = x - self.backout_lambda.to(x.dtype) * middle  # the head need not see what fed later layers
-        x = norm(x)
-        excess = tokens.numel() * self.config.padded_vocab_size / self.max_logits
-        chunks = 2 ** math.ceil(math.log2(max(1, excess)))
-        if targets is not None and chunks > 1:
-            rows, vocab_size = x.flatten(0, 1), self.config.vocab_size
-            return ChunkedCrossEntropy.apply(rows, self.head.weight, targets.flatten(), vocab_size, chunks)
-        logits = softcap(self.head(x)[..., : self.config.vocab_size].float())
-        if targets is None:
-            return logits
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="sum")
+        return self.head(x, targets)
+
+    def compile_parts(self):
+        """
+        Compile what all layers share, once each: attention, MLP, head. On a CPU that takes 30 s where the
+        whole graph, `compile`, takes 70 s, and a step is 5% slower (depth 4, 2 cores).
+        """
+        self.has_compiled_parts = True
+        for module in self.modules():
+            if isinstance(module, (RotaryAttention, MLP, Head)):
+                module.compile(dynamic=False)
 
     def parameter_roles(self):
         """
         {role: {name: parameter}}; each parameter stands in exactly one role (asserted).
+        A new role is a line here, before those whose parameters it takes, and one in train.py's table.
         Roles: matrix (all of the blocks), head, embedding, value_embedding, resid_scalar, x0_scalar, smear.
         """
-        places = {
+        places = {  # a part of the parameter's name: its role
             "blocks": "matrix",
             "head": "head",
             "embedding": "embedding",
@@ -353,7 +307,8 @@ class GPT(nn.Module):
         }
         roles = {role: {} for role in places.values()}
         for name, parameter in self.named_parameters():
-            roles[places[name.split(".")[0]]][name] = parameter
+            role = next(role for place, role in places.items() if place in name.split("."))
+            roles[role][name] = parameter
         assert sum(map(len, roles.values())) == len(list(self.parameters()))
         return roles
 
@@ -382,20 +337,123 @@ class GPT(nn.Module):
         device = self.head.weight.device
         generator = torch.Generator(device=device).manual_seed(seed)
         ids = list(tokens)
-        for _ in range(max_new_tokens):
-            row = ids[-self.config.max_seq_len :]
-            if bos is not None and row[0] != bos:
-                row = [bos, *row[-(self.config.max_seq_len - 1) :]]
-            logits = self(torch.tensor([row], device=device))[0, -1]
-            if temperature == 0:
-                ids.append(int(logits.argmax()))
-                continue
-            if top_k is not None:
-                floor = logits.topk(min(top_k, logits.numel())).values[-1]
-                logits = logits.masked_fill(logits < floor, -torch.inf)
-            p = torch.softmax(logits / temperature, dim=-1)
-            ids.append(int(torch.multinomial(p, 1, generator=generator)))
+        # each new length would compile anew
+        uncompiled = torch.compiler.set_stance("force_eager") if self.has_compiled_parts else nullcontext()
+        with uncompiled:
+            for _ in range(max_new_tokens):
+                row = ids[-self.config.max_seq_len :]
+                if bos is not None and row[0] != bos:
+                    row = [bos, *row[-(self.config.max_seq_len - 1) :]]
+                logits = self.forward(torch.tensor([row], device=device))[0, -1]
+                if temperature == 0:
+                    ids.append(int(logits.argmax()))
+                    continue
+                if top_k is not None:
+                    floor = logits.topk(min(top_k, logits.numel())).values[-1]
+                    logits = logits.masked_fill(logits < floor, -torch.inf)
+                p = torch.softmax(logits / temperature, dim=-1)
+                ids.append(int(torch.multinomial(p, 1, generator=generator)))
         return ids[len(tokens) :]
+
+
+# -----------------------------------------------------------------------------
+# The same mathematics, faster
+
+
+class RMSNorm(torch.autograd.Function):
+    """norm(x), whose backward pass needs the result, which the next layer keeps anyway, and not x."""
+
+    @staticmethod
+    def forward(ctx, x):
+        x_float = x.float()
+        scale = (x_float.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+        y = (x_float * scale).to(x.dtype)
+        ctx.save_for_backward(y, scale)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        y, scale = ctx.saved_tensors
+        grad, y = grad.float(), y.float()
+        return ((grad - y * (grad * y).mean(-1, keepdim=True)) * scale).to(ctx.saved_tensors[0].dtype)
+
+
+class ReluSquared(torch.autograd.Function):
+    """relu(x)² (arXiv 2109.08668), whose backward pass needs the result alone: its slope is 2 · √relu(x)²."""
+
+    @staticmethod
+    def forward(ctx, x):
+        y = F.relu(x).square()
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        (y,) = ctx.saved_tensors
+        return 2 * grad * y.sqrt()
+
+
+def blocked_attention(q, k, v, scale):
+    """
+    Causal attention as plain products: CPU_BLOCK queries at a time, on the keys up to their end. Compiled for
+    a CPU it is faster than the flash kernel there. q, k, v and the result: (B, n_head, T, head_dim).
+    """
+    blocks = []
+    for start in range(0, q.size(2), CPU_BLOCK):
+        queries = q[:, :, start : start + CPU_BLOCK]
+        end = start + queries.size(2)
+        scores = scale * (queries @ k[:, :, :end].mT).float()  # (B, n_head, queries, end)
+        future = torch.ones_like(scores[0, 0], dtype=torch.bool).triu(start + 1)
+        p = scores.masked_fill(future, -math.inf).softmax(-1)
+        blocks.append(p.to(q.dtype) @ v[:, :, :end])
+    return torch.cat(blocks, dim=2)
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """
+    The loss of GPT.forward, from x (N, C) in the compute dtype, the head's fp32 weight (padded V, C) and
+    targets (N,), for one chunk of rows after the other. Each chunk's gradients are made at once, in the
+    forward pass (arXiv 2410.10989, section 3.2): the N × V logits never exist together.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, vocab_size, chunks):
+        w, columns = weight.to(x.dtype), torch.arange(weight.size(0), device=x.device)
+        nats, grad_x, grad_w = [], [], 0.0
+        for rows, target in zip(x.chunk(chunks), targets.chunk(chunks)):
+            capped = torch.tanh((rows @ w.T).float() / SOFTCAP)  # (n, padded V)
+            logits = (SOFTCAP * capped).masked_fill(columns >= vocab_size, -math.inf)
+            log_sum = logits.exp().sum(-1, keepdim=True).log()  # bounded by ±SOFTCAP: it cannot overflow
+            counted = (target >= 0)[:, None]
+            chosen = logits.gather(1, target.clamp_min(0)[:, None])
+            nats.append((log_sum - chosen) * counted)  # (n, 1)
+            grad = (logits - log_sum).exp() - (columns == target[:, None]).float()  # of the capped logits
+            grad = (grad * counted * (1 - capped.square())).to(x.dtype)
+            grad_x.append(grad @ w)
+            grad_w = grad_w + (grad.T @ rows).float()
+        ctx.save_for_backward(torch.cat(grad_x), grad_w)
+        return torch.cat(nats).sum()  # at the end: a sum per chunk is put off by Inductor, which keeps N × V
+
+    @staticmethod
+    def backward(ctx, grad_nats):
+        grad_x, grad_w = ctx.saved_tensors
+        return (grad_x.float() * grad_nats).to(grad_x.dtype), grad_w * grad_nats, None, None, None
+
+
+def attention_backend(config, dtype, device, compiled):
+    """The name of the kernel that causal_attention runs for this shape, for the run's header."""
+    if device.type == "cpu":
+        return "blocked" if compiled and config.max_seq_len <= CPU_LENGTH else "flash"
+    if device.type == "mps":
+        return "Metal"
+    shape = (1, config.n_head, config.max_seq_len, config.head_dim)
+    q = torch.empty(shape, dtype=dtype, device=device, requires_grad=True)
+    params = torch.backends.cuda.SDPAParams(q, q, q, None, 0.0, True, False)
+    for backend in ATTENTION_BACKENDS[0 if config.max_seq_len % CUDNN_BLOCK == 0 else 1 : -1]:
+        kernel = backend.name.removesuffix("_ATTENTION").lower()
+        if getattr(torch.backends.cuda, f"can_use_{kernel}_attention")(params):
+            return kernel
+    return "math"
 
 
 if __name__ == "__main__":
@@ -405,8 +463,10 @@ if __name__ == "__main__":
     from pathlib import Path
 
     import checkpoint
+    import report
     from dataloader import load_tokenizer
 
+    report.open_console()
     parser = argparse.ArgumentParser(description="Continue a prompt with a trained run.")
     parser.add_argument("run", type=Path, help="the run's folder, out/NAME")
     parser.add_argument("prompt", nargs="?", default="", help="the text to continue")
@@ -427,4 +487,4 @@ if __name__ == "__main__":
     prompt = [bos, *tokenizer.encode_ordinary(arguments.prompt)]
     options = {name: getattr(arguments, name) for name in ("temperature", "top_k", "seed")}
     new = model.generate(prompt, arguments.tokens, bos=bos, **options)
-    print(arguments.prompt + tokenizer.decode(new))
+    report.show(arguments.prompt + tokenizer.decode(new))

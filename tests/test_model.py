@@ -2,6 +2,7 @@
 
 import copy
 import math
+import shutil
 
 import pytest
 import torch
@@ -98,7 +99,7 @@ def test_the_loss_in_chunks_is_the_loss(dtype, compiled, rounding):
     forward = torch.compile(chunked, dynamic=False) if compiled else chunked
     expected = single(tokens, targets)
     (expected / 93).backward()
-    chunked.max_logits = 93 * 320 // 5  # 8 chunks
+    chunked.head.max_logits = 93 * 320 // 5  # 8 chunks
     loss = forward(tokens, targets)
     (loss / 93).backward()
     assert compiled or "ChunkedCrossEntropy" in loss.grad_fn.name()
@@ -106,6 +107,51 @@ def test_the_loss_in_chunks_is_the_loss(dtype, compiled, rounding):
     for (name, p), q in zip(single.named_parameters(), chunked.parameters()):
         difference = (p.grad - q.grad).norm() / p.grad.norm()
         assert difference < rounding, name
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
+def test_compiled_parts_are_the_model_and_generation_compiles_nothing():
+    model = wake(build())
+    compiled = copy.deepcopy(model)
+    compiled.compile_parts()
+    tokens = tokens_of(model)
+    torch._dynamo.utils.counters.clear()
+    for m in (model, compiled):
+        m(tokens, tokens).backward()
+    for (name, p), q in zip(model.named_parameters(), compiled.named_parameters()):
+        assert name == q[0] and (p.grad - q[1].grad).norm() < 1e-5 * p.grad.norm(), name
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs == 3  # attention, MLP, head: one graph each for all layers
+    assert compiled.generate([1, 2, 3], 5) == model.generate([1, 2, 3], 5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+
+
+@pytest.mark.parametrize(
+    "depth, aspect_ratio, head_dim, shape",
+    [
+        (1, 64, None, (1, 1, 64)),
+        (4, 64, None, (4, 4, 64)),
+        (9, 64, None, (9, 5, 128)),
+        (12, 64, None, (12, 6, 128)),
+        (20, 64, None, (20, 10, 128)),
+        (2, 32, 32, (2, 2, 32)),
+        (6, 100, 64, (6, 10, 64)),
+    ],
+)
+def test_the_shape_follows_from_depth(depth, aspect_ratio, head_dim, shape):
+    config = GPTConfig.of_depth(depth, 300, 32, aspect_ratio, head_dim)
+    assert (config.n_layer, config.n_head, config.head_dim) == shape
+    assert config.n_embd >= depth * aspect_ratio > config.n_embd - config.head_dim
+    assert (config.vocab_size, config.max_seq_len) == (300, 32)
+
+
+@pytest.mark.parametrize(
+    "depth, aspect_ratio, head_dim, told", [(4, 64, 33, "even"), (1, 16, 16, "width of 16")]
+)
+def test_shapes_that_cannot_be(depth, aspect_ratio, head_dim, told):
+    with pytest.raises(ValueError, match=told):
+        GPTConfig.of_depth(depth, 300, 32, aspect_ratio, head_dim)
 
 
 @pytest.mark.parametrize("n_layer", [1, 2, 3, 4])
