@@ -1,15 +1,21 @@
 """
-Checkpoints: weights and state to disk and back, so that a kill at any moment never costs a good one.
+A run's folder and its checkpoints: weights and state to disk and back, so that a kill at any moment never
+costs a good one.
 
 A checkpoint is a folder step_000200 with model.pt, optimizer.pt, state.json and manifest.json, which holds
 size and sha256 of the others. It is written under a temporary name, synced, and renamed once it is complete.
 """
 
+import difflib
+import errno
 import hashlib
+import itertools
 import json
 import os
 import shutil
+import socket
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from pathlib import Path
 
 import filelock
@@ -20,56 +26,168 @@ class CheckpointError(Exception):
     """A run's folder that cannot be used; the message says why and what to do, in two lines."""
 
 
+# -----------------------------------------------------------------------------
+# The run's folder
+
+
+def make_run(out_dir, name=None):
+    """
+    Make the folder of a new run, in one step, so that no other start can have the same one -> its path.
+    Without a name it is <date>-<time>, then -2, -3 …. CheckpointError if it exists or cannot be made.
+    """
+    wanted = name or f"{datetime.now():%Y%m%d-%H%M%S}"
+    for number in itertools.count(1):
+        folder = out_dir / (wanted if number == 1 else f"{wanted}-{number}")
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            if name:
+                advice = "Continue it with --resume, or choose another --run-name."
+                raise CheckpointError(f"the run {folder} exists.\n{advice}") from None
+        except OSError as error:
+            reason = f"{folder} cannot be made: {error.strerror}"
+            raise CheckpointError(f"{reason}.\nChoose another --out-dir or --run-name.") from None
+
+
+def find_run(out_dir, name=None):
+    """-> the folder of the run to resume: `name`, or the newest. CheckpointError if there is none."""
+    runs = sorted(out_dir.glob("*/config.json"), key=os.path.getmtime)
+    if name and (out_dir / name).is_dir():
+        return out_dir / name
+    if name:
+        names = [path.parent.name for path in runs]
+        near = difflib.get_close_matches(name, names, n=3) or names[-3:]
+        advice = f"Did you mean {', '.join(near)}?" if near else "Start one without --resume."
+        raise CheckpointError(f"there is no run {out_dir / name} to resume.\n{advice}")
+    if not runs:
+        raise CheckpointError(f"{out_dir} holds no run to resume.\nStart one without --resume.")
+    return runs[-1].parent
+
+
+def lock(folder):
+    """Make this the one process that writes into `folder` -> the lock. CheckpointError if that cannot be."""
+    held, owner = filelock.FileLock(folder / "lock"), folder / "lock.json"
+    try:
+        held.acquire(timeout=0)
+        owner.write_text(json.dumps({"host": socket.gethostname(), "process": os.getpid()}))
+    except filelock.Timeout:
+        try:
+            by = "process {process} on {host}".format(**json.loads(owner.read_text()))
+        except (OSError, ValueError, KeyError):
+            by = "another process"
+        advice = f"Stop that run first. If it is dead and its machine gone, delete {folder / 'lock'}."
+        raise CheckpointError(f"{folder} is being written by {by}, a run still going.\n{advice}") from None
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be written: {error.strerror}.\nMake it writable.") from None
+    return held
+
+
+def saved_settings(run_folder):
+    """
+    -> (the settings, the flags that were given, where they are from) of a run: from its config.json or, if
+    that is lost, from its newest valid checkpoint; empty where there is neither.
+    """
+    try:
+        config = json.loads((run_folder / "config.json").read_text())
+        return config["settings"], config["given"], "config.json"
+    except (OSError, ValueError, KeyError, TypeError):
+        newest, _ = newest_valid(run_folder / "checkpoints")
+        state = load(newest, "state") if newest else {}
+        return state.get("settings", {}), state.get("given", {}), newest
+
+
+def is_full(error):
+    """Whether an error says that a disk, or somebody's share of it, is full."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def check_room(root, weights, whole, saves):
+    """
+    Compare the room for checkpoints under `root` with what a run will need: so many of `whole` bytes at a
+    time -> a warning or None. CheckpointError if not even the weights, of so many bytes, have room.
+    """
+    free, there = shutil.disk_usage(root).free, len(complete(root))
+    if free < weights:
+        need = f"the weights alone take {weights / 1e9:.2g} GB, and {root} has {free / 1e9:.2g} GB free"
+        raise CheckpointError(f"{need}.\nMake room there, or choose another --out-dir.")
+    missing = max(1, saves - there) * whole - free
+    if missing > 0:
+        what = f"{saves} × {whole / 1e9:.2g} GB of checkpoints do not fit into {free / 1e9:.2g} GB"
+        return f"{what}: {missing / 1e9:.2g} GB are missing. Make room, or keep fewer with --keep-checkpoints"
+    return None
+
+
+# -----------------------------------------------------------------------------
+# Saving
+
+
 class Saver:
     """
     Writes checkpoints into `root` from a background thread, one at a time, and keeps the `keep` newest. The
-    caller waits only while tensors are copied into host buffers: reused ones, and pinned if `pin` is set.
+    caller waits only while tensors are copied into host buffers: reused ones, and pinned if `pin` is set
+    and the host allows it. No error is raised: each save has an outcome.
     """
 
     def __init__(self, root, keep, pin=False, synchronize=lambda: None):
         self.root, self.keep, self.pin, self.synchronize = Path(root), keep, pin, synchronize
-        self.buffers, self.thread, self.pending = {}, ThreadPoolExecutor(max_workers=1), None
+        self.buffers, self.thread, self.pending, self.ended = {}, ThreadPoolExecutor(1), None, []
 
-    def save(self, step, tensors, state):
+    def save(self, step, tensors, state, prune=True):
         """
         Begin to write step_<step>: each {name: state dict} of `tensors` as name.pt, `state` as state.json.
-        A save that is still being written is waited for. -> the outcome of that one, as of `wait`.
+        A save that is still being written is waited for. Without `prune` older ones are all kept.
         """
-        outcome = self.wait()
-        copies = {name: self.copy(content, name) for name, content in tensors.items()}
-        self.synchronize()  # the copies from the device are asynchronous
-        self.pending = self.thread.submit(self.write, step, copies, state)
-        return outcome
+        self.wait()
+        try:
+            try:
+                copies = self.copy(tensors)
+            except RuntimeError:
+                if not self.pin:
+                    raise
+                self.pin, self.buffers = False, {}  # a host may limit what can be pinned
+                copies = self.copy(tensors)
+            self.synchronize()  # the copies from the device are asynchronous
+        except (RuntimeError, MemoryError) as error:
+            self.ended.append((step, error))
+            return
+        keep = self.keep if prune else None
+        self.pending = self.thread.submit(self.write, step, copies, state, keep)
 
-    def copy(self, content, place):
+    def copy(self, content, place=""):
         """The same nested dicts, with each tensor copied into the host buffer of its place."""
         if isinstance(content, dict):
             return {key: self.copy(value, f"{place}/{key}") for key, value in content.items()}
-        if place not in self.buffers:
+        if place not in self.buffers:  # pinned memory comes in powers of two: up to twice the size
             self.buffers[place] = torch.empty(content.shape, dtype=content.dtype, pin_memory=self.pin)
         return self.buffers[place].copy_(content.detach(), non_blocking=self.pin)
 
-    def write(self, step, tensors, state):
+    def write(self, step, tensors, state, keep):
         try:
-            return write(self.root, step, tensors, state, self.keep), None
+            write(self.root, step, tensors, state, keep)
+            return step, None
         except Exception as error:
             while error.__context__ and not isinstance(error, OSError):
                 error = error.__context__  # torch.save wraps the disk's error in one of its own
             clean_up(self.root)  # what was written of it takes room that the log may need
-            return None, error
-
-    def poll(self):
-        """Once for each save that has ended: (its folder, None) or (None, the error); else None."""
-        return self.wait() if self.pending and self.pending.done() else None
+            return step, error
 
     def wait(self):
-        """Wait for the save that is being written -> its outcome as of `poll`, or None if there is none."""
-        pending, self.pending = self.pending, None
-        return pending.result() if pending else None
+        """Wait for the save that is being written."""
+        if self.pending:
+            self.ended.append(self.pending.result())
+            self.pending = None
+
+    def outcomes(self):
+        """-> [(step, None or the error)] of the saves that have ended since the last call."""
+        if self.pending and self.pending.done():
+            self.wait()
+        ended, self.ended = self.ended, []
+        return ended
 
 
 def write(root, step, tensors, state, keep):
-    """Write one checkpoint, then delete all but the `keep` newest valid ones -> its folder."""
+    """Write a checkpoint, then delete all but the `keep` newest valid ones (None: none) -> its folder."""
     folder, temporary = root / f"step_{step:06d}", root / f".tmp-step_{step:06d}"
     clean_up(root)  # what a killed run has left
     temporary.mkdir()  # if root has vanished, that is an error and no reason to make another one
@@ -90,7 +208,7 @@ def write(root, step, tensors, state, keep):
     os.rename(temporary, folder)
     sync(root)
     valid = 0
-    for old in complete(root):
+    for old in complete(root) if keep else []:
         if valid >= keep:
             discard(old)
         elif old == folder or fault(old) is None:
@@ -161,6 +279,10 @@ def fault(folder):
     return None
 
 
+# -----------------------------------------------------------------------------
+# Loading
+
+
 def newest_valid(root):
     """-> (the newest checkpoint without fault, or None; the faults of newer ones, which were passed over)."""
     faults = []
@@ -172,35 +294,28 @@ def newest_valid(root):
     return None, faults
 
 
-def saved_settings(run_folder):
+def to_resume(root):
     """
-    -> (the settings, the flags that were given, where they are from) of a run: from its config.json or, if
-    that is lost, from its newest valid checkpoint; empty where there is neither.
+    -> (the checkpoint under `root` to go on from, or None; the faults of newer ones, which are passed over).
+    CheckpointError if none of those that are there will do.
     """
-    try:
-        config = json.loads((run_folder / "config.json").read_text())
-        return config["settings"], config["given"], "config.json"
-    except (OSError, ValueError, KeyError, TypeError):
-        newest, _ = newest_valid(run_folder / "checkpoints")
-        state = load(newest, "state") if newest else {}
-        return state.get("settings", {}), state.get("given", {}), newest
-
-
-def lock(folder):
-    """Make this the one process that writes into `folder` -> the lock. CheckpointError if that cannot be."""
-    held = filelock.FileLock(folder / "lock")
-    try:
-        held.acquire(timeout=0)
-    except filelock.Timeout:
-        reason = "is being written by a run that is still going.\nStop that one first."
-        raise CheckpointError(f"{folder} {reason}") from None
-    except OSError as error:
-        raise CheckpointError(f"{folder} cannot be written: {error.strerror}.\nMake it writable.") from None
-    return held
+    newest, faults = newest_valid(root)
+    if faults and not newest:
+        what = f"no checkpoint in {root} is valid: {faults[0]}"
+        raise CheckpointError(f"{what}.\nPut a good one back, or start another run.")
+    if newest and not (newest / "optimizer.pt").exists():
+        what = f"{newest} holds the weights alone, as the disk was full: training cannot go on from it"
+        raise CheckpointError(f"{what}.\nMake room, and move that folder away to resume from the one before.")
+    return newest, faults
 
 
 def load(folder, name):
     """Read name.json, or name.pt onto the CPU: tensors and plain values only, never pickled code."""
     if (folder / f"{name}.json").exists():
         return json.loads((folder / f"{name}.json").read_text())
-    return torch.load(folder / f"{name}.pt", map_location="cpu", weights_only=True, mmap=True)
+    path, options = folder / f"{name}.pt", {"map_location": "cpu", "weights_only": True}
+    try:
+        return torch.load(path, mmap=True, **options)
+    except UnicodeEncodeError:  # PyTorch maps only files whose path is valid Unicode
+        with open(path, "rb") as file:
+            return torch.load(file, **options)
