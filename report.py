@@ -7,6 +7,7 @@ log.jsonl, config.json and summary.json are the record; the console line, report
     python report.py out/a out/b   # out/compare-a-b/compare.md
 """
 
+import codecs
 import contextlib
 import importlib.metadata
 import itertools
@@ -15,9 +16,7 @@ import math
 import os
 import platform
 import re
-import resource
 import shlex
-import statistics
 import subprocess
 import sys
 import textwrap
@@ -29,85 +28,6 @@ import torch.distributed as dist
 
 # -----------------------------------------------------------------------------
 # Measuring
-
-# dense bf16 TFLOP/s, as published, by the words of a GPU's name without maker, brand and gigabytes: any
-# other word (Laptop, Ti, D, MIG) makes it another chip. What is not here is measured
-PUBLISHED_PEAKS = {
-    "GB200": 2500, "B200": 2250, "RTX 5090": 209.5,
-    "GH200": 989, "H200": 989, "H100 HBM3": 989, "H100 PCIE": 756, "H100 NVL": 835,
-    "L40S": 362, "L4": 121, "RTX 4090": 165.2,
-    "A100 SXM4": 312, "A100 PCIE": 312, "RTX 3090": 71,
-}
-
-
-def find_peak(device, device_name, dtype, given_tflops=None):
-    """-> (peak FLOP/s of one device in the training dtype, "given", "published" or "measured")."""
-    if given_tflops:
-        return given_tflops * 1e12, "given"
-    words = re.findall(r"[A-Z0-9.]+", device_name.upper())
-    name = " ".join(word for word in words if not re.fullmatch(r"NVIDIA|GEFORCE|\d+GB?", word))
-    if device.type == "cuda" and dtype == torch.bfloat16 and name in PUBLISHED_PEAKS:
-        return PUBLISHED_PEAKS[name] * 1e12, "published"
-    return measured_peak(device, dtype), "measured"
-
-
-def measured_peak(device, dtype):
-    """FLOP/s of a product of random matrices on this device: the median of 5, of the largest in 2 s."""
-    synchronize, begin = synchronizer(device.type), time.perf_counter()
-    for n in (256, 512, 1024, 2048, 4096, 8192):
-        a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-        times = []
-        for _ in range(6):
-            synchronize()
-            start = time.perf_counter()
-            torch.mm(a, b)
-            synchronize()
-            times.append(time.perf_counter() - start)
-        seconds = statistics.median(times[1:])  # the first one loads the kernel
-        if time.perf_counter() - begin + 6 * 8 * seconds > 2:  # the next size takes 8 times as long
-            break
-    return 2 * n**3 / seconds
-
-
-def synchronizer(device_type):
-    """The function that waits until the device has done its work; on CPU work is already synchronous."""
-    return {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize, "cpu": lambda: None}[device_type]
-
-
-def device_name(device):
-    """The name of the GPU or of the CPU, as far as the system tells."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    commands = {
-        "darwin": "sysctl -n machdep.cpu.brand_string",
-        "linux": "grep -m 1 '^model name' /proc/cpuinfo | cut -d : -f 2",
-    }
-    name = os.popen(commands.get(sys.platform, "")).read().strip()
-    name = name or platform.processor() or platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads" if device.type == "cpu" else name
-
-
-def has_fast_bf16(device):
-    """Whether the device multiplies bf16 matrices in hardware; where it is emulated, fp32 is much faster."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    units = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    return any(units.get(name) for name in ("avx512_bf16", "amx_bf16"))
-
-
-def is_out_of_memory(error):
-    """Whether an exception means that the device's memory does not do, in Metal's and cuBLAS's words too."""
-    told = "out of memory" in str(error) or "ALLOC_FAILED" in str(error)
-    return isinstance(error, torch.OutOfMemoryError) or told
-
-
-def peak_memory(device):
-    """Bytes at the peak: CUDA's allocator; on MPS the driver's allocation now; on CPU the resident set."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    if device.type == "mps":
-        return torch.mps.driver_allocated_memory()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def versions():
@@ -156,15 +76,27 @@ def bits_per_byte(model, batches, device):
 
 
 class Clock:
-    """Wall time by what it was spent on: `lap(name)` books the time since the last lap under that name."""
+    """
+    Seconds by what they were spent on: `lap(name)` books the time since the last lap under that name. start
+    is a time.monotonic(), which no correction of the system's clock moves.
+    """
 
     def __init__(self, start):
         self.last, self.spent = start, {}
 
     def lap(self, name):
-        now = time.time()
+        now = time.monotonic()
         self.spent[name] = self.spent.get(name, 0.0) + now - self.last
         self.last = now
+
+    def add(self, spent):
+        """Book what earlier starts have spent, {name: seconds}."""
+        for name, seconds in spent.items():
+            self.spent[name] = self.spent.get(name, 0.0) + seconds
+
+    def elapsed(self, without=None):
+        """Seconds so far, those of earlier starts included, those booked under the name `without` not."""
+        return sum(self.spent.values()) - self.spent.get(without, 0.0) + time.monotonic() - self.last
 
 
 # -----------------------------------------------------------------------------
@@ -185,7 +117,7 @@ class Log:
         self.waiting = b""  # what a full disk has not taken yet
         self.wandb = None
         if folder and wandb:
-            self.guard(self.start_wandb, folder, config)
+            self.tell_wandb(self.start_wandb, folder, config)
 
     def start_wandb(self, folder, config):
         import wandb
@@ -199,35 +131,51 @@ class Log:
             self.wandb.define_metric(axis)
         self.wandb.define_metric("*", step_metric="step")
 
-    def guard(self, action, *arguments):
+    def tell_wandb(self, action, *arguments):
         """A logging service must never stop a run: at its first error it is left alone."""
         try:
             action(*arguments)
         except Exception as error:
-            tell(wrap(f"wandb    is off: {type(error).__name__}: {error}"))
+            tell("wandb", f"is off: {type(error).__name__}: {error}")
             self.wandb = None
 
     def write(self, kind, **fields):
+        """Append a record; what cannot be written now, whatever the reason, is kept for the next time."""
         fields = plain(fields)
         if self.file:
             told_before = bool(self.waiting)
-            self.waiting += json.dumps({"kind": kind, **fields}).encode() + b"\n"
-            try:
-                while self.waiting:
-                    self.waiting = self.waiting[self.file.write(self.waiting) :]
-            except OSError as error:
-                if not told_before:
-                    tell(wrap(f"log      kept until it can be written, training goes on: {error}"))
+            self.waiting += json.dumps({"kind": kind, **fields}, default=str).encode() + b"\n"
+            self.write_waiting(told_before)
         if self.wandb and kind != "event":
-            self.guard(self.wandb.log, {k: v for k, v in fields.items() if v is not None})
+            self.tell_wandb(self.wandb.log, {k: v for k, v in fields.items() if v is not None})
+
+    def saves(self, outcomes, step, trouble="failed, the next one tries again"):
+        """Log and tell how saves have ended, [(step, error or None)] -> the error of the last one."""
+        error = None
+        for saved_step, error in outcomes:
+            if error:
+                self.write("event", step=step, event="save_failed", error=str(error))
+                tell("save", f"{trouble}: {error}")
+            else:  # under its own step: the loop has gone on meanwhile
+                self.write("event", step=saved_step, event="saved", folder=f"step_{saved_step:06d}")
+        return error
+
+    def write_waiting(self, told_before=True):
+        try:
+            while self.waiting:
+                self.waiting = self.waiting[self.file.write(self.waiting) :]
+        except Exception as error:
+            if not told_before:
+                tell("log", f"kept until it can be written, training goes on: {error}")
 
     def close(self, summary=None):
         if self.file:
+            self.write_waiting()
             self.file.close()
         if self.wandb:
-            self.guard(self.wandb.summary.update, summary or {})
+            self.tell_wandb(self.wandb.summary.update, summary or {})
         if self.wandb:
-            self.guard(self.wandb.finish)
+            self.tell_wandb(self.wandb.finish)
 
 
 def read_log(folder):
@@ -237,7 +185,7 @@ def read_log(folder):
     for line in text.splitlines():
         with contextlib.suppress(ValueError):
             records.append(json.loads(line))
-    return records
+    return [record for record in records if isinstance(record, dict) and "step" in record]
 
 
 def cut_log(folder, step):
@@ -247,26 +195,67 @@ def cut_log(folder, step):
 
 
 def replace(path, text):
-    """Write a file in one go: whoever reads it sees the old text or the new one."""
-    path.with_suffix(".tmp").write_text(text, encoding="utf-8")
+    """Write a file in one go, so that whoever reads it sees the old text or the new one -> its path."""
+    path.with_suffix(".tmp").write_text(text, encoding="utf-8", errors="backslashreplace")
     os.replace(path.with_suffix(".tmp"), path)
+    return path
 
 
 # -----------------------------------------------------------------------------
 # The console
 
 
-def tell(line):
+SIMILAR = str.maketrans({"×": "x", "·": "-", "–": "-", "…": "...", "²": "2", "█": "#"})
+
+
+def similar(error):
+    """For codecs: where an encoding lacks a letter, a similar one, or its number."""
+    missing = error.object[error.start : error.end].translate(SIMILAR)
+    return missing.encode("ascii", "backslashreplace").decode(), error.end
+
+
+def open_console():
+    """Have standard output and error take any text, also where they are ASCII or closed."""
+    codecs.register_error("similar", similar)
+    while (handle := os.open(os.devnull, os.O_RDWR)) < 3:  # what is closed is no descriptor of a later file
+        pass
+    os.close(handle)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8", errors="similar"))
+        elif hasattr(stream, "reconfigure"):  # a notebook's has not
+            stream.reconfigure(errors="similar")
+
+
+def show(line):
     """Print a line. Where nobody can read it any more (a closed pipe, a full disk), that stops no run."""
     try:
         print(line, flush=True)
-    except OSError:
+    except Exception:
         sys.stdout = open(os.devnull, "w")
 
 
-def wrap(line):
+def tell(label, text):
+    """Print a line of the story, "label    text", on rows of 120 columns; a path is never broken."""
+    show(wrap(f"{label:<9}{text}", break_long_words=False))
+
+
+def wrap(line, **options):
     """A line on as many rows of 120 columns as it needs."""
-    return textwrap.fill(line, 120, subsequent_indent=" " * 9, break_on_hyphens=False)
+    return textwrap.fill(line, 120, subsequent_indent=" " * 9, break_on_hyphens=False, **options)
+
+
+def attempt(what, action, *arguments):
+    """
+    action(*arguments) -> what it returns. Its errors are told, and None is returned: whatever only shows
+    something must not stop a run.
+    """
+    try:
+        return action(*arguments)
+    except Exception as error:
+        tell("error:", f"{what} failed: {type(error).__name__}: {error}")
+        return None
 
 
 def short(number, gap=""):
@@ -286,47 +275,40 @@ def duration(seconds):
     return f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
 
 
-def header(config, compiled, attention, num_iterations, seconds_per_step, folder):
-    """The lines that a run starts with, from its config.json and what only this start knows."""
-    model, params, corpus = config["model"], config["num_params"], config["corpus"]
-    sizes = ("total_batch_size", "device_batch_size", "max_seq_len")
-    batch, rows, T = (config["settings"][name] for name in sizes)
-    micro_steps = batch // (rows * T * config["world_size"])
-    processes = f"{config['world_size']} × " if config["world_size"] > 1 else ""
-    lines = (
-        f"onedial  depth {model['n_layer']}, width {model['n_embd']} · {short(params['matrix'])} matrix, "
-        f"{short(params['head'])} head, {short(params['embedding'] + params['value_embedding'])} embedding "
-        f"parameters · {short(config['num_flops_per_token'], ' ')}FLOP per token",
-        f"device   {processes}{config['device']} · {config['settings']['dtype']} · "
-        f"{'compiled' if compiled else 'eager'} · {attention} attention · "
-        f"peak {short(config['mfu_peak'], ' ')}FLOP/s ({config['mfu_peak_source']})",
-        f"data     {corpus['name']} · vocabulary of {model['vocab_size']:,} · "
-        f"{short(corpus['train']['tokens'])} training tokens · fingerprint {corpus['fingerprint']}",
-        f"plan     {num_iterations:,} steps × {batch:,} tokens ({micro_steps} × {rows} × {T:,}) · "
-        f"{config['num_flops_per_token'] * batch * num_iterations:.2g} FLOPs · "
-        f"about {duration(num_iterations * seconds_per_step)} · {folder}",
-    )
-    return "\n".join(map(wrap, lines))
-
-
-def step_line(record, num_iterations, val_bpb, mfu_source, eta):
-    """The console's line for a step record: at most 120 columns."""
-    total, loss = str(num_iterations), record["train_loss_ema"]
-    speed = short(record["total_training_flops"] / record["tokens"] * record["tok_per_sec"], " ")
+def step_line(record, total, val_bpb, mfu_source, eta):
+    """The console's line for a step record, at most 120 columns; total: steps in all, None if unknown."""
+    loss, places = record["train_loss_ema"], f"{record['step']}/{total}" if total else f"{record['step']:,}"
     mfu = f"{record['mfu']:3.0%} of measured" if mfu_source == "measured" else f"{record['mfu']:5.1%}"
-    lr = f"  lr {record['lrm']:.2f}" if 2 * len(total) + len(mfu) < 25 else ""  # where there is room
     return (
-        f"step {record['step']:>{len(total)}}/{total}  loss {loss:6.{4 if loss < 10 else 3}f}  "
-        f"val {val_bpb:.4f}{lr}  {short(record['tok_per_sec']):>5} tok/s  {speed:>6}FLOP/s"
-        f"  mfu {mfu}  data {record['data_wait']:3.0%}  eta {duration(eta)}"
+        f"step {places:>{2 * len(str(total)) + 1 if total else 6}} {record['progress']:6.1%}  "
+        f"loss {loss:6.{4 if loss < 10 else 3}f}  val {val_bpb:.4f}  lr {record['lrm']:.2f}  "
+        f"{short(record['tok_per_sec']):>5} tok/s  mfu {mfu}  data {record['data_wait']:3.0%}  "
+        f"eta {duration(eta)}"
     )[:120]
 
 
-def val_line(record, num_iterations):
+def val_line(record):
     """The console's line for a val record, bold on a terminal unless NO_COLOR (no-color.org) is set."""
-    line = f"val  {record['step']:>{len(str(num_iterations))}}/{num_iterations}  {record['val_bpb']:.4f} "
-    line += f"bits per byte, the lowest so far is {record['min_val_bpb']:.4f}"
+    line = f"val      {record['val_bpb']:.4f} bits per byte at step {record['step']:,}, "
+    line += f"the lowest so far is {record['min_val_bpb']:.4f}"
     return f"\033[1m{line}\033[0m" if sys.stdout.isatty() and not os.environ.get("NO_COLOR") else line
+
+
+def quoted(value):
+    """A value as a shell takes it."""
+    return shlex.quote(str(value))
+
+
+def command_line(start, settings):
+    """A shell command: how it starts, then each setting that is not None as a flag."""
+    words = [start]
+    for name, value in settings.items():
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(flag if value else flag.replace("--", "--no-", 1))
+        elif value is not None:
+            words.append(f"{flag} {quoted(value)}")
+    return " ".join(words)
 
 
 def show_samples(samples):
@@ -338,13 +320,17 @@ def show_samples(samples):
 
 
 def finish(folder, summary):
-    """Print the numbers as `name: value` lines, and write summary.json and report.md."""
-    tell("---")
+    """Write summary.json, print its numbers as `name: value` lines, write report.md -> whether all worked."""
+    text = json.dumps(plain(summary), indent=2, default=str)
+    written = attempt("summary.json", replace, folder / "summary.json", text)
+    show("---")
     for name, value in summary.items():
         if not isinstance(value, (list, dict)):
-            tell(f"{name}: {value:.6g}" if isinstance(value, float) else f"{name}: {value}")
-    replace(folder / "summary.json", json.dumps(plain(summary), indent=2))
-    tell(f"report: {write_report(folder)}")
+            show(f"{name}: {value:.6g}" if isinstance(value, float) else f"{name}: {value}")
+    told = attempt("the report", write_report, folder)
+    if told:
+        show(f"report: {told}")
+    return bool(written and told)
 
 
 # -----------------------------------------------------------------------------
@@ -361,7 +347,7 @@ class Run:
         self.config = json.loads((self.folder / "config.json").read_text())
         self.records = read_log(folder)
         self.steps = [record for record in self.records if record["kind"] == "step"]
-        self.numbers = {"num_iterations": self.config["settings"]["num_iterations"], "event": None}
+        self.numbers = {"event": None, "progress": 0.0}
         for record in self.records:
             self.numbers |= record
         self.numbers["steps"] = max((record["step"] for record in self.records), default=0)
@@ -400,7 +386,7 @@ def results(runs):
     """The final numbers of one run or several, with their differences from the first."""
     first, rows = runs[0], []
     notes = {"mfu": f"mfu, of the {first.config['mfu_peak_source']} peak"}
-    notes["peak_memory"] = f"peak_memory, {MEMORY[first.config['settings']['device_type']]}"
+    notes["peak_memory"] = f"peak_memory, {MEMORY[first.config['device_type']]}"
     for name, write in NUMBERS.items():
         base, *values = (run.numbers.get(name) for run in runs)
         cells = ["–" if value is None else write(value) for value in (base, *values)]
@@ -487,20 +473,16 @@ def time_table(run):
     return table(["where the time went", "seconds", "share"], [*rows, ["together", f"{total:.1f}", ""]])
 
 
-def command(run):
-    """The shell commands that repeat a run: each setting as it was given, found for auto, or edited."""
-    config = run.config
-    several = f"torchrun --standalone --nproc_per_node={config['world_size']}"
-    words = [several if config["world_size"] > 1 else "python", "train.py"]
-    left_out = "run out_dir resume wandb minutes target_flops target_param_data_ratio".split()
-    for name, value in (config["settings"] | {"num_iterations": run.numbers["num_iterations"]}).items():
-        if value is not None and name not in left_out:
-            if isinstance(value, bool):
-                value = "on" if value else "off"
-            words.append(f"--{name.replace('_', '-')} {shlex.quote(str(value))}")
-    commit, _, changed = (config["versions"]["git_commit"] or "unknown").partition("-")
+def how_to_repeat(run):
+    """The shell commands that repeat a run, and how exactly they do."""
+    commit, _, changed = (run.config["versions"]["git_commit"] or "unknown").partition("-")
     note = "  # and the changes that were not committed" if changed else ""
-    return f"    git checkout {commit}{note}\n    {' '.join(words)}"
+    exactly = "The same machine and versions give the same run, on a CPU bit for bit."
+    if run.config["timed"]:
+        count = f"{run.numbers['steps']:,}"
+        exactly = f"By the clock: another run takes as many steps as its machine makes, not these {count}. "
+        exactly += "What can be repeated exactly is a run by steps, --num-iterations instead of --minutes."
+    return f"    git checkout {commit}{note}\n    {run.config['command']}\n\n{exactly}"
 
 
 def write_report(folder):
@@ -515,7 +497,7 @@ def write_report(folder):
     counts["FLOPs per token, PaLM convention"] = config["num_flops_per_token"]
     counts["FLOPs per token, exact causal"] = config["num_flops_per_token_causal"]
     counts = [[name, f"{count:,.0f}"] for name, count in counts.items()]
-    parts = [f"# {run.name}", f"{state}: {numbers['steps']} of {numbers['num_iterations'] or '?'} steps"]
+    parts = [f"# {run.name}", f"{state}: {numbers['steps']:,} steps, {numbers['progress']:.1%} of the run"]
     parts += [results([run]), show_curves([run], run.folder)] if run.steps else ["The log holds no step yet."]
     parts += ["## Settings that were given or edited", table(["setting", "value"], own)]
     parts += ["## Hardware and versions", table(["what", "value"], run.facts.items())]
@@ -523,7 +505,7 @@ def write_report(folder):
     parts += ["## Parameters and FLOPs", table(["what", "count"], counts)]
     for prompt, text in numbers.get("samples", []):
         parts += [f"## Sample from {prompt!r}", textwrap.indent(text, "    ")]
-    parts += ["## How to repeat it", command(run)]
+    parts += ["## How to repeat it", how_to_repeat(run)]
     replace(run.folder / "report.md", "\n\n".join(parts) + "\n")
     return run.folder / "report.md"
 
@@ -537,7 +519,7 @@ def compare(folders):
         for run in runs:
             run.name = str(run.folder)
     facts, names = [run.config["settings"] | run.facts for run in runs], [run.name for run in runs]
-    rows = [[key, *(fact.get(key) for fact in facts)] for key in facts[0] if key != "run"]
+    rows = [[key, *(fact.get(key) for fact in facts)] for key in facts[0]]
     differing = [row for row in rows if any(cell != row[1] for cell in row[1:])]
     parts = ["# " + ", ".join(names), "Differences are from the first run.", results(runs)]
     parts += [show_curves(runs, target), "## Settings that differ", table(["setting", *names], differing)]
@@ -549,7 +531,8 @@ if __name__ == "__main__":
     try:
         if len(sys.argv) < 2:
             raise ValueError("no run is given.\nCall: python report.py out/RUN [out/RUN ...]")
-        print(compare(sys.argv[1:]) if len(sys.argv) > 2 else write_report(sys.argv[1]))
+        open_console()
+        show(compare(sys.argv[1:]) if len(sys.argv) > 2 else write_report(sys.argv[1]))
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
