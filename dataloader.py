@@ -566,6 +566,25 @@ def row_order(rows_per_shard, seed, cursor=0, growing=False):
         epoch += 1
 
 
+def largest_divisor(number, limit):
+    """The largest divisor of a number that is at most `limit`."""
+    return max(n for n in range(1, limit + 1) if number % n == 0)
+
+
+def split_batch(total_batch_size, T, world_size, device_batch_size):
+    """
+    Share a batch of so many tokens -> (its whole rows, the rows of a rank, those of a micro-step: the largest
+    divisor that is at most device_batch_size). DataError names the nearest sizes that can be shared.
+    """
+    rows = max(1, round(total_batch_size / T))
+    if rows % world_size:
+        below, above = (max(1, rows // world_size + n) * world_size * T for n in (0, 1))
+        what = f"--total-batch-size {total_batch_size}: {world_size} processes cannot share {rows} rows"
+        raise DataError(f"{what}.\nThe nearest sizes that they can share: {below} and {above}.")
+    per_rank = rows // world_size
+    return rows, per_rank, largest_divisor(per_rank, min(per_rank, device_batch_size))
+
+
 class DataLoader:
     """
     Iterate over this rank's rows of each global batch: int64 tensors (rows_per_batch / world_size, T + 1)

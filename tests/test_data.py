@@ -606,6 +606,28 @@ def test_shards_and_rows_are_shuffled_anew_each_epoch_but_a_growing_set_starts_a
         assert len({tuple(row for s, row in rows if s == shard) for rows in plain} | {tuple(range(30))}) == 4
 
 
+@pytest.mark.parametrize(
+    "batch, T, world, limit, shares",
+    [
+        (512, 64, 1, 8, (8, 8, 8)),
+        (512, 64, 2, 3, (8, 4, 2)),  # the largest divisor of 4 that is at most 3
+        (500, 64, 4, 8, (8, 2, 2)),  # rounded to whole rows, never to suit a machine
+        (10, 64, 1, 8, (1, 1, 1)),
+        (2**19, 2048, 8, 32, (256, 32, 32)),
+    ],
+)
+def test_a_batch_is_shared_in_whole_rows(batch, T, world, limit, shares):
+    assert dataloader.split_batch(batch, T, world, limit) == shares
+
+
+def test_a_batch_that_ranks_cannot_share_names_the_nearest():
+    with pytest.raises(dataloader.DataError, match="cannot share 8 rows") as error:
+        dataloader.split_batch(512, 64, 3, 8)
+    assert "384 and 576" in two_lines(error)
+    for size in (384, 576):
+        assert dataloader.split_batch(size, 64, 3, 8)[0] == size // 64
+
+
 def test_resume_continues_with_the_next_row(corpus):
     whole = DataLoader(corpus, 32, 6, 3, "cpu")
     rows = take(whole, 500)
