@@ -5,60 +5,56 @@ onedial: train a GPT from text to report. One dial, --depth, sets the model; --m
     python train.py --depth 12                                    # one GPU
     torchrun --standalone --nproc_per_node=8 train.py --depth 12  # eight
 
-Every setting below is also a flag (--max-seq-len 1024); None is `auto`. Read on: it is one story.
+On one H100 depth 12 trains on 485 thousand tokens a second. Every setting below is also a flag
+(--max-seq-len 1024, --no-compile); None is `auto`: what is found instead is printed and saved.
 """
 
 import time
 
-process_start = time.time()  # --minutes counts from here, the slow imports included
+process_start = time.monotonic()  # --minutes counts from here, the slow imports included
+
+import machine  # before torch: it sets what torch reads from the environment
+
+ranks = machine.Ranks()  # this process is one of those that torchrun has started, or alone
+rank, world_size = ranks.rank, ranks.world_size
 
 import argparse
-import contextlib
-import ctypes
-import difflib
-import faulthandler
 import gc
+import inspect
 import json
 import math
-import os
 import re
-import shlex
+import shutil
 import signal
 import sys
 from dataclasses import asdict
-from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 
-os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # less fragmentation
-os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # threads that spin for long slow a shared CPU many times
-os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD", "1")  # for quick warm starts
-
 import torch
-import torch.distributed as dist
 
 import checkpoint
 import dataloader
+import optim_muon as rules
 import report
 from model import GPT, GPTConfig, attention_backend
-from optim_muon import MuonAdamW, lr_multiplier, muon_momentum, weight_decay_multiplier
-
-signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # "save": until there is something to save, it asks for nothing
+from optim_muon import MuonAdamW, Timetable, lr_multiplier, muon_momentum, weight_decay_multiplier
 
 # -----------------------------------------------------------------------------
-# Settings. None is auto: the value that is found is printed and saved
+# Settings: name: type = value  # comment. Edit them here, or give a flag
 
 # run
-run: str | None = None  # name of the run, a folder in out_dir (auto: d<depth>-<date>-<time>)
+run_name: str | None = None  # a folder in out_dir (auto: <date>-<time>)
 out_dir: str = "out"  # where runs are written
-resume: bool = False  # continue the newest run, or --run NAME, from its newest valid checkpoint
+resume: bool = False  # continue the newest run, or --run-name NAME, from its newest valid checkpoint
 wandb: bool = False  # log to Weights & Biases too
 # device
 device_type: str | None = None  # cuda, mps or cpu (auto: the first of them that is there)
 dtype: str | None = None  # of activations: bfloat16 or float32 (auto: bfloat16 where the hardware has it)
-compile: bool | None = None  # torch.compile (auto: on CUDA and CPU, if it works)
+compile: bool | None = None  # torch.compile (auto: where the run is long enough to win the time back)
 seed: int = 42  # of weights, data order and samples
 # data
-data: str | None = None  # stdlib, fineweb, or a path to text (auto: fineweb on CUDA, else stdlib)
+data: str | None = None  # stdlib, fineweb, climbmix, or a path to text (auto: fineweb on CUDA, else stdlib)
 vocab_size: int | None = None  # of the BPE trained on the corpus (auto: about the root of its bytes)
 # model
 depth: int | None = None  # layers, the dial that sets all the rest (auto: 12 on CUDA, else 4)
@@ -83,7 +79,7 @@ warmup_steps: int = 40  # of the learning rate, at most a tenth of the run
 warmdown_ratio: float = 0.65  # share of the run over which the learning rate decays
 final_lr_frac: float = 0.05  # what it decays to, as a share of the peak
 # evaluation, log, checkpoints; -1 turns a periodic action off
-eval_every: int | None = None  # steps between evaluations (auto: 250 on CUDA, else 100)
+eval_every: int | None = None  # steps between evaluations (auto: about ten over the run)
 eval_tokens: int | None = None  # validation tokens used (auto: 10,485,760 on CUDA, else 32,768)
 log_every: int | None = None  # steps between records, 10 s at most (auto: the first 10, then two a second)
 sample_every: int = -1  # steps between samples; the end always has one
@@ -93,441 +89,442 @@ keep_checkpoints: int = 2  # how many of the newest are kept
 peak_tflops: float | None = None  # peak of one device, for the MFU (auto: as published, else measured)
 
 HORIZONS = ("num_iterations", "minutes", "target_flops", "target_param_data_ratio")
-PERIODS = ("eval_every", "sample_every", "save_every", "save_minutes")
-CALL = ("run", "out_dir", "resume")  # what belongs to the call and not to the run
+CALL = ("run_name", "out_dir", "resume")  # what belongs to the call and not to the run
 # what belongs to the machine: --resume keeps what was given, and finds anew what was auto
-MACHINE = ("device_type", "dtype", "compile", "device_batch_size", "log_every", "peak_tflops")
-CHOICES = {"device_type": ("cuda", "mps", "cpu"), "dtype": ("bfloat16", "float32")}
-BOUNDS = {  # of the numbers that are not simply positive
-    **{"seed": (0, 2**31), "vocab_size": (257, 65_535), "head_dim": (2, 1024), "max_seq_len": (32, 2**20)},
-    **{"minutes": (0.05, 1e6), "weight_decay": (0, 1e6), "warmup_steps": (0, 10**9)},
-    **{"warmdown_ratio": (0, 1), "final_lr_frac": (0, 1)},
-    **dict.fromkeys(PERIODS, (-1, 10**9)),
+MACHINE = ("device_type", "dtype", "device_batch_size", "log_every", "peak_tflops")
+LIMITS = {  # lowest and highest value; all other numbers need only be above 0
+    **{"seed": (0, 2**31), "vocab_size": (257, 65_535), "max_seq_len": (32, 2**20), "minutes": (0.05, 1e6)},
+    **dict.fromkeys(("weight_decay", "warmup_steps"), (0, 1e9)),
+    **dict.fromkeys(("warmdown_ratio", "final_lr_frac"), (0, 1)),
+    **dict.fromkeys(("eval_every", "sample_every", "save_every", "save_minutes"), (-1, 1e9)),
 }
-HANG_SECONDS = 600  # a window of steps or a collective that takes longer ends the run, with all stacks shown
 
 # -----------------------------------------------------------------------------
-# Flags, derived from the settings above
+# Flags: one for each setting above, read as its type says
 
-rank, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))  # set by torchrun
-world_size = int(os.environ.get("WORLD_SIZE", 1))
-say = report.tell if rank == 0 else (lambda line: None)
+report.open_console()
+tell, show = (report.tell, report.show) if rank == 0 else (lambda *words: None,) * 2  # rank 0 alone prints
+new_folder = None  # what this start has made, and takes away again if it ends before its first step
 
 
-def fail(message):
-    """Bad settings, data or checkpoint: what is wrong and what to do, in two lines; exit status 2."""
+class SettingError(Exception):
+    """A setting that cannot be; the message says which, and what to do, in two lines."""
+
+
+def end_with_error(kind, error, trace):
+    """What a person can mend is told in two lines, with status 2; anything else shows its trace, status 1."""
+    mendable = (SettingError, machine.MachineError, dataloader.DataError, checkpoint.CheckpointError)
+    if machine.is_out_of_memory(error):
+        advice = "Try a smaller --depth or --device-batch-size."
+        error = SettingError(f"the device has too little memory.\n{advice}")
+    if new_folder and isinstance(error, (*mendable, KeyboardInterrupt)):
+        shutil.rmtree(new_folder, ignore_errors=True)
+    if kind is KeyboardInterrupt:  # before the loop, which saves first
+        sys.exit(130)
+    if not isinstance(error, mendable):
+        return sys.__excepthook__(kind, error, trace)
     if rank > 0:
         time.sleep(2)  # what is wrong on all ranks is told by rank 0, and torchrun ends the others
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    print(f"error: {error}", file=sys.stderr, flush=True)
     sys.exit(2)
 
 
-def show_error(kind, error, trace):
-    """What a person can mend is told in two lines; of anything else the trace is wanted."""
-    if kind is KeyboardInterrupt:
-        sys.exit(130)  # before the loop, which saves first
-    if issubclass(kind, (dataloader.DataError, checkpoint.CheckpointError)):
-        fail(error)
-    if report.is_out_of_memory(error):
-        fail("the device has too little memory.\nTry a smaller --depth or --device-batch-size.")
-    sys.__excepthook__(kind, error, trace)
+def refuse(message):
+    """argparse's errors, told like all others."""
+    raise SettingError(f"{message}.\n`python train.py --help` lists all settings.")
 
 
-def flag(name):
-    return "--" + name.replace("_", "-")
+def or_auto(base):
+    """The function that reads a flag of this type, `auto` as None."""
+
+    def read(text):
+        return None if text == "auto" else base(text)
+
+    read.__name__ = base.__name__  # argparse's errors name it
+    return read
 
 
-sys.excepthook = show_error
-HELP = "`python train.py --help` lists all settings."
-READERS = {"int": int, "float": float, "str": str, "bool": {"on": True, "off": False}.__getitem__}
-settings, kinds = {}, {}
+sys.excepthook = end_with_error
+kinds = inspect.get_annotations(sys.modules[__name__])  # {name of a setting: its type}
+flag = {name: "--" + name.replace("_", "-") for name in kinds}
+comments = dict(re.findall(r"^(\w+): .*?# *(.+)$", Path(__file__).read_text(encoding="utf-8"), re.MULTILINE))
 parser = argparse.ArgumentParser(usage="python train.py [--NAME VALUE ...]", allow_abbrev=False)
-parser.error = lambda message: fail(f"{message}.\n{HELP}")
-declaration = re.compile(r"^(\w+): (\w+)( \| None)? = .+?  # (.+)$", re.MULTILINE)
-for name, kind, optional, comment in declaration.findall(Path(__file__).read_text(encoding="utf-8")):
-    settings[name], kinds[name] = globals()[name], (kind, bool(optional))
-    shown = "auto" if settings[name] is None else settings[name]
-    options = {"help": f"{comment} [{shown}]".replace("%", "%%"), "metavar": kind.upper()}
-    if kind == "bool":
-        options |= {"metavar": "on|off", "nargs": "?", "const": "on"}
-    parser.add_argument(flag(name), default=argparse.SUPPRESS, **options)
-arguments = [f"--{a[5:]}=off" if a[:5] == "--no-" and a[5:] in settings else a for a in sys.argv[1:]]
-given, unknown = parser.parse_known_args(arguments)
-given = vars(given)
-if unknown:
-    near = difflib.get_close_matches(unknown[0].split("=")[0], map(flag, settings), n=1)
-    fail(f"unknown setting {unknown[0]}.\n{f'Did you mean {near[0]}?' if near else HELP}")
-for name, text in given.items():
-    kind, optional = kinds[name]
-    try:
-        given[name] = None if optional and text == "auto" else READERS[kind](text)
-    except (KeyError, ValueError):
-        fail(f"{flag(name)} {text} is not of type {kind}.\n{HELP}")
-settings |= given
+parser.error = refuse
+for name, kind in kinds.items():
+    base, *may_be_none = getattr(kind, "__args__", (kind,))  # the parts of int | None
+    default = "auto" if globals()[name] is None else globals()[name]
+    help_text = f"{comments.get(name, '')} [{default}]".replace("%", "%%")
+    options = {"help": help_text, "default": argparse.SUPPRESS}
+    if base is bool:
+        options["action"] = argparse.BooleanOptionalAction
+    else:
+        options |= {"type": or_auto(base) if may_be_none else base, "metavar": base.__name__.upper()}
+    parser.add_argument(flag[name], **options)
+given = vars(parser.parse_args())
 
-if settings["run"] and (Path(settings["run"]).name != settings["run"] or settings["run"] == ".."):
-    fail(f"--run {settings['run']} is no plain name.\nUse --out-dir for the folder that it shall be in.")
-run_folder = Path(settings["out_dir"]) / settings["run"] if settings["run"] else None
-given_before = {}  # the flags of the calls that a resumed run was made with
-if settings["resume"]:
-    known = sorted(Path(settings["out_dir"]).glob("*/config.json"), key=os.path.getmtime)
-    if not run_folder and not known:
-        fail(f"{settings['out_dir']} holds no run to resume.\nStart one.")
-    run_folder = run_folder or known[-1].parent
+# -----------------------------------------------------------------------------
+# The run: a new one, or what was saved of an old one. Its folder is claimed before anything slow
+
+out, run_name = Path(given.get("out_dir", out_dir)).expanduser().absolute(), given.get("run_name", run_name)
+if run_name and (Path(run_name).name != run_name or run_name == ".."):
+    advice = "Use --out-dir for the folder that it shall be in."
+    raise SettingError(f"--run-name {run_name} is no plain name.\n{advice}")
+run_folder, saved, given_before, saved_device = None, {}, {}, None
+if given.get("resume", resume):
+    run_folder = checkpoint.find_run(out, run_name)
     saved, given_before, source = checkpoint.saved_settings(run_folder)
     if source and source != "config.json":
-        say(f"resume   config.json cannot be read: the settings are taken from {source}")
-    fixed = HORIZONS if any(given.get(name) is not None for name in HORIZONS) else ()  # a new one, or none
-    for name in [n for n in settings if n in saved and n not in CALL]:
-        if name in MACHINE and name not in given_before:
-            continue
-        if name not in given and name not in fixed:
-            settings[name] = saved[name]
-        elif settings[name] != saved[name]:
-            say(f"resume   {flag(name)} was {saved[name]}, is {settings[name]}")
-elif run_folder and run_folder.exists():
-    fail(f"the run {run_folder} exists.\nContinue it with --resume or choose another --run.")
+        tell("resume", f"config.json cannot be read: the settings are taken from {source}")
+    saved_device = saved.get("device_type")
+    found_anew = [name for name in MACHINE if name not in given_before]
+    if any(given.get(name) is not None for name in HORIZONS):  # a new horizon takes the place of the old one
+        found_anew += [name for name in HORIZONS if name not in given]
+        found_anew += [name for name in ("compile", "eval_every") if name not in given_before]
+    saved = {name: value for name, value in saved.items() if name in kinds and name not in found_anew}
+    for name, old in saved.items():
+        if name in given and given[name] != old:
+            tell("resume", f"{flag[name]} was {old}, is {given[name]}")
+        elif name not in given | given_before and globals()[name] not in (None, old):  # edited since
+            tell("resume", f"{flag[name]} stays {old}, as saved")
+globals().update(saved | given)
 
-for name, value in settings.items():
-    if value is not None and kinds[name][0] in ("int", "float"):
-        low, high = BOUNDS.get(name, (1 if kinds[name][0] == "int" else 1e-12, 1e30))
-        if not low <= value <= high or (name in PERIODS and value == 0):
-            fail(f"{flag(name)} {value} is out of range.\nGive a number from {low:,} to {high:,}.")
-    if value is not None and value not in CHOICES.get(name, (value,)):
-        fail(f"{flag(name)} {value} is unknown.\nChoose one of: {', '.join(CHOICES[name])}.")
-horizons = [name for name in HORIZONS if settings[name] is not None]
+for name in kinds:
+    value, (low, high) = globals()[name], LIMITS.get(name, (0, math.inf))
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        neither = low == -1 and -1 < value <= 0  # off nor positive
+        if not low <= value <= high or neither or (name not in LIMITS and value in (0, math.inf)):
+            allowed = f"from {low:,} to {high:,}" if name in LIMITS and low >= 0 else "above 0"
+            allowed += ", or -1 for never" if low == -1 else ""
+            raise SettingError(f"{flag[name]} {value} is out of range.\nGive a number {allowed}.")
+horizons = [name for name in HORIZONS if globals()[name] is not None]
 if len(horizons) > 1:
-    fail(f"two horizons were given: {flag(horizons[0])} and {flag(horizons[1])}.\nGive at most one.")
-if settings["head_dim"] and settings["head_dim"] % 2:
-    fail(f"--head-dim {settings['head_dim']}: rotary positions turn pairs of channels.\nGive an even number.")
-globals().update(settings)
+    both = f"{flag[horizons[0]]} and {flag[horizons[1]]}"
+    raise SettingError(f"two horizons were given: {both}.\nGive at most one.")
+
+if rank == 0:
+    is_new = run_folder is None
+    run_folder = run_folder or checkpoint.make_run(out, run_name)
+    lock = checkpoint.lock(run_folder)  # held to the end, and let go by any end
+    new_folder = run_folder if is_new else None
+    tell("run", run_folder)
 
 # -----------------------------------------------------------------------------
-# Device, precision
-
-found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-device_type = device_type or found
-if not {"cuda": torch.cuda, "mps": torch.backends.mps, "cpu": torch.cpu}[device_type].is_available():
-    fail(f"--device-type {device_type}: not to be had on this machine.\nHere there is {found}.")
-if device_type == "mps" and world_size > 1:
-    fail("several processes cannot share one MPS device.\nStart one, without torchrun.")
-if device_type == "mps" and dtype == "bfloat16":
-    fail("--dtype bfloat16: Metal's causal attention leaks later tokens in half precision.\nLeave it out.")
-on_gpu = device_type == "cuda"
-device = torch.device(device_type, local_rank) if on_gpu else torch.device(device_type)
-if on_gpu:
-    if local_rank >= torch.cuda.device_count():
-        fail(f"there are more processes than GPUs.\nGive --nproc_per_node={torch.cuda.device_count()}.")
-    torch.cuda.set_device(device)
-    torch.set_float32_matmul_precision("high")
-dtype = dtype or ("bfloat16" if report.has_fast_bf16(device) else "float32")
-compute_dtype = getattr(torch, dtype)
-if compile is None:
-    compile = device_type != "mps"
-if device_type == "cpu":  # else threads add up the gradients of an embedding in the order in which they come
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # for debugging only, and not free
-    # glibc gives freed memory back to the system, and getting it again costs page faults: 10% of a step
-    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
-        m_trim_threshold, m_top_pad, m_mmap_threshold = -1, -2, -3  # malloc.h
-        mallopt(m_trim_threshold, 2**30)
-        mallopt(m_top_pad, 2**26)
-        mallopt(m_mmap_threshold, 2**30)
-device_name = report.device_name(device)
-synchronize = report.synchronizer(device_type)
-
-# -----------------------------------------------------------------------------
-# Data: prepared before the process group exists, so that no collective waits for a tokenizer
-
-
-def tell_data(line):
-    """Print what the rank that prepares the corpus, whichever it is, says of it."""
-    report.tell(f"data     {line}")
-
+# The machine
 
 clock = report.Clock(process_start)
+device = machine.find_device(device_type, ranks.local_rank, world_size)
+device_type, on_gpu = device.type, device.type == "cuda"
+if saved_device not in (None, device_type) and "compile" not in given | given_before:
+    compile = None  # what was found for another device
+compute_dtype = machine.find_dtype(device, dtype)
+dtype = str(compute_dtype).removeprefix("torch.")
+device_name, synchronize = machine.device_name(device), machine.synchronizer(device)
+tell("device", f"{world_size} × {device_name} · {dtype}" if world_size > 1 else f"{device_name} · {dtype}")
 clock.lap("setup")
+
+# -----------------------------------------------------------------------------
+# The data: prepared before the ranks are connected, so that no collective call waits for a tokenizer
+
 data = data or ("fineweb" if on_gpu else "stdlib")
+if data != "stdlib" and data not in dataloader.PUBLIC:
+    data = str(Path(data).expanduser().absolute())  # so that the run can be resumed from any folder
 max_seq_len = max_seq_len or (2048 if on_gpu else 512)
 eval_tokens = eval_tokens or (10_485_760 if on_gpu else 32_768)
+tell_data = partial(report.tell, "data")  # whichever rank prepares the corpus tells of it
 corpus = dataloader.prepare(data, vocab_size, tell_data)
-clock.lap("corpus")
-validation = dataloader.ValidationRows(corpus, max_seq_len, eval_tokens)
 vocab_size = corpus.tokenizer.n_vocab
-if device_type == "mps" and max(vocab_size, (device_batch_size or 1) * max_seq_len) > 32_000:
-    fail("Metal sums more than 32,766 products wrongly.\nGive a smaller vocabulary or --device-batch-size.")
-if world_size > 1:
-    backend, device_id = ("nccl", device) if on_gpu else ("gloo", None)
-    dist.init_process_group(backend, device_id=device_id, timeout=timedelta(seconds=HANG_SECONDS))
-
-
-def from_rank_0(value):
-    """Rank 0's value on every rank, so that all plan with one clock. A collective call."""
-    box = [value]
-    if world_size > 1:
-        dist.broadcast_object_list(box, 0)
-    return box[0]
-
+validation = dataloader.ValidationRows(corpus, max_seq_len, eval_tokens)
+clock.lap("corpus")
+ranks.start(device)
+run_folder = Path(ranks.first(str(run_folder)))
+checkpoints = run_folder / "checkpoints"
 
 # -----------------------------------------------------------------------------
-# Model: everything follows from depth
+# The model: everything follows from depth
 
 depth = depth or (12 if on_gpu else 4)
-head_dim = head_dim or (128 if depth >= 8 else 64)
-n_head = math.ceil(depth * aspect_ratio / head_dim)
-config = GPTConfig(vocab_size, max_seq_len, n_layer=depth, n_head=n_head, n_embd=n_head * head_dim)
-if config.n_embd < 32:
-    fail(f"depth {depth} and the other settings make a width of {config.n_embd}.\nThe least is 32.")
+try:
+    config = GPTConfig.of_depth(depth, vocab_size, max_seq_len, aspect_ratio, head_dim)
+except ValueError as error:
+    raise SettingError(error) from None
+head_dim = config.head_dim
 with torch.device("meta"):
     # 1 GB of logits at once in bf16; on a CPU as many as its caches hold: head and loss take 30% less time
-    raw_model = GPT(config, compute_dtype, max_logits=2**22 if device_type == "cpu" else 2**29)
-raw_model.init_weights(device, seed)
-model = torch.compile(raw_model, dynamic=False) if compile else raw_model
-num_params = raw_model.num_params()
-num_flops_per_token = raw_model.num_flops_per_token()
+    model = GPT(config, compute_dtype, max_logits=2**22 if device_type == "cpu" else 2**29)
+model.init_weights(device, seed)
+num_params = model.num_params()  # {role: count}
+num_flops_per_token = model.num_flops_per_token()
+embeddings = num_params["embedding"] + num_params["value_embedding"]
+counts = [report.short(count) for count in (num_params["matrix"], num_params["head"], embeddings)]
+parameters = "{} matrix, {} head, {} embedding parameters".format(*counts)
+flops = f"{report.short(num_flops_per_token, ' ')}FLOP per token"
+tell("onedial", f"depth {depth}, width {config.n_embd} · {parameters} · {flops}")
 
 # -----------------------------------------------------------------------------
-# The state of the loop, new or from a checkpoint
+# The state of the loop, new or resumed
 
 step = 0  # updates done, skipped ones included
-min_val_bpb = val_bpb = math.inf  # the first only falls
-smooth_train_loss, ema_beta = 0.0, 0.9  # exponential moving average of the train loss, starting at 0
-total_training_time = 0.0  # without the first 10 steps after each start, evaluation, sampling and saving
-dt = math.nan  # seconds per step in the last window
-skipped_steps = 0  # loss or gradient was not finite, and nothing changed
-horizon_is_final = False  # under --minutes it follows the measured speed until the decay begins
+progress = 0.0  # of the whole run, from 0 to 1; all schedules are functions of it
+min_val_bpb = val_bpb = math.inf  # bits per byte of the validation text: the lowest, the last
 val_step = -1  # of the last evaluation
-STATE = (
-    "step num_iterations horizon_is_final min_val_bpb val_bpb val_step smooth_train_loss "
-    "total_training_time skipped_steps dt"
-).split()
+smooth_train_loss, ema_beta = 0.0, 0.9  # exponential moving average of the train loss, starting at 0
+total_training_time = 0.0  # seconds of steps, without the first 10 after each start
+skipped_steps = 0  # steps whose loss or gradient was not finite: nothing changed
+planned_iterations = None  # steps as planned before step 1: the warmup is a tenth of them at most
+span = None  # of a timed run: seconds from its first step to its closing work
 
-run = run_folder.name if run_folder else from_rank_0(f"d{depth}-{datetime.now():%Y%m%d-%H%M%S}")
-run_folder = Path(out_dir) / run
-checkpoints = run_folder / "checkpoints"
-lock, newest = None, (None, [])
-if resume and rank == 0 and run_folder.exists():
-    lock = checkpoint.lock(run_folder)
-    newest = checkpoint.newest_valid(checkpoints)
-resumed_from, passed_over = from_rank_0(newest)
-for reason in passed_over:
-    say(f"resume   passed over: {reason}")
-if passed_over and not resumed_from:
-    fail(f"no checkpoint in {checkpoints} is valid.\nPut a good one back, or start another --run.")
-if resume and not resumed_from:
-    say(f"resume   there is no checkpoint in {run_folder} yet: starting at step 0")
+resumed_from = None
+if resume:
+    resumed_from, passed_over = ranks.first(checkpoint.to_resume(checkpoints) if rank == 0 else None)
+    for reason in passed_over:
+        tell("resume", f"passed over: {reason}")
+    tell("resume", f"from {resumed_from}" if resumed_from else "no checkpoint yet: starting at step 0")
 if resumed_from:
-    say(f"resume   from {resumed_from}")
-    state = checkpoint.load(resumed_from, "state")
-    if missing := [name for name in STATE if name not in state]:
-        fail(f"{resumed_from} has no {missing[0]}.\nResume it with the version that has written it.")
-    globals().update({name: state[name] for name in STATE})
-    for name, spent in state["spent"].items():
-        clock.spent[name] = clock.spent.get(name, 0.0) + spent
+    saved_state = checkpoint.load(resumed_from, "state")
+    try:
+        step, progress = saved_state["step"], saved_state["progress"]
+        min_val_bpb, val_bpb = saved_state["min_val_bpb"], saved_state["val_bpb"]
+        val_step, smooth_train_loss = saved_state["val_step"], saved_state["smooth_train_loss"]
+        total_training_time = saved_state["total_training_time"]
+        skipped_steps, data_place = saved_state["skipped_steps"], saved_state["data"]
+        planned_iterations, span = saved_state["planned_iterations"], saved_state["span"]
+        saved_horizon = [saved_state["settings"][name] for name in HORIZONS]
+        if saved_state["settings"]["eval_tokens"] != eval_tokens:  # on other text nothing can be compared
+            min_val_bpb, val_step = math.inf, -1
+        clock.add(saved_state["spent"])
+    except KeyError as missing:
+        advice = "Resume it with the version that has written it."
+        raise SettingError(f"{resumed_from} has no {missing.args[0]}.\n{advice}") from None
 
 # -----------------------------------------------------------------------------
-# Optimizer: one table, role -> settings. Source of the numbers: nanochat, tuned at depth 12
+# The optimizer: one table, role -> kind and settings. Source of the numbers: nanochat, tuned at depth 12. The
+# plan scales its learning rates to the batch. A new role is named in GPT.parameter_roles and gets a line here
+
+width_scale = (config.n_embd / 768) ** -0.5  # for head and embeddings: width 256 -> 1.73, 1536 -> 0.71
+wide_lr = embedding_lr * width_scale
+roles = {
+    "matrix": dict(kind="muon", lr=matrix_lr),  # the loop sets momentum and weight decay
+    "head": dict(kind="adamw", lr=unembedding_lr * width_scale, betas=(0.8, 0.96), weight_decay=0.01),
+    "embedding": dict(kind="adamw", lr=wide_lr, betas=(0.8, 0.995), weight_decay=0.001),
+    "value_embedding": dict(kind="adamw", lr=0.5 * wide_lr, betas=(0.8, 0.995), weight_decay=0.01),
+    # eps 1e-8 and not 1e-10 for the scalars, whose first gradients are rounding alone
+    "resid_scalar": dict(kind="adamw", lr=0.01 * scalar_lr, betas=(0.8, 0.95), weight_decay=0.05, eps=1e-8),
+    "x0_scalar": dict(kind="adamw", lr=scalar_lr, betas=(0.96, 0.95), eps=1e-8),
+    "smear": dict(kind="adamw", lr=0.4 * scalar_lr, betas=(0.8, 0.95), eps=1e-8),
+}
 
 
-def build_optimizer(batch_size):
-    """MuonAdamW over every role, with the learning rates for this many tokens per step."""
-    ratio = batch_size / 2**19
-    # above the reference lr ∝ √batch (nanochat); below, that is far too timid: at 2,048 tokens and 549 steps
-    # AdamW did best with half of its rates, Muon with three times its rate (figures: the commit message)
-    batch_scale, muon_scale = (ratio**0.5, ratio**0.5) if ratio > 1 else (ratio**0.125, ratio**-0.2)
-    width_scale = batch_scale * (config.n_embd / 768) ** -0.5
-    table = {
-        "matrix": dict(kind="muon", lr=matrix_lr * muon_scale),  # the loop sets momentum and weight decay
-        "head": dict(lr=unembedding_lr * width_scale, betas=(0.8, 0.96), weight_decay=0.01),
-        "embedding": dict(lr=embedding_lr * width_scale, betas=(0.8, 0.995), weight_decay=0.001),
-        "value_embedding": dict(lr=0.5 * embedding_lr * width_scale, betas=(0.8, 0.995), weight_decay=0.01),
-        "resid_scalar": dict(lr=0.01 * scalar_lr * batch_scale, betas=(0.8, 0.95), weight_decay=0.05),
-        "x0_scalar": dict(lr=scalar_lr * batch_scale, betas=(0.96, 0.95)),
-        "smear": dict(lr=0.4 * scalar_lr * batch_scale, betas=(0.8, 0.95)),
-    }
-    for role in ("resid_scalar", "x0_scalar", "smear"):  # their first gradients are rounding alone
-        table[role]["eps"] = 1e-8
-    roles = raw_model.parameter_roles()
-    groups = [{"kind": "adamw", **table[role], "params": params} for role, params in roles.items()]
+def build_optimizer():
+    """MuonAdamW over every role of the table, without any state."""
+    groups = [{**roles[role], "params": params} for role, params in model.parameter_roles().items()]
     # compiling the updates costs 25 s on a CPU and gains 4% of a step there
     return MuonAdamW(groups, orthogonalize_dtype=compute_dtype, compile=compile and on_gpu)
 
 
-def forward_backward(rows):
-    """Accumulate gradients over this rank's rows (R, T + 1), micro_rows at a time -> the sum of nats."""
-    nats = torch.zeros((), device=device)
-    for micro in rows.split(micro_rows):
-        loss = model(micro[:, :-1], micro[:, 1:])
-        (loss / (len(rows) * max_seq_len)).backward()  # the mean of this rank; the optimizer averages ranks
-        nats += loss.detach()
-    return nats
+# -----------------------------------------------------------------------------
+# The plan, 1) horizon: how far to train, in tokens; a timed run knows it once its speed has been measured
 
+if not horizons:
+    minutes, target_param_data_ratio = (None, 12.0) if on_gpu else (5.0, None)
+new_horizon = bool(resumed_from) and saved_horizon != [globals()[name] for name in HORIZONS]
+if num_iterations:
+    total_batch_size = total_batch_size or rules.whole_rows(2**19 if on_gpu else 2**12, max_seq_len)
+    planned_tokens = num_iterations * total_batch_size
+elif target_flops:  # 1.5e18 FLOPs at depth 12, 1e9 a token -> 1.5e9 tokens
+    planned_tokens = target_flops / num_flops_per_token
+elif target_param_data_ratio:  # ratio 12 at depth 12, vocabulary 50,257: 12 × 124e6 -> 1.5e9 tokens
+    planned_tokens = target_param_data_ratio * (num_params["matrix"] + num_params["head"])
+
+# Is there time to compile? On two cores the parts of the model take 30 s, and a step is 1.4 times as fast;
+# the whole graph takes 70 s, and it is 1.5 times as fast. 1e13 and 1e14 FLOPs are 2 and 20 minutes there. On
+# a GPU the whole graph takes about a minute
+must_compile = given.get("compile") or given_before.get("compile")  # asked for: without it there is no run
+if minutes:
+    long_enough, very_long = minutes >= 2, minutes >= 20
+else:
+    planned_flops = num_flops_per_token * planned_tokens
+    long_enough, very_long = planned_flops >= (2e16 if on_gpu else 1e13), planned_flops >= 1e14
+if compile is None:
+    compile = long_enough and device_type != "mps"
+if compile and (on_gpu or very_long):
+    model.compile(dynamic=False)
+elif compile:
+    model.compile_parts()
 
 # -----------------------------------------------------------------------------
 # The trial: a few steps on random rows compile, find the batch that fits, and measure the speed
 
 
-def largest_divisor(number, limit):
-    """The largest divisor of a number that is at most `limit`."""
-    return max(n for n in range(1, limit + 1) if number % n == 0)
+def passes():
+    """Forward and backward over micro_rows random rows."""
+    global trial_loss
+    random_rows = torch.randint(vocab_size, (micro_rows, max_seq_len + 1), device=device)
+    trial_loss = model(random_rows[:, :-1], random_rows[:, 1:])
+    (trial_loss / (micro_rows * max_seq_len)).backward()
 
 
-def rows_of(batch_size):
-    """Tokens per step -> (whole rows per step, rows per rank, rows per micro-step)."""
-    rows = max(1, round(batch_size / max_seq_len))
-    if rows % world_size:
-        below, above = (max(1, rows // world_size + n) * world_size * max_seq_len for n in (0, 1))
-        fail(
-            f"--total-batch-size {batch_size}: {world_size} processes cannot share {rows} rows."
-            f"\nThe nearest sizes that they can share: {below} and {above}."
-        )
-    per_rank = rows // world_size
-    return rows, per_rank, largest_divisor(per_rank, min(per_rank, micro_rows))
+def update():
+    """A step of the optimizer. The gradients stay: memory peaks in micro-steps that find some."""
+    optimizer.step(trial_loss.detach())
 
 
-FITS, NO_COMPILER, TOO_LARGE = 2, 1, 0
-
-
-def try_rows():
-    """Forward and backward over micro_rows random rows -> (the sum of nats, how it went)."""
-    try:
-        nats = forward_backward(torch.randint(vocab_size, (micro_rows, max_seq_len + 1), device=device))
-        synchronize()
-    except Exception as error:
-        if report.is_out_of_memory(error):
-            return None, TOO_LARGE
-        if not (compile and settings["compile"] is None):
-            raise
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-        say(report.wrap(f"trial    going on without torch.compile, which does not work here: {reason}"))
-        return None, NO_COMPILER
-    crowded = on_gpu and torch.cuda.max_memory_reserved() > 0.95 * torch.cuda.mem_get_info()[1]
-    return nats, TOO_LARGE if crowded and not device_batch_size else FITS
-
-
-micro_rows = device_batch_size or max(1, (65_536 if on_gpu else 2_048) // max_seq_len)
+micro_rows = device_batch_size or rules.whole_rows(65_536 if on_gpu else 2_048, max_seq_len) // max_seq_len
 if total_batch_size:
-    micro_rows = rows_of(total_batch_size)[2]
-optimizer = build_optimizer(total_batch_size or 2**19)
+    *_, micro_rows = dataloader.split_batch(total_batch_size, max_seq_len, world_size, micro_rows)
+optimizer = build_optimizer()
 what = "compiling, which can take a minute the first time, and " if compile else ""
-say(f"trial    {what}measuring steps of {micro_rows} × {max_seq_len} tokens")
-timings = []
+tell("trial", f"{what}measuring steps of {micro_rows} × {max_seq_len} tokens")
+spare = 0.0 if device_batch_size else 0.05  # share of the memory
+timings = []  # (seconds of the passes, seconds of the update); the first ones compile
 while len(timings) < 4:
-    begin = time.perf_counter()
-    nats, outcome = try_rows()
-    middle = time.perf_counter()
-    if world_size > 1:  # what one rank cannot do, none does
-        outcome = torch.tensor(outcome, device=device)
-        dist.all_reduce(outcome, dist.ReduceOp.MIN)
-    if outcome == FITS:
-        optimizer.step(nats)  # the gradients stay: training too has some in memory as it goes forward
-        synchronize()
-        timings.append((middle - begin, time.perf_counter() - middle))
+    outcome, micro_seconds, error = machine.attempt(passes, device, ranks, spare)
+    if outcome == machine.FITS:
+        outcome, update_seconds, error = machine.attempt(update, device, ranks, spare, collective=True)
+    if outcome == machine.FITS:
+        timings.append((micro_seconds, update_seconds))
         continue
-    timings = []
-    if outcome == NO_COMPILER:
-        model, compile = raw_model, False
-        optimizer = build_optimizer(total_batch_size or 2**19)
+    smaller = dataloader.largest_divisor(micro_rows, max(1, micro_rows - 1))
+    if outcome == machine.FAILS and (must_compile or not compile):
+        raise error or RuntimeError("another rank failed")
+    if outcome == machine.FAILS:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200] if error else "on another rank"
+        tell("trial", f"going on without torch.compile, which does not work here: {reason}")
+        torch.compiler.set_stance("force_eager")
+        compile = False
     elif micro_rows == 1:
-        fail(f"not even one row of {max_seq_len} tokens fits.\nTry a smaller --depth or --max-seq-len.")
+        advice = "Try a smaller --depth or --max-seq-len."
+        raise SettingError(f"not even one row of {max_seq_len} tokens fits.\n{advice}")
+    elif device_batch_size:
+        advice = f"Try --device-batch-size {smaller}."
+        raise SettingError(f"{micro_rows} rows of {max_seq_len} do not fit.\n{advice}")
     else:
-        smaller = largest_divisor(micro_rows, micro_rows - 1)
-        if device_batch_size:
-            fail(f"{micro_rows} rows of {max_seq_len} do not fit.\nTry --device-batch-size {smaller}.")
         micro_rows = smaller
-        optimizer.zero_grad(set_to_none=True)
-        gc.collect()  # what the failed attempt still holds
-        if on_gpu:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-optimizer.zero_grad(set_to_none=True)
-if on_gpu:
-    torch.cuda.reset_peak_memory_stats()
-micro_time, optimizer_time = from_rank_0([min(t) for t in zip(*timings[1:])])  # the first one compiled
+    timings, trial_loss, optimizer, error = [], None, None, None
+    model.zero_grad(set_to_none=True)
+    gc.collect()  # what the failed attempt still holds
+    machine.forget_memory(device)
+    optimizer = build_optimizer()
+model.zero_grad(set_to_none=True)
+micro_seconds, update_seconds = ranks.first([min(t) for t in zip(*timings[1:])])
 clock.lap("trial")
 
 # -----------------------------------------------------------------------------
-# Horizon and batch
+# The plan, continued
 
-if not horizons:
-    minutes, target_param_data_ratio = (None, 12.0) if on_gpu else (5.0, None)
-eval_every = eval_every or (250 if on_gpu else 100)
-# until the first evaluation has been timed: a forward pass is about a third of a step
-eval_time = math.ceil(len(validation.places) / (micro_rows * world_size)) * micro_time / 2
-closing_time = 4.0 + sum(num_params.values()) / 50e6  # the last checkpoint, sample and report
-
-
-def time_left():
-    """Seconds of --minutes left for training, on this rank's clock; what a resumed run took before counts."""
-    elapsed = sum(clock.spent.values()) + time.time() - clock.last - clock.spent["corpus"]
-    return max(0.0, 60 * minutes - elapsed - eval_time - closing_time)
-
-
-tokens_ahead = None  # unknown where steps are given and the batch is not
+weight_bytes = 4 * sum(num_params.values())
+checkpoint_bytes = weight_bytes + optimizer.state_bytes()
+# of an evaluation, until one has been timed: a forward pass is a third of both passes, say a half
+eval_seconds = math.ceil(len(validation.places) / (micro_rows * world_size)) * micro_seconds / 2
 if minutes:
-    tokens_ahead = from_rank_0(time_left()) / micro_time * micro_rows * max_seq_len * world_size
-elif target_flops:
-    tokens_ahead = target_flops / num_flops_per_token
-elif target_param_data_ratio:
-    tokens_ahead = target_param_data_ratio * (num_params["matrix"] + num_params["head"])
-if total_batch_size is None and tokens_ahead is None:
-    total_batch_size = 2**19 if on_gpu else 2**12
-elif total_batch_size is None:
-    # the best batch grows with tokens^0.383 (arXiv 2505.13738); short runs need some 450 steps all the same
-    best = min(2**19 * (tokens_ahead / 1.5e9) ** 0.383, tokens_ahead / 450)
-    share = world_size * max_seq_len  # not every world size is a power of 2
-    total_batch_size = max(2 ** round(math.log2(max(1, best))), micro_rows * share)
-    total_batch_size = round(total_batch_size / share) * share
-rows_per_step, rows_per_rank, micro_rows = rows_of(total_batch_size)
-total_batch_size, device_batch_size = rows_per_step * max_seq_len, micro_rows
-planned_seconds = rows_per_rank // micro_rows * micro_time + optimizer_time  # of a step, until one is timed
+    # closing work beside an evaluation: two samples of 128 tokens, a checkpoint at 250 MB/s, the report
+    for _ in range(2):  # the first call loads kernels
+        begin = time.perf_counter()
+        model.generate(validation.prompt(88), 8)
+    closing_seconds = 32 * (time.perf_counter() - begin) + checkpoint_bytes / 250e6 + 4.0
+    seconds_left = ranks.first(60 * minutes - clock.elapsed("corpus") - eval_seconds - closing_seconds)
+    planned_tokens = max(1.0, seconds_left) / micro_seconds * micro_rows * max_seq_len * world_size
+
+# 2) batch: 1.5e9 tokens -> 2^19; five minutes of a CPU, 2e6 -> 2^12
+total_batch_size = total_batch_size or rules.whole_rows(rules.best_batch_size(planned_tokens), max_seq_len)
+rows_per_step, rows_per_rank, device_batch_size = dataloader.split_batch(
+    total_batch_size, max_seq_len, world_size, micro_rows
+)
+total_batch_size, micro_steps = rows_per_step * max_seq_len, rows_per_rank // device_batch_size
+machine.check_sums(device, max(vocab_size, device_batch_size * max_seq_len))
+planned_dt = micro_steps * micro_seconds * device_batch_size / micro_rows + update_seconds
 if not minutes:
-    num_iterations = settings["num_iterations"] or max(1, round(tokens_ahead / total_batch_size))
-    horizon_is_final = True
-elif not horizon_is_final or minutes != state["settings"]["minutes"]:
-    num_iterations = max(1, step + int(from_rank_0(time_left()) / planned_seconds))
-    horizon_is_final = step > (1 - warmdown_ratio) * num_iterations
-    # the horizon will still move a little, and nothing before the decay may depend on it
-    warmup_steps = min(warmup_steps, num_iterations // 15)
+    num_iterations = num_iterations or max(1, round(planned_tokens / total_batch_size))
+if not planned_iterations or new_horizon:
+    planned_iterations = num_iterations or step + max(1, int(seconds_left / planned_dt))
+planned_tokens = planned_iterations * total_batch_size
+horizon = f"{minutes:g} minutes, about " if minutes else ""
+horizon += f"{planned_iterations:,} steps, {report.short(planned_tokens)} tokens, "
+horizon += f"{num_flops_per_token * planned_tokens:.2g} FLOPs"
+horizon += f", about {report.duration(planned_iterations * planned_dt)}" if not minutes else ""
+tell("plan", f"1) horizon: {horizon}")
+shape = f"{micro_steps} × {device_batch_size} × {max_seq_len:,}"
+tell("plan", f"2) batch: {total_batch_size:,} tokens ({shape})")
+
+# 3) learning rates: 2^19 tokens a step -> × 1; 2^20 -> × 1.41; 2^12 -> AdamW × 0.55, Muon × 2.6
+adamw_scale, muon_scale = rules.lr_scales(total_batch_size)
+for entry in roles.values():
+    entry["lr"] *= muon_scale if entry["kind"] == "muon" else adamw_scale
+warmup = min(warmup_steps, planned_iterations / 10)
+scales = f"AdamW × {adamw_scale:.3g}, Muon × {muon_scale:.3g}"
+tell("plan", f"3) learning rates: {scales}, {warmup:.0f} steps of warmup")
+
+# 4) weight decay: 2,840 steps × 2^19 tokens -> 0.28; four times as many -> 0.07
+if weight_decay is None:
+    weight_decay = rules.best_weight_decay(total_batch_size, planned_tokens)
+tell("plan", f"4) weight decay: {weight_decay:.3g}")
+
+# 5) evaluations: about ten, in a timed run for at most 5% of its time
+if eval_every is None:
+    evaluations = min(10.0, 0.05 * seconds_left / eval_seconds) if minutes else 10.0
+    eval_every = math.ceil(planned_iterations / evaluations) if evaluations >= 1 else -1
+between = f", and every {eval_every:,} steps" if eval_every > 0 else ""
+tell("plan", f"5) evaluations: at the start and the end{between}")
+
 if resumed_from:
-    decay_start = (1 - warmdown_ratio) * state["num_iterations"]
-    if step > decay_start and num_iterations > state["num_iterations"]:
-        say(f"resume   the learning rate decays since step {decay_start:.0f}: it will rise once more")
-if weight_decay is None:  # longer runs want less (arXiv 2405.13698): it adds up to the same over a run
-    planned_tokens = num_iterations * total_batch_size
-    weight_decay = 0.28 * min(1.0, (total_batch_size / 2**19) ** 0.5 * 1.5e9 / planned_tokens)
+    used_before = [clock.spent.get(name, 0.0) for name in ("training", "evaluation", "sampling", "saving")]
+    used_before = progress * span if span else sum(used_before)  # seconds
+    progress_before = progress
+    if not minutes:
+        progress, span = min(1.0, step / num_iterations), None
+    elif new_horizon:
+        span = used_before + max(seconds_left, planned_dt)
+        progress = used_before / span
+    if progress < progress_before and progress_before > 1 - warmdown_ratio:
+        what = f"{progress_before:.0%} of the run were done, of the new horizon it is {progress:.0%}"
+        tell("resume", f"{what}: the decayed learning rate rises once more")
 
-raw_model.init_weights(device, seed)  # anew: the trial leaves no trace
-optimizer = build_optimizer(total_batch_size)
+# -----------------------------------------------------------------------------
+# What the loop works with: fresh weights and optimizer, or those of the checkpoint, and the loader of rows
 
-clock.lap("setup")
-margin = 1.25 if minutes else 1.0  # a timed horizon may still grow
-dataloader.fetch_more(corpus, int(margin * num_iterations * rows_per_step), max_seq_len, tell_data)
-clock.lap("corpus")
+model.init_weights(device, seed)  # anew: the trial leaves no trace
+optimizer = build_optimizer()
+margin = 1.25 if minutes else 1.0  # a timed run may become faster
+dataloader.fetch_more(corpus, int(margin * planned_iterations * rows_per_step), max_seq_len, tell_data)
 loader = dataloader.DataLoader(corpus, max_seq_len, rows_per_step, seed, device, rank, world_size)
 if resumed_from:
     try:
-        raw_model.load_state_dict(checkpoint.load(resumed_from, "model"))
+        model.load_state_dict(checkpoint.load(resumed_from, "model"))
         optimizer.load_state_dict(checkpoint.load(resumed_from, "optimizer"))
-        loader.load_state_dict(state["data"])
+        loader.load_state_dict(data_place)
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[-1].strip().rstrip(".")
-        fail(f"{resumed_from} does not fit these settings: {reason}.\nResume with those of its run.")
+        advice = "Resume with those of its run."
+        raise SettingError(f"{resumed_from} does not fit these settings: {reason}.\n{advice}") from None
+corpus_size = report.short(corpus.counts["train"]["tokens"])
+epochs = planned_tokens / (loader.rows_per_epoch * max_seq_len)
+corpus_name = f"{corpus.name} · vocabulary of {vocab_size:,} · fingerprint {corpus.fingerprint}"
+tell("data", f"{corpus_name} · {corpus_size} training tokens, for {epochs:.2g} epochs")
+
+peak, peak_source = machine.find_peak(device, compute_dtype, peak_tflops)
+how = "eager" if not compile else "compiled in parts" if model.has_compiled_parts else "compiled"
+kernel = attention_backend(config, compute_dtype, device, compile)
+tell("train", f"{how} · {kernel} attention · peak {report.short(peak, ' ')}FLOP/s ({peak_source})")
 
 # -----------------------------------------------------------------------------
 # The run's folder
 
-peak, peak_source = report.find_peak(device, device_name, compute_dtype, peak_tflops)
+settings = {name: globals()[name] for name in kinds if name not in CALL}
+to_repeat = {name: settings[name] for name in settings if name not in ("wandb", *HORIZONS[2:])}
+python = "python" if world_size == 1 else f"torchrun --standalone --nproc_per_node={world_size}"
+if "num_iterations" not in horizons:  # the horizon stays what was asked for
+    settings["num_iterations"] = None
 run_config = {
-    # the horizon stays what was asked for: state.json and summary.json have the steps that came of it
-    "settings": {n: globals()[n] if n != "num_iterations" or n in horizons else None for n in settings},
-    "given": given_before | given,
+    "settings": settings,
+    "given": given_before | {name: given[name] for name in given if name not in CALL},
+    "command": report.command_line(f"{python} train.py", to_repeat),
+    "timed": bool(minutes),
     "model": asdict(config),
     "num_params": num_params,
     "num_flops_per_token": num_flops_per_token,
-    "num_flops_per_token_causal": raw_model.num_flops_per_token(exact_causal=True),
+    "num_flops_per_token_causal": model.num_flops_per_token(exact_causal=True),
     "corpus": {"name": corpus.name, "fingerprint": corpus.fingerprint, **corpus.counts},
     "device": device_name,
+    "device_type": device_type,
     "mfu_peak": peak,
     "mfu_peak_source": peak_source,
     "world_size": world_size,
@@ -535,276 +532,267 @@ run_config = {
 }
 if rank == 0:
     try:
-        checkpoints.mkdir(parents=True, exist_ok=True)
-        lock = lock or checkpoint.lock(run_folder)  # held to the end, and let go by any end
+        checkpoints.mkdir(exist_ok=True)
         report.replace(run_folder / "config.json", json.dumps(run_config, indent=2))
         if not (run_folder / "tokenizer" / "tokenizer.json").exists():  # never touch a good one
             dataloader.save_tokenizer(corpus.tokenizer, run_folder / "tokenizer")
         report.cut_log(run_folder, step if resumed_from else -1)
     except OSError as error:
-        fail(f"{run_folder} cannot be written: {error.strerror}.\nChoose another --out-dir or make room.")
+        advice = "Choose another --out-dir or make room."
+        raise SettingError(f"{run_folder} cannot be written: {error.strerror}.\n{advice}") from None
+    saves = 1 + planned_iterations // save_every if save_every > 0 else 1
+    saves += int(planned_iterations * planned_dt / (60 * save_minutes)) if save_minutes > 0 else 0
+    saves = min(saves, keep_checkpoints + 1)  # the oldest one goes when the new one is complete
+    if warning := checkpoint.check_room(checkpoints, weight_bytes, checkpoint_bytes, saves):
+        tell("disk", warning)
 log = report.Log(run_folder if rank == 0 else None, wandb, run_config)
-attention = attention_backend(config, compute_dtype, device, compile)
-say(report.header(run_config, compile, attention, num_iterations, planned_seconds, run_folder))
-log.write("event", step=step, event="resumed" if resumed_from else "started", num_iterations=num_iterations)
-
-# -----------------------------------------------------------------------------
-# What the loop calls: sample, save, give up; and what signals ask of it
+event = "resumed" if resumed_from else "started"
+log.write("event", step=step, event=event, planned_iterations=planned_iterations)
+saver = checkpoint.Saver(checkpoints, keep_checkpoints, pin=on_gpu, synchronize=synchronize)
 
 
-def sample():
+def write_samples():
     """What the model writes from nothing and from the start of a validation row: [[prompt, text], ...]."""
     texts = []
     for number, prompt in enumerate([[corpus.bos], validation.prompt(24)]):
-        new = raw_model.generate(prompt, 128, seed=seed + number, bos=corpus.bos)
+        new = model.generate(prompt, 128, seed=seed + number, bos=corpus.bos)
         texts.append([corpus.tokenizer.decode(prompt[1:]), corpus.tokenizer.decode(new)])
     return texts
 
 
-def save():
-    """Begin to write a checkpoint, if all weights are finite -> whether it began. A collective call."""
-    if (strange := optimizer.different_rank()) is not None:
-        give_up(f"the weights of rank {strange} differ from those of rank 0; nothing is saved.")
-    if not all(p.isfinite().all() for p in raw_model.parameters()):
-        say("save     left out: the weights are not finite")
-        return False
-    tensors = {"model": raw_model.state_dict(), "optimizer": optimizer.state_dict()}
-    state = {name: globals()[name] for name in STATE}
-    state |= {name: run_config[name] for name in ("settings", "given", "versions")}
-    state |= {"spent": dict(clock.spent), "data": loader.state_dict()}
-    if rank == 0:
-        tell_saved(saver.save(step, tensors, state))
-    return True
-
-
-def give_up(reason):
-    """The training has failed: say why, and which checkpoint is good; leave a report; exit status 1."""
-    if rank == 0:
-        tell_saved(saver.wait())
-        log.write("event", step=step, event="failed", reason=reason)
-        good, _ = checkpoint.newest_valid(checkpoints)
-        say(f"error: {reason}\nThe last good checkpoint: {good or 'none'}.")
-        log.close()
-        with contextlib.suppress(OSError, ValueError):
-            report.write_report(run_folder)
-    sys.exit(1)
-
-
-def tell_saved(outcome, last=False):
-    """Log how a save ended -> whether it failed."""
-    folder, error = outcome or (None, None)
-    if folder:  # under its own step: the loop has gone on meanwhile
-        log.write("event", step=int(folder.name.removeprefix("step_")), event="saved", folder=folder.name)
-    if error:
-        log.write("event", step=step, event="save_failed", error=str(error))
-        trouble = "error: the last save failed" if last else "save     failed, the next one tries again"
-        say(report.wrap(f"{trouble}: {error}"))
-    return bool(error)
-
-
-saver = checkpoint.Saver(checkpoints, keep_checkpoints, pin=on_gpu, synchronize=synchronize)
-signal_seen, save_asked = 0, False  # by this rank; all ranks act together, at the end of a window
-
-
-def on_signal(number, frame):
-    global signal_seen, save_asked
-    if number == signal.SIGUSR1:
-        save_asked = True
-    else:
-        signal_seen = number
-        if number == signal.SIGINT:  # a second Ctrl-C, SIGTERM by way of torchrun, stops at once
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def expect_progress():
-    """From now on HANG_SECONDS may pass until the next call; then every rank shows its stacks and ends."""
-    if world_size > 1:
-        faulthandler.dump_traceback_later(HANG_SECONDS, exit=True)
-
-
-for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-    if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup has its way
-        signal.signal(number, on_signal)
-
 # -----------------------------------------------------------------------------
 # The loop. Host and device meet only at the end of a window of steps
 
-start_step, last_saved, last_save_time = step, step if resumed_from else -1, time.time()
-time_before = total_training_time  # of earlier starts, perhaps on other machines
-seconds_per_step = planned_seconds  # until steps of this start are timed
-tokens = loader.cursor * max_seq_len
+start_step, time_before = step, total_training_time
+warm_from = start_step + 10  # until then caches and allocators warm up: those steps are not timed
+last_saved, last_save_time = step if resumed_from else -1, time.monotonic()
+dt = mean_dt = planned_dt  # seconds per step: in the last window, and on average since `warm_from`
+tokens = step * total_batch_size
 flops_so_far = num_flops_per_token * tokens
-next_length, skips_in_a_row, samples = 1, 0, []
-interruption, saving_is_due = 0, False  # the signal that stops the run; is a checkpoint due
+timetable = None  # of a timed run, from its first step on
+samples, sample_step, sample_seconds = [], -1, 0.0
+skips_in_a_row, failure = 0, None  # failure: why the run cannot go on
+evaluation_due = step == 0 or (eval_every > 0 and step % eval_every == 0)
+save_due = sample_due = finished = stop = False
+signals = machine.Signals()  # from now on they are obeyed at the end of a window; stop: the one that came
+new_folder = None
 clock.lap("setup")
 while True:
-    # between windows: evaluate, sample, save, stop
-    at_end = step >= num_iterations
-    evaluation_is_due = step == 0 or at_end or (eval_every > 0 and step % eval_every == 0)
-    if evaluation_is_due and val_step != step and not interruption:
-        expect_progress()
-        begin = time.time()
-        batches = validation.batches(micro_rows, device, rank, world_size)
+    # once in a while: evaluate. Another evaluation has its place here, its time within eval_seconds
+    if evaluation_due and val_step != step:
+        begin = time.monotonic()
+        batches = ranks.watch(validation.batches(device_batch_size, device, rank, world_size))
         val_bpb = report.bits_per_byte(model, batches, device)
         min_val_bpb, val_step = min(min_val_bpb, val_bpb), step
-        eval_time = time.time() - begin
-        figures = {"step": step, "val_bpb": val_bpb, "min_val_bpb": min_val_bpb}
-        figures |= {"total_training_flops": flops_so_far, "total_training_time": total_training_time}
-        log.write("val", **figures)
-        say(report.val_line(figures, num_iterations))
+        eval_seconds = time.monotonic() - begin
+        val_record = {"step": step, "val_bpb": val_bpb, "min_val_bpb": min_val_bpb}
+        val_record |= {"total_training_flops": flops_so_far, "total_training_time": total_training_time}
+        log.write("val", **val_record)
+        show(report.val_line(val_record))
         clock.lap("evaluation")
-    sample_is_due = at_end or (sample_every > 0 and step > start_step and step % sample_every == 0)
-    if sample_is_due and rank == 0 and not interruption:
-        samples = sample()
-        say(report.show_samples(samples))
-        clock.lap("sampling")
-    saving_is_due |= at_end or interruption > 0 or (save_every > 0 and step > 0 and step % save_every == 0)
-    if saving_is_due and last_saved != step:
-        expect_progress()
-        last_saved = step if save() else last_saved
-        last_save_time = time.time()
+
+    # once in a while: save
+    if save_due and last_saved != step:
+        ranks.heartbeat()
+        last_save_time = time.monotonic()
+        different = optimizer.different_rank()
+        if different is not None:
+            failure = f"the weights of rank {different} differ from those of rank 0; nothing is saved"
+            break
+        if all(p.isfinite().all() for p in model.parameters()):
+            last_saved = step
+            tensors = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            state = {
+                "step": step,
+                "progress": timetable.at(time.monotonic()) if minutes else progress,
+                "min_val_bpb": min_val_bpb,
+                "val_bpb": val_bpb,
+                "val_step": val_step,
+                "smooth_train_loss": smooth_train_loss,
+                "total_training_time": total_training_time,
+                "skipped_steps": skipped_steps,
+                "planned_iterations": planned_iterations,
+                "span": span,
+                "spent": dict(clock.spent),
+                "data": loader.state_dict(),
+                **{name: run_config[name] for name in ("settings", "given", "versions")},
+            }
+            if rank == 0:
+                saver.save(step, tensors, state)
+        else:
+            tell("save", "left out: the weights are not finite")
         clock.lap("saving")
-    saving_is_due = False
-    if at_end or interruption:
+
+    # once in a while: sample, after saving, because it only shows something
+    if sample_due and sample_step != step and rank == 0:
+        begin, sample_step = time.monotonic(), step
+        samples = report.attempt("sampling", write_samples) or samples
+        show(report.show_samples(samples))
+        sample_seconds = time.monotonic() - begin
+        clock.lap("sampling")
+    if finished or stop:
         break
 
-    # a window of steps: nothing in it waits for the device
-    expect_progress()
-    window_end = min(step + next_length, num_iterations)
-    if step < start_step + 10:  # caches and allocators warm up: these steps are not in total_training_time
-        window_end = min(window_end, start_step + 10)
+    # how far the next window goes: rank 0 decides, all ranks obey
+    most = log_every or (1 if step < warm_from else min(10, max(1, int(0.5 / dt))))
+    most = min(most, max(1, int(10 / dt)))  # signals and saves wait for a window's end
     for period in (eval_every, sample_every, save_every):
-        if period > 0:
-            window_end = min(window_end, step - step % period + period)
-    if not horizon_is_final:  # close it where the decay would begin: there the horizon is made final
-        window_end = min(window_end, max(step + 1, math.ceil((1 - warmdown_ratio) * num_iterations)))
-    losses, norms, skips = [], [], []
+        most = min(most, period - step % period) if period > 0 else most
+    if step < warm_from:
+        most = min(most, warm_from - step)
+    if minutes and timetable is None:  # the clock of a timed run starts with its first step
+        seconds_left = 60 * minutes - clock.elapsed("corpus") - eval_seconds - closing_seconds
+        span = span or max(seconds_left, dt)
+        timetable = Timetable(time.monotonic(), span, progress)
+    if minutes:
+        window = timetable.window(time.monotonic(), dt, most)
+    else:
+        window = (min(1.0, step / num_iterations), 0.0, max(0, min(most, num_iterations - step)), 0.0)
+    progress, increment, window_steps, stall = ranks.decide(*window)
+    if stall:
+        tell("time", f"the run stood still: its deadline is put off by {stall:.1f} s")
+    if window_steps == 0:  # what the end needs, then out
+        finished = evaluation_due = save_due = sample_due = True
+        continue
+
+    ranks.heartbeat()
+    step_nats, step_norms, step_skips = [], [], []  # 0-D tensors on the device
     wait_before, window_start = loader.wait_time, time.perf_counter()
-    while step < window_end and not (signal_seen and world_size == 1):
-        lrm = lr_multiplier(step, num_iterations, warmup_steps, warmdown_ratio, final_lr_frac)
-        momentum = muon_momentum(step, num_iterations, warmdown_ratio)
-        decay = weight_decay * weight_decay_multiplier(step, num_iterations, warmdown_ratio)
+    for _ in range(int(window_steps)):
+        # one step of training: accumulate gradients, set what the schedules say, update, forget the gradients
+        rows = next(loader)  # this rank's: (rows_per_rank, T + 1)
+        nats = torch.zeros((), device=device)
+        for micro in rows.split(device_batch_size):
+            loss = model(micro[:, :-1], micro[:, 1:])  # summed over its targets
+            (loss / (rows_per_rank * max_seq_len)).backward()  # a mean; the optimizer averages over ranks
+            nats += loss.detach()
+        lrm = lr_multiplier(step, progress, warmup, warmdown_ratio, final_lr_frac)
+        momentum = muon_momentum(step, progress, warmdown_ratio)
+        decay = weight_decay * weight_decay_multiplier(progress, warmdown_ratio)
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * lrm
             if group["kind"] == "muon":
                 group["momentum"], group["weight_decay"] = momentum, decay
-        rows = next(loader)
-        nats = forward_backward(rows)
         optimizer.step(nats)
         optimizer.zero_grad(set_to_none=True)
-        losses.append(nats)
-        norms.append(optimizer.grad_norm)
-        skips.append(optimizer.skipped)
-        step += 1
-    if not losses:  # a signal came between the windows
-        interruption = signal_seen
-        continue
 
-    # its end: one transfer, one synchronization, one record
-    numbers = torch.stack([torch.stack(losses), torch.stack(norms), torch.stack(skips)])  # (3, steps)
-    if world_size > 1:
-        dist.all_reduce(numbers[0])
-    losses, norms, skips = numbers.tolist()
+        step += 1
+        progress = progress + increment if minutes else step / num_iterations
+        step_nats.append(nats)
+        step_norms.append(optimizer.grad_norm)
+        step_skips.append(optimizer.skipped)
+        if signals.stop and world_size == 1:
+            break
+
+    # the window ends: the only synchronization, one transfer, one record
+    global_nats = ranks.total(torch.stack(step_nats))
+    table = torch.stack([global_nats, torch.stack(step_norms), torch.stack(step_skips)])  # (3, steps)
+    losses, norms, skips = table.tolist()
     synchronize()
     dt = (time.perf_counter() - window_start) / len(losses)
-    for loss, skipped in zip(losses, skips):
-        train_loss = math.nan if skipped else loss / total_batch_size  # mean over the global batch, in nats
+    for loss_sum, skipped in zip(losses, skips):
+        train_loss = math.nan if skipped else loss_sum / total_batch_size  # a mean over the global batch
         if skipped:
             skipped_steps, skips_in_a_row = skipped_steps + 1, skips_in_a_row + 1
+            failure = "loss or gradient not finite 5 times in a row" if skips_in_a_row == 5 else failure
         else:
-            smooth_train_loss = report.update_ema(smooth_train_loss, train_loss, ema_beta)
-            skips_in_a_row = 0
+            smooth_train_loss, skips_in_a_row = report.update_ema(smooth_train_loss, train_loss, ema_beta), 0
     debiased_smooth_loss = report.debias(smooth_train_loss, ema_beta, step - skipped_steps)
-    if step > start_step + 10:
+    if step > warm_from:
         total_training_time += dt * len(losses)
-        seconds_per_step = (total_training_time - time_before) / (step - start_step - 10)
-    tokens = loader.cursor * max_seq_len
+    mean_dt = (total_training_time - time_before) / (step - warm_from) if step > warm_from else dt
+    tokens = step * total_batch_size
     flops_so_far = num_flops_per_token * tokens
-    figures = {
+    tok_per_sec = total_batch_size / dt
+    record = {
         "step": step,
         "train_loss": train_loss,
         "train_loss_ema": debiased_smooth_loss,
+        "progress": progress,
         "lrm": lrm,
         "muon_momentum": momentum,
         "weight_decay": decay,
         "grad_norm": norms[-1],
         "dt": dt,
-        "tok_per_sec": total_batch_size / dt,
-        "mfu": num_flops_per_token * total_batch_size / dt / (peak * world_size),
+        "tok_per_sec": tok_per_sec,
+        "mfu": num_flops_per_token * tok_per_sec / (peak * world_size),
         "data_wait": (loader.wait_time - wait_before) / (dt * len(losses)),
         "tokens": tokens,
         "total_training_flops": flops_so_far,
         "total_training_time": total_training_time,
         "epoch": loader.epoch,
-        "peak_memory": report.peak_memory(device),
+        "peak_memory": machine.peak_memory(device),
         "skipped_steps": skipped_steps,
     }
-    log.write("step", **figures)
+    log.write("step", **record)
     if any(skips):
         places = range(loader.cursor - len(skips) * rows_per_step, loader.cursor, rows_per_step)
         cursors = [place for place, skipped in zip(places, skips) if skipped]  # where those batches begin
         log.write("event", step=step, event="skipped_step", skipped_steps=skipped_steps, cursors=cursors)
-    pace = seconds_per_step + (eval_time / eval_every if eval_every > 0 else 0.0)
-    say(report.step_line(figures, num_iterations, val_bpb, peak_source, (num_iterations - step) * pace))
-    if skips_in_a_row >= 5:
-        forward_backward(rows)  # once more, to name the culprit
+    log.saves(saver.outcomes(), step)
+    seconds_left = timetable.left(time.monotonic()) if minutes else mean_dt * (num_iterations - step)
+    show(report.step_line(record, num_iterations, val_bpb, peak_source, seconds_left))
+    if failure:
         culprit = optimizer.not_finite() or "the loss"
+        failure = f"{failure}, first in {culprit}"
         log.write("event", step=step, event="not_finite", parameter=culprit)
-        give_up(f"loss or gradient not finite {skips_in_a_row} times in a row, first in {culprit}.")
-
-    # rank 0 decides, and all ranks hear of it
-    tell_saved(saver.poll())
-    if not horizon_is_final:
-        num_iterations = step + int(time_left() / pace)
-        if step >= (1 - warmdown_ratio) * num_iterations:  # the decay begins here, and it shall end in time
-            horizon_is_final = True
-            if warmdown_ratio < 1:  # exactly here, so that --num-iterations repeats the run
-                num_iterations = max(step, int(step / (1 - warmdown_ratio)))
-            log.write("event", step=step, event="horizon", num_iterations=num_iterations)
-    next_length = log_every or (1 if step < start_step + 10 else min(10, max(1, int(0.5 / dt))))
-    next_length = min(next_length, max(1, int(10 / dt)))  # signals and saves wait for a window's end
-    saving_is_due |= save_asked or 0 < 60 * save_minutes < time.time() - last_save_time
-    interruption, save_asked = signal_seen, False
-    if world_size > 1:
-        decision = [num_iterations, horizon_is_final, next_length, saving_is_due] if rank == 0 else [0] * 4
-        decision = torch.tensor([*decision, signal_seen], dtype=torch.int64, device=device)  # of any rank
-        dist.all_reduce(decision, dist.ReduceOp.MAX)
-        num_iterations, horizon_is_final, next_length, saving_is_due, interruption = decision.tolist()
-    if step == start_step + 10:
+        break
+    if step == warm_from:
         gc.collect()
         gc.freeze()  # what lives now lives to the end
+
+    # what is due now: rank 0 decides, a signal may come to any rank, all ranks obey
+    evaluation_due = eval_every > 0 and step % eval_every == 0
+    sample_due = sample_every > 0 and step % sample_every == 0
+    save_due = save_every > 0 and step % save_every == 0
+    save_due |= 0 < 60 * save_minutes < time.monotonic() - last_save_time
+    if minutes:  # what the end does anyway is not begun shortly before it
+        evaluation_due &= seconds_left > 3 * eval_seconds
+        sample_due &= seconds_left > 3 * sample_seconds
+    due = (evaluation_due, sample_due, save_due) if rank == 0 else (0, 0, 0)
+    *due, asked, stop = map(int, ranks.agree(*due, signals.save, signals.stop))
+    evaluation_due, sample_due, save_due = due[0] and not stop, due[1] and not stop, due[2] or asked or stop
+    signals.save = False
     clock.lap("training")
 
 # -----------------------------------------------------------------------------
-# The end
+# The end: what was trained is safe before anything is shown
 
-faulthandler.cancel_dump_traceback_later()
-failed = tell_saved(saver.wait(), last=True) or last_saved != step
-if interruption:
-    say(f"stopped  by {signal.Signals(interruption).name} after step {step}")
-    local = os.environ.get("LOCAL_WORLD_SIZE")
-    start = f"torchrun --nproc_per_node={local} train.py --" if world_size > 1 else "python train.py"
-    where = f" --out-dir {shlex.quote(out_dir)}" if "out_dir" in given else ""
-    say(f"continue with: {start}{where} --run {shlex.quote(run)} --resume")
-event = "interrupted" if interruption else "finished"
-log.write("event", step=step, event=event, num_iterations=num_iterations)
+ranks.end()
+saver.wait()
+save_error = log.saves(saver.outcomes(), step, "the last one failed")
+if checkpoint.is_full(save_error) and last_saved == step:  # perhaps there is room for the weights alone
+    saver.save(step, {"model": tensors["model"]}, state, prune=False)
+    saver.wait()
+    if not log.saves(saver.outcomes(), step, "not even the weights alone had room"):
+        tell("save", f"the weights alone had room: step_{step:06d} can be sampled from, but not resumed")
+failed = bool(failure or save_error or last_saved != step)
+event = "failed" if failure else "interrupted" if stop else "finished"
+log.write("event", step=step, event=event, **({"reason": failure} if failure else {}))
+if failure and rank == 0:
+    good, _ = checkpoint.newest_valid(checkpoints)
+    show(f"error: {failure}.\nThe last good checkpoint: {good or 'none'}.")
+if stop:
+    call = {"out_dir": run_folder.parent, "run_name": run_folder.name, "resume": True}
+    tell("stopped", f"by {signal.Signals(stop).name} after step {step}; to continue:")
+    show(report.command_line(f"{python} {report.quoted(Path(__file__).absolute())}", call))
 clock.lap("saving")
-tok_per_sec = total_batch_size / (seconds_per_step if step > start_step + 10 else dt)
+tok_per_sec = total_batch_size / mean_dt
 summary = {
     "val_bpb": val_bpb,
     "min_val_bpb": min_val_bpb,
     "train_loss_ema": report.debias(smooth_train_loss, ema_beta, step - skipped_steps),
     "steps": step,
+    "progress": progress,
     "tokens": tokens,
     "total_training_flops": flops_so_far,
     "total_training_time": total_training_time,
-    "wall_time": sum(clock.spent.values()),
+    "wall_time": clock.elapsed(),
     "tok_per_sec": tok_per_sec,
     "mfu": num_flops_per_token * tok_per_sec / (peak * world_size),
     "mfu_peak": peak,
     "mfu_peak_source": peak_source,
-    "peak_memory": report.peak_memory(device),
+    "peak_memory": machine.peak_memory(device),
     "num_params": sum(num_params.values()),
     "num_flops_per_token": num_flops_per_token,
     "depth": depth,
@@ -815,13 +803,6 @@ summary = {
     "samples": samples,
 }
 if rank == 0:
-    try:
-        report.finish(run_folder, summary)
-    except (OSError, ValueError) as error:  # the folder is full, or has vanished
-        failed = True
-        say(report.wrap(f"error: the report failed: {error}"))
+    failed = not report.finish(run_folder, summary) or failed
     log.close(summary)
-if world_size > 1:
-    dist.barrier()
-    dist.destroy_process_group()
-sys.exit(1 if failed else 128 + interruption if interruption else 0)
+sys.exit(1 if failed else 128 + stop if stop else 0)

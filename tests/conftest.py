@@ -15,7 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: more threads only 
 
 TINY = (
     "--depth 2 --aspect-ratio 32 --head-dim 32 --max-seq-len 64 --total-batch-size 512 --vocab-size 512 "
-    "--eval-tokens 1024 --compile off --peak-tflops 0.1 --device-type cpu --dtype float32 "
+    "--eval-tokens 1024 --no-compile --peak-tflops 0.1 --device-type cpu --dtype float32 "
     # mild learning rates: rounding differences between two orders of summation stay small for 20 steps
     "--matrix-lr 0.004 --embedding-lr 0.06 --unembedding-lr 0.002 --scalar-lr 0.1"
 ).split()
@@ -37,19 +37,19 @@ def home(tmp_path_factory):
 def train(home, tmp_path):
     """
     train("--num-iterations", 20, ...) runs train.py in a subprocess on the tiny corpus and model, and returns
-    code, output, folder (of --run a, the default), log (records), summary and config (or None).
+    code, output, folder (of --run-name a, the default), log (records), summary and config (or None).
     """
 
     def start(*flags, processes=1, tiny=True, script=REPO / "train.py", threads=1):
         command = [sys.executable, str(script)]
-        if processes > 1:  # torchrun takes --run for its own --run-path unless -- comes first
+        if processes > 1:
             torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-            command = [sys.executable, *torchrun, str(script), "--"]
+            command = [sys.executable, *torchrun, str(script)]
         flags = [str(f) for f in flags]
         if tiny:
             flags = [*TINY, "--data", str(home / "text"), "--out-dir", str(tmp_path / "out"), *flags]
-        if tiny and "--run" not in flags and "--resume" not in flags:
-            flags += ["--run", "a"]
+        if tiny and "--run-name" not in flags and "--resume" not in flags:
+            flags += ["--run-name", "a"]
         env = {**os.environ, "ONEDIAL_HOME": str(home / "cache"), "OMP_NUM_THREADS": str(threads)}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         return subprocess.Popen(command + flags, cwd=tmp_path, env=env, **pipes)
@@ -71,10 +71,27 @@ def train(home, tmp_path):
     def run(*flags, run="a", **options):
         return finish(start(*flags, **options), run)
 
-    run.start, run.finish = start, finish
+    run.start, run.finish, run.home, run.out = start, finish, home, tmp_path / "out"
     return run
 
 
 def losses(result):
     """{step: train_loss} of a run."""
     return {r["step"]: r["train_loss"] for r in result.log if r["kind"] == "step"}
+
+
+def edited_copy(folder, old, new, file="train.py"):
+    """All scripts, copied, with one place of one of them edited -> the path of train.py there."""
+    for path in REPO.glob("*.py"):
+        (folder / path.name).write_bytes(path.read_bytes())
+    text = (folder / file).read_text()
+    assert text.count(old) == 1
+    (folder / file).write_text(text.replace(old, new))
+    return folder / "train.py"
+
+
+def wait_for(process, start, percent=0.0):
+    """Read a run's output up to a line that starts so; of a step: when so much of the run is done -> it."""
+    for line in process.stdout:
+        if line.startswith(start) and (not percent or float(line.split("%")[0].split()[-1]) > percent):
+            return line

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -13,16 +14,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPO, TINY, losses
+from conftest import REPO, TINY, edited_copy, losses, wait_for
 
 STEP_FIELDS = (
-    "kind step train_loss train_loss_ema lrm muon_momentum weight_decay grad_norm dt tok_per_sec mfu "
-    "data_wait tokens total_training_flops total_training_time epoch peak_memory skipped_steps"
+    "kind step train_loss train_loss_ema progress lrm muon_momentum weight_decay grad_norm dt tok_per_sec "
+    "mfu data_wait tokens total_training_flops total_training_time epoch peak_memory skipped_steps"
 )
 SUMMARY_FIELDS = (
-    "val_bpb min_val_bpb train_loss_ema steps tokens total_training_flops total_training_time wall_time "
-    "tok_per_sec mfu mfu_peak mfu_peak_source peak_memory num_params num_flops_per_token depth device "
-    "world_size samples"
+    "val_bpb min_val_bpb train_loss_ema steps progress tokens total_training_flops total_training_time "
+    "wall_time tok_per_sec mfu mfu_peak mfu_peak_source peak_memory num_params num_flops_per_token depth "
+    "device world_size samples"
 )
 
 
@@ -30,7 +31,7 @@ SUMMARY_FIELDS = (
 def reference(home, tmp_path_factory):
     """One run of 20 steps with checkpoints every 10, which several tests look at."""
     out = tmp_path_factory.mktemp("reference")
-    flags = ["--data", home / "text", "--out-dir", out, "--run", "a", "--num-iterations", 20]
+    flags = ["--data", home / "text", "--out-dir", out, "--run-name", "a", "--num-iterations", 20]
     command = [sys.executable, REPO / "train.py", *TINY, *flags, "--eval-every", 10, "--save-every", 10]
     env = {**os.environ, "ONEDIAL_HOME": str(home / "cache")}
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True, env=env, cwd=out)
@@ -130,7 +131,7 @@ def test_more_processes_train_the_same_model(reference, train, processes):
     assert all(first[s] == pytest.approx(second[s], rel=1e-4) for s in first.keys() & second.keys())
     assert many.summary["val_bpb"] == pytest.approx(reference[2]["val_bpb"], rel=1e-4)
     assert many.summary["world_size"] == processes
-    assert many.output.count("plan ") == 1  # rank 0 alone prints
+    assert many.output.count("2) batch") == 1  # rank 0 alone prints
 
 
 @pytest.mark.slow
@@ -141,7 +142,7 @@ def test_processes_that_cannot_share_the_rows_hear_the_nearest_sizes(train):
 
 def test_sigterm_saves_and_resume_goes_on(train):
     process = train.start("--num-iterations", 100_000)
-    wait_for_step(process)
+    wait_for(process, "step")
     process.send_signal(signal.SIGTERM)
     result = train.finish(process)
     assert result.code == 128 + signal.SIGTERM, result.output
@@ -156,34 +157,70 @@ def test_sigterm_saves_and_resume_goes_on(train):
     assert steps == sorted(set(steps))
 
 
-def wait_for_step(process):
-    """Read the run's output up to its first step line."""
-    for line in process.stdout:
-        if line.startswith("step"):
-            return
+def assert_ended_in_time(run, minutes, put_off=0.0):
+    """At most 4 s late or 8 s early, and the last step's progress within two steps of the end."""
+    spent = run.summary["wall_time"] - run.summary["time"].get("corpus", 0)
+    assert 60 * minutes - 8 < spent - put_off < 60 * minutes + 4, run.output
+    steps = [r for r in run.log if r["kind"] == "step"]
+    progress = 1 - (steps[-1]["lrm"] - 0.05) / 0.95 * 0.65  # of the last step, by its learning rate
+    state = run.folder / "checkpoints" / f"step_{run.summary['steps']:06d}" / "state.json"
+    span = json.loads(state.read_text())["span"]
+    assert (1 - progress) * span < 2 * max(r["dt"] for r in steps[-10:])
+    assert run.summary["progress"] == 1 and run.log[-1]["event"] == "finished"
 
 
 @pytest.mark.slow
-def test_minutes_end_in_time_and_can_be_repeated_by_steps(train):
-    begin = time.time()
-    flags = ["--total-batch-size", 2048, "--warmup-steps", 4]
-    timed = train("--minutes", 0.35, *flags)
+def test_minutes_end_in_time_also_after_a_resume(train):
+    timed = train("--minutes", 0.25, "--warmup-steps", 4)
     assert timed.code == 0, timed.output
-    assert time.time() - begin < 0.35 * 60 + 8
-    steps = timed.summary["steps"]
-    assert min(r["lrm"] for r in timed.log if r["kind"] == "step") < 0.2  # the decay completed
-    repeated = train("--num-iterations", steps, *flags, "--run", "b", run="b")
-    assert repeated.summary["val_bpb"] == timed.summary["val_bpb"]
-    common = losses(timed).keys() & losses(repeated).keys()
-    assert len(common) > 10 and all(losses(timed)[s] == losses(repeated)[s] for s in common)
-    path = timed.folder / "config.json"  # what a resume leaves that was killed before it saved
-    path.write_text(json.dumps(timed.config | {"settings": timed.config["settings"] | {"minutes": 0.55}}))
-    longer = train("--resume", "--run", "a", "--minutes", 0.55)
-    assert longer.code == 0 and longer.summary["steps"] > steps, longer.output
-    spent = longer.summary["wall_time"] - longer.summary["time"].get("corpus", 0)
-    assert 0.55 * 60 - 8 < spent < 0.55 * 60 + 4
-    assert longer.log[-1]["event"] == "finished"
-    assert [r["lrm"] for r in longer.log if r["kind"] == "step"][-1] < 0.2
+    assert_ended_in_time(timed, 0.25)
+    assert timed.config["timed"] and timed.config["settings"]["num_iterations"] is None
+    again = train("--resume")
+    assert again.code == 0 and again.summary["steps"] == timed.summary["steps"], again.output
+    longer = train("--resume", "--minutes", 0.5)
+    assert longer.code == 0 and longer.summary["steps"] > timed.summary["steps"], longer.output
+    assert "learning rate rises once more" in " ".join(longer.output.split())
+    assert_ended_in_time(longer, 0.5)
+
+
+@pytest.mark.slow
+def test_a_timed_run_is_continued_where_its_clock_stood(train):
+    process = train.start("--minutes", 0.3)
+    wait_for(process, "step", percent=40)
+    process.send_signal(signal.SIGTERM)
+    first = train.finish(process)
+    assert first.code == 128 + signal.SIGTERM, first.output
+    progress = first.summary["progress"]
+    assert 0.4 < progress < 0.7
+    begin = time.time()
+    rest = train("--resume")
+    assert rest.code == 0, rest.output
+    steps = [r for r in rest.log if r["kind"] == "step"]
+    later = [r["progress"] for r in steps if r["step"] > first.summary["steps"]]
+    assert progress <= later[0] < progress + 0.15 and later == sorted(later)
+    assert time.time() - begin < 0.3 * 60 * (1 - progress) + 14
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [1.5, 8.0])
+def test_a_stopped_process_ends_in_time_or_says_how_much_later(train, seconds):
+    process = train.start("--minutes", 0.25)
+    wait_for(process, "step", percent=40)
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGCONT)
+    result = train.finish(process)
+    assert result.code == 0, result.output
+    told = re.search(r"deadline is put off by (\S+) s", result.output)
+    assert told or seconds < 5
+    assert_ended_in_time(result, 0.25, put_off=float(told[1]) if told else 0)
+
+
+@pytest.mark.slow
+def test_several_ranks_end_in_time_at_one_step(train):
+    result = train("--minutes", 0.35, processes=2)
+    assert result.code == 0, result.output
+    assert_ended_in_time(result, 0.35)
 
 
 def test_horizons_and_resolved_settings(train):
@@ -191,25 +228,29 @@ def test_horizons_and_resolved_settings(train):
     steps = round(2e10 / result.config["num_flops_per_token"] / 512)
     assert result.summary["steps"] == steps
     settings = result.config["settings"]
-    assert settings["depth"] == 2 and settings["head_dim"] == 32 and settings["eval_every"] == 100
+    assert settings["depth"] == 2 and settings["head_dim"] == 32
+    assert settings["eval_every"] == math.ceil(steps / 10)
     assert settings["num_iterations"] is None and settings["target_flops"] == 2e10
     assert result.config["model"]["n_embd"] == 64
-    ratio = train("--target-param-data-ratio", 0.05, "--run", "b", run="b")
+    ratio = train("--target-param-data-ratio", 0.05, "--run-name", "b", run="b")
     params = ratio.config["num_params"]
     assert ratio.summary["steps"] == round(0.05 * (params["matrix"] + params["head"]) / 512)
 
 
+@pytest.mark.slow
 def test_editing_a_constant_is_the_same_as_a_flag(train, tmp_path):
-    for name in ("train", "model", "optim_muon", "dataloader", "report", "checkpoint"):
-        (tmp_path / f"{name}.py").write_bytes((REPO / f"{name}.py").read_bytes())
-    script = tmp_path / "train.py"
-    text = script.read_text()
-    assert text.count("warmup_steps: int = 40") == 1
-    script.write_text(text.replace("warmup_steps: int = 40", "warmup_steps: int = 3"))
+    # whether a flag exists must not depend on how a constant is written
+    script = edited_copy(tmp_path, "warmup_steps: int = 40  #", "warmup_steps: int = 3 #")
     edited = train("--num-iterations", 40, script=script)
-    flagged = train("--num-iterations", 40, "--warmup-steps", 3, "--run", "b", run="b")
+    flagged = train("--num-iterations", 40, "--warmup-steps", 3, "--run-name", "b", run="b")
     assert edited.config["settings"]["warmup_steps"] == 3
     assert edited.summary["val_bpb"] == flagged.summary["val_bpb"]
+
+
+def test_a_setting_without_a_comment_is_a_flag_too(train, tmp_path):
+    script = edited_copy(tmp_path, "warmup_steps: int = 40  # of the", "warmup_steps: int = 40\n# of the")
+    result = train("--num-iterations", 2, "--warmup-steps", 7, script=script)
+    assert result.code == 0 and result.config["settings"]["warmup_steps"] == 7, result.output
 
 
 def test_help_lists_every_setting(train):
@@ -220,8 +261,9 @@ def test_help_lists_every_setting(train):
 
 
 BAD = {
-    "--dept 3": "Did you mean --depth",
-    "--depth x": "--depth x is not of type int",
+    "--dept 3": "unrecognized arguments: --dept 3",
+    "--depth x": "argument --depth: invalid int value: 'x'",
+    "--matrix-lr auto": "argument --matrix-lr: invalid float value: 'auto'",
     "--depth 0": "--depth 0 is out of range",
     "--minutes 1 --num-iterations 3": "two horizons",
     "--data /no/such/place": "there is no such file or folder",
@@ -230,14 +272,19 @@ BAD = {
     "--vocab-size 70000": "65,535",
     "--device-type cuda": "cuda",
     "--device-type tpu": "Choose one of: cuda, mps, cpu",
-    "--compile maybe": "is not of type bool",
+    "--dtype float16": "Choose one of: bfloat16, float32",
+    "--compile maybe": "unrecognized arguments: maybe",
     "--head-dim 33": "even",
     "--total-batch-size 100000000": "Give more text",
     "--warmdown-ratio 1.5": "out of range",
     "--eval-every 0": "out of range",
-    "--run ../b": "is no plain name",
+    "--save-minutes -0.5": "out of range",
+    "--run-name ../b": "is no plain name",
     "--depth 1 --aspect-ratio 16 --head-dim 16": "a width of 16",
     "--matrix-lr nan": "out of range",
+    "--matrix-lr inf": "out of range",
+    "--resume": "holds no run to resume",
+    "--resume --run-name b": "there is no run",
 }
 
 
@@ -250,18 +297,21 @@ def test_bad_input_gets_two_lines_and_writes_nothing(train, tmp_path, flags):
     if flags == "--device-type cuda" and torch.cuda.is_available():
         pytest.skip("there is CUDA here")
     result = train(*[places.get(word, word) for word in flags.split()])
-    lines = [line for line in result.output.strip().splitlines() if not line.startswith(("data ", "trial "))]
-    assert result.code == 2, result.output
-    assert BAD[flags] in result.output
-    assert lines[0].startswith("error: ") and len(lines) <= 2 and "Traceback" not in result.output
-    assert not (tmp_path / "out").exists()
+    assert result.code == 2 and BAD[flags] in result.output, result.output
+    lines = result.output[result.output.index("error: ") :].strip().splitlines()
+    assert len(lines) == 2 and "Traceback" not in result.output
+    assert not list((tmp_path / "out").glob("*"))  # the folder that was claimed is gone too
 
 
 @pytest.mark.slow
 def test_without_a_compiler_it_trains_all_the_same(train, tmp_path, monkeypatch, reference):
     monkeypatch.setenv("CXX", "/no/such/compiler")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
-    result = train("--num-iterations", 20, "--compile", "auto")
+    strict = train("--num-iterations", 20, "--compile", "--run-name", "b", run="b")
+    assert strict.code == 1 and "InvalidCxxCompiler" in strict.output and strict.summary is None
+    script = edited_copy(tmp_path, "else 1e13)", "else 0)")
+    monkeypatch.setattr("conftest.TINY", [flag for flag in TINY if flag != "--no-compile"])
+    result = train("--num-iterations", 20, script=script)
     assert result.code == 0 and "going on without torch.compile" in result.output, result.output
     assert result.config["settings"]["compile"] is False
     assert result.summary["val_bpb"] == reference[2]["val_bpb"]
@@ -323,7 +373,8 @@ def test_the_device_batch_shrinks_until_it_fits_on_every_rank(train, tmp_path, r
     assert f"({4 // processes} × 2 × 64)" in result.output
     assert result.summary["val_bpb"] == pytest.approx(reference[2]["val_bpb"], rel=1e-4)
     if processes == 1:
-        stuck = train("--num-iterations", 20, "--device-batch-size", 4, "--run", "b", script=script, run="b")
+        flags = ["--num-iterations", 20, "--device-batch-size", 4, "--run-name", "b"]
+        stuck = train(*flags, script=script, run="b")
         assert stuck.code == 2 and "Try --device-batch-size 2" in stuck.output and stuck.config is None
 
 
@@ -342,7 +393,7 @@ runpy.run_path({repo!r} + "/train.py", run_name="__main__")
 
 @pytest.mark.parametrize(
     "error, code, told",
-    [("torch.OutOfMemoryError('as if')", 2, "too little memory"), ("KeyboardInterrupt", 130, "")],
+    [("torch.OutOfMemoryError('as if')", 2, "not even one row of 64"), ("KeyboardInterrupt", 130, "")],
 )
 def test_what_a_person_can_mend_shows_no_trace(train, tmp_path, error, code, told):
     script = tmp_path / "broken.py"
@@ -354,10 +405,176 @@ def test_what_a_person_can_mend_shows_no_trace(train, tmp_path, error, code, tol
 
 @pytest.mark.slow
 def test_a_compiled_run_on_two_threads_is_repeated_bit_for_bit(train):
-    flags = ["--num-iterations", 14, "--compile", "on", "--total-batch-size", 2048, "--aspect-ratio", 128]
+    flags = ["--num-iterations", 14, "--compile", "--total-batch-size", 2048, "--aspect-ratio", 128]
     flags += ["--max-seq-len", 256, "--matrix-lr", 0.02, "--embedding-lr", 0.3]
-    first, second = (train(*flags, "--run", name, run=name, threads=2) for name in "ab")
+    first, second = (train(*flags, "--run-name", name, run=name, threads=2) for name in "ab")
     assert first.code == 0 and second.code == 0, first.output + second.output
     common = losses(first).keys() & losses(second).keys()
     assert len(common) > 10 and all(losses(first)[s] == losses(second)[s] for s in common)
     assert first.summary["val_bpb"] == second.summary["val_bpb"]
+
+
+def run_in_shell(train, redirect, *flags, encoding="utf-8"):
+    """train.py started by a shell line with a redirection, in the given encoding -> (exit status, output)."""
+    words = [sys.executable, REPO / "train.py", *TINY, "--data", train.home / "text", *flags]
+    line = " ".join(shlex.quote(str(word)) for word in words) + " " + redirect
+    env = {**os.environ, "ONEDIAL_HOME": str(train.home / "cache"), "PYTHONIOENCODING": encoding}
+    done = subprocess.run(os.fsencode(line), shell=True, env=env, capture_output=True)
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_terminal_without_utf8_stops_no_run(train, encoding):
+    code, output = run_in_shell(train, "", "--num-iterations", 12, "--out-dir", train.out, encoding=encoding)
+    assert code == 0, output
+    assert b"2) batch: 512 tokens (1 x 8 x 64)" in output.replace(b"\xd7", b"x")
+    (folder,) = train.out.iterdir()
+    assert (folder / "checkpoints" / "step_000012" / "manifest.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("redirect", [">&-", "<&- >&- 2>&-", "> /dev/full"])
+def test_a_closed_or_full_output_stops_no_run(train, redirect):
+    if "full" in redirect and not os.path.exists("/dev/full"):
+        pytest.skip("there is no /dev/full here")
+    code, output = run_in_shell(train, redirect, "--num-iterations", 12, "--out-dir", train.out)
+    assert code == 0, output
+    (folder,) = train.out.iterdir()
+    assert (folder / "checkpoints" / "step_000012" / "manifest.json").exists()
+    assert (folder / "report.md").exists()
+    for line in (folder / "log.jsonl").read_text().splitlines():
+        json.loads(line)  # and nothing that was printed
+
+
+@pytest.mark.slow
+def test_a_folder_whose_name_is_not_utf8(train):
+    name = os.fsdecode(b"caf\xe9")
+    flags = ["--num-iterations", 12, "--out-dir", train.out]
+    code, output = run_in_shell(train, "", *flags, "--run-name", name)
+    assert code == 0, output
+    assert (train.out / name / "report.md").exists()
+    code, output = run_in_shell(train, "", "--resume", "--run-name", name, *flags)
+    assert code == 0 and b"step_000012" in output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("redirect, encoding", [("| head -c 5", "utf-8"), ("", "ascii"), (">&-", "utf-8")])
+def test_model_py_writes_into_anything(reference, redirect, encoding):
+    words = [sys.executable, REPO / "model.py", reference[0], "def €(", "--tokens", 5]
+    line = " ".join(shlex.quote(str(word)) for word in words) + " " + redirect
+    env = {**os.environ, "PYTHONIOENCODING": encoding}
+    done = subprocess.run(line, shell=True, env=env, capture_output=True)
+    assert done.returncode == 0 and done.stderr == b"", done.stderr
+
+
+# a train.py in which one thing goes wrong: {fault} replaces {place}
+FAULT = """
+import runpy, sys
+sys.path.insert(0, {repo!r})
+import {room}
+def fault(*arguments, **options):
+    raise {error}
+{place} = fault
+runpy.run_path({repo!r} + "/train.py", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    "room, place, told, code",
+    [
+        ("model", "model.GPT.generate", "sampling failed: RuntimeError: as if", 0),
+        ("report", "report.write_report", "the report failed: RuntimeError: as if", 1),
+    ],
+)
+def test_what_only_shows_stops_nothing_and_saving_comes_first(train, tmp_path, room, place, told, code):
+    script = tmp_path / "fault.py"
+    script.write_text(FAULT.format(repo=str(REPO), room=room, place=place, error="RuntimeError('as if')"))
+    result = train("--num-iterations", 12, script=script)
+    assert result.code == code and told in " ".join(result.output.split()), result.output
+    assert (result.folder / "checkpoints" / "step_000012" / "manifest.json").exists()
+    assert result.summary["steps"] == 12 and result.summary["val_bpb"] > 1
+
+
+@pytest.mark.slow
+def test_the_batch_does_not_depend_on_the_number_of_ranks(train):
+    flags = ["--target-flops", 4e10, "--total-batch-size", "auto", "--max-seq-len", 32]
+    told = []
+    for name, processes in (("a", 1), ("b", 4)):
+        process = train.start(*flags, "--run-name", name, processes=processes)
+        told.append(wait_for(process, "plan     2) batch: "))
+        process.terminate()
+        process.communicate()
+    assert [line.split(" (")[0] for line in told] == ["plan     2) batch: 2,048 tokens"] * 2  # 64 rows
+
+
+@pytest.mark.slow
+def test_ranks_do_not_wait_for_the_last_save(train, tmp_path):
+    edited_copy(tmp_path, "HANG_SECONDS = 600", "HANG_SECONDS = 6", file="machine.py")
+    text = (tmp_path / "checkpoint.py").read_text()
+    slow = '    (temporary / "state.json").write_text('
+    assert text.count(slow) == 1
+    (tmp_path / "checkpoint.py").write_text(text.replace(slow, "    __import__('time').sleep(12)\n" + slow))
+    flags = ["--num-iterations", 12, "--eval-every", -1]
+    result = train(*flags, processes=2, script=tmp_path / "train.py")
+    assert result.code == 0, result.output
+    assert (result.folder / "checkpoints" / "step_000012" / "manifest.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_an_update_that_does_not_compile_is_made_without(train, tmp_path, processes):
+    script = edited_copy(tmp_path, "else 1e13)", "else 0)")
+    with open(tmp_path / "machine.py", "a") as file:
+        file.write("""
+import optim_muon
+good = optim_muon.MuonAdamW.step
+def step(self, loss=None):
+    if not hasattr(torch, "tried"):
+        torch.tried = True
+        raise RuntimeError("ptxas is missing")
+    good(self, loss)
+optim_muon.MuonAdamW.step = step
+""")
+    script.write_text(script.read_text().replace("model.compile_parts()", "pass"))  # it would take a minute
+    flags = [flag for flag in TINY if flag != "--no-compile"]
+    flags += ["--data", train.home / "text", "--out-dir", train.out, "--run-name", "a", "--num-iterations", 3]
+    process = train.start(*flags, tiny=False, script=script, processes=processes)
+    result = train.finish(process)
+    assert result.code == 0, result.output
+    assert "which does not work here: RuntimeError: ptxas is missing" in " ".join(result.output.split())
+    assert result.config["settings"]["compile"] is False
+
+
+@pytest.mark.slow
+def test_whether_to_compile_is_decided_once(train, tmp_path):
+    """By the FLOPs of the run; a resume keeps it, but for another horizon it is decided anew."""
+    script = edited_copy(tmp_path, "else 1e13)", "else 2e10)")
+    text = script.read_text()
+    assert text.count("    model.compile_parts()\n") == 1
+    script.write_text(text.replace("    model.compile_parts()\n", "    pass\n"))
+    flags = [flag for flag in TINY if flag != "--no-compile"]
+    flags += ["--data", train.home / "text", "--out-dir", train.out, "--eval-every", -1]
+
+    def run(*more, name):
+        return train.finish(train.start(*flags, *more, tiny=False, script=script), run=name)
+
+    short = run("--run-name", "a", "--num-iterations", 12, name="a")  # 12 × 512 × 885,024 = 5e9 FLOPs
+    long = run("--run-name", "b", "--num-iterations", 48, name="b")
+    assert [r.config["settings"]["compile"] for r in (short, long)] == [False, True], short.output
+    script.write_text(script.read_text().replace("else 2e10)", "else 1e30)"))
+    again = run("--run-name", "b", "--resume", name="b")
+    assert again.code == 0 and again.config["settings"]["compile"] is True
+    shorter = run("--run-name", "b", "--resume", "--num-iterations", 50, name="b")
+    assert shorter.summary["steps"] == 50 and shorter.config["settings"]["compile"] is False
+
+
+def test_a_resume_that_changes_what_is_evaluated_forgets_the_lowest(train):
+    first = train("--num-iterations", 12)
+    assert first.config["settings"]["eval_every"] == 2
+    again = train("--resume", "--num-iterations", 24, "--eval-tokens", 256)
+    assert again.code == 0 and again.config["settings"]["eval_every"] == 3  # about ten over the new run
+    vals = [r for r in again.log if r["kind"] == "val"]
+    on_12, on_15 = [r for r in vals if r["step"] in (12, 15)][-2:]
+    assert on_12["min_val_bpb"] == on_12["val_bpb"] != first.summary["val_bpb"]
+    assert on_15["min_val_bpb"] == min(on_12["val_bpb"], on_15["val_bpb"])
