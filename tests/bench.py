@@ -9,26 +9,34 @@ Benchmarks: figures to look at, not tests. Medians; what is compared takes turns
     python tests/bench.py logging                 training with and without records
     python tests/bench.py data                    tokenization, rows, start, resume, memory of the loader
     python tests/bench.py all                     one after the other, at their defaults
+    python tests/bench.py gpu [OUT.json]          a GPU in 8 minutes: correctness, speed, profile, tests
 
-A subcommand is a function with @benchmark; what follows its name on the command line are its arguments.
+A subcommand is a function in BENCHMARKS; what follows its name on the command line are its arguments.
 """
 
+import contextlib
 import json
 import os
 import re
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
+from functools import partial
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import machine  # before torch: it sets what torch reads from the environment
+
+# isort: split
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import checkpoint as checkpoint_module
 import dataloader
@@ -36,23 +44,36 @@ import report
 from model import GPT, QK_SCALE, ChunkedCrossEntropy, GPTConfig, Linear, blocked_attention, softcap
 from optim_muon import MuonAdamW
 
-BENCHMARKS = {}
-on_gpu, on_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-device = torch.device("cuda" if on_gpu else "mps" if on_mps else "cpu")
-dtype = torch.bfloat16 if report.has_fast_bf16(device) else torch.float32  # as train.py does
-synchronize = report.synchronizer(device.type)
+ROOT = Path(machine.__file__).parent
+device = machine.find_device()
+on_gpu, on_mps = device.type == "cuda", device.type == "mps"
+dtype, synchronize = machine.find_dtype(device), machine.synchronizer(device)
 VOCAB, ROW, ROWS = (50_257, 2048, 32) if on_gpu else (4096, 512, 4)  # vocabulary, T, rows of a micro-batch
 
 
-def compiled(function):
-    """The function as train.py would run it: compiled, but on MPS as it is."""
-    return function if on_mps else torch.compile(function, dynamic=False)
+def compile_model(model, whole=on_gpu):
+    """Compile in place as train.py does: the whole graph on a GPU, else its parts, and on MPS nothing."""
+    if whole:
+        model.compile(dynamic=False)
+    elif not on_mps:
+        model.compile_parts()
 
 
-def benchmark(function):
-    """Make a function a subcommand of this script."""
-    BENCHMARKS[function.__name__] = function
-    return function
+def seconds_of(work):
+    """-> (what work() returns, the seconds that it and the device took)."""
+    synchronize()
+    start = time.perf_counter()
+    value = work()
+    synchronize()
+    return value, time.perf_counter() - start
+
+
+def timings(functions, seconds=20):
+    """Seconds of each call of each function; they take turns, and the first two calls are left out."""
+    times, begin = [], time.perf_counter()
+    while len(times) < 7 or time.perf_counter() - begin < seconds:
+        times.append([seconds_of(function)[1] for function in functions])
+    return list(zip(*times[2:]))
 
 
 def medians(functions, seconds=20):
@@ -60,23 +81,9 @@ def medians(functions, seconds=20):
     return [statistics.median(column) for column in timings(functions, seconds)]
 
 
-def timings(functions, seconds=20):
-    """Seconds of each call of each function; they take turns, and the first two calls are left out."""
-    times, begin = [], time.perf_counter()
-    while len(times) < 7 or time.perf_counter() - begin < seconds:
-        times.append([])
-        for function in functions:
-            synchronize()
-            start = time.perf_counter()
-            function()
-            synchronize()
-            times[-1].append(time.perf_counter() - start)
-    return list(zip(*times[2:]))
-
-
 def headline(*facts):
     """The line that each table starts with."""
-    print(" · ".join([report.device_name(device), f"torch {torch.__version__}", *facts]))
+    print(" · ".join([machine.device_name(device), f"torch {torch.__version__}", *facts]))
 
 
 def build_model(config, compute_dtype):
@@ -89,9 +96,7 @@ def build_model(config, compute_dtype):
 
 def model_of_depth(depth):
     """The GPT that train.py makes of this depth, with this script's vocabulary and row length."""
-    head_dim = 128 if depth >= 8 else 64
-    n_head = -(-depth * 64 // head_dim)
-    return build_model(GPTConfig(VOCAB, ROW, depth, n_head, n_head * head_dim), dtype)
+    return build_model(GPTConfig.of_depth(depth, VOCAB, ROW), dtype)
 
 
 def build_optimizer(model, compute_dtype):
@@ -105,8 +110,8 @@ def build_optimizer(model, compute_dtype):
 
 def all_products(model, rows, dtype):
     """A function that does every matrix product of a forward and backward pass over `rows` tokens."""
-    shapes = [module.weight.shape for module in model.modules() if isinstance(module, Linear)]
-    shapes = [(n, k) for n, k in shapes if n * k > 10_000]  # without the gates
+    weights = [module.weight for module in model.modules() if isinstance(module, Linear)]
+    shapes = [tuple(weight.shape) for weight in weights if weight.numel() > 10_000]  # without the gates
     random = {(n, k): [torch.randn(s, device=device, dtype=dtype) for s in ((rows, k), (n, k), (rows, n))]
               for n, k in set(shapes)}  # fmt: skip
 
@@ -118,83 +123,102 @@ def all_products(model, rows, dtype):
     return products, 6 * sum(n * k for n, k in shapes) * rows
 
 
-@benchmark
+def run_training(out, *flags, to_the_end=True):
+    """
+    train.py as the run out/bench -> (report.Run, {name: figure or words}). Unless it shall go on to the
+    end, it is killed once its last step is evaluated: saving can take long.
+    """
+    command = [sys.executable, str(ROOT / "train.py"), "--out-dir", str(out), "--run-name", "bench", *flags]
+    start, first_step, lines, killed = time.monotonic(), None, [], False
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for line in process.stdout:
+        lines.append(line)
+        print(line, end="", file=sys.stderr, flush=True)
+        if line.startswith("step") and first_step is None:
+            first_step = time.monotonic() - start
+        if not to_the_end and sum(line.startswith("val") for line in lines) == 2:  # before and after
+            killed = True
+            process.kill()
+            break
+    if process.wait() and not killed:
+        sys.exit(1)  # it has said why
+    run = report.Run(Path(out, "bench"))
+    return run, figures_of(run, lines, first_step)
+
+
+def figures_of(run, lines, first_step):
+    """What run_training found: speed as train.py counts it, without the first 10 steps, memory and start."""
+    config, last = run.config, run.steps[-1]
+    counted = (last["step"] - 10) * config["settings"]["total_batch_size"]
+    speed = counted / last["total_training_time"] if counted > 0 else last["tok_per_sec"]
+    flops, causal = (config["num_flops_per_token" + kind] / config["mfu_peak"] for kind in ("", "_causal"))
+    told = next((line.split(None, 1)[1] for line in lines if line.startswith("train ")), "")
+    how = f"{told.split(' · peak')[0]} · {config['settings']['dtype']}"
+    memory, mfu, causal = last["peak_memory"], speed * flops, speed * causal
+    figures = {"tok_per_sec": speed, "mfu": mfu, "mfu_causal": causal, "peak_memory": memory, "how": how}
+    figures["start_to_first_step"] = first_step
+    figures["speed"] = f"{speed:,.0f} tokens/s · MFU {mfu:.1%}, exact causal {causal:.1%}, of "
+    figures["speed"] += f"{config['mfu_peak'] / 1e12:.4g} TFLOP/s ({config['mfu_peak_source']})"
+    figures["start"] = f"{memory / 1e9:.2f} GB · first step after {first_step:.1f} s · {how}"
+    return figures
+
+
 def train(*flags):
     """train.py as a user runs it: speed, memory, start, and where the time of a step goes."""
     batch = 2**19 if on_gpu else 2048
-    defaults = f"--data stdlib --vocab-size {VOCAB} --num-iterations {40 if on_gpu else 80} --run bench"
-    defaults += f" --total-batch-size {batch} --eval-every -1 --eval-tokens {ROWS * ROW}"
+    defaults = f"--data stdlib --vocab-size {VOCAB} --num-iterations {40 if on_gpu else 80} --eval-every -1"
+    defaults += f" --total-batch-size {batch} --eval-tokens {ROWS * ROW} {'' if on_mps else '--compile'}"
     with tempfile.TemporaryDirectory() as out:
-        script = str(Path(report.__file__).parent / "train.py")
-        command = [sys.executable, script, *defaults.split(), "--out-dir", out, *flags]
-        start, first_step, lines = time.time(), None, []
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for line in process.stdout:
-            lines.append(line)
-            if line.startswith("step") and not first_step:
-                first_step = time.time() - start
-        if process.wait():
-            sys.exit("".join(lines))
-        files = (Path(out, "bench", f"{name}.json") for name in ("config", "summary"))
-        config, summary = (json.loads(file.read_text()) for file in files)
-    settings, peak = config["settings"], summary["mfu_peak"]
+        run, figures = run_training(out, *defaults.split(), *flags)
+    settings, config = run.config["settings"], GPTConfig(**run.config["model"])
     if settings["device_type"] != device.type:
         sys.exit(f"this script measures on {device.type}: let train.py run there too")
-    speed, batch = summary["tok_per_sec"], settings["total_batch_size"]
-    flops, causal = (config["num_flops_per_token" + kind] for kind in ("", "_causal"))
 
-    compute_dtype, rows = getattr(torch, settings["dtype"]), settings["device_batch_size"]
-    model = build_model(GPTConfig(**config["model"]), compute_dtype)
-    forward = torch.compile(model, dynamic=False) if settings["compile"] else model
-    row = torch.randint(config["model"]["vocab_size"], (rows, settings["max_seq_len"] + 1), device=device)
+    compute_dtype = getattr(torch, settings["dtype"])
+    model = build_model(config, compute_dtype)
+    if settings["compile"]:
+        compile_model(model, whole="whole" in figures["how"])
+    rows, T = settings["device_batch_size"], settings["max_seq_len"]
+    row = torch.randint(config.vocab_size, (rows, T + 1), device=device)
     tokens, targets = row[:, :-1], row[:, 1:]  # the strides of training: the same compiled graph
-    products, product_flops = all_products(model, tokens.numel(), compute_dtype)
+    products, product_flops = all_products(model, rows * T, compute_dtype)
     optimizer = build_optimizer(model, compute_dtype)
-    passes = lambda: forward(tokens, targets).backward()  # noqa: E731
-    once, both, products, step = medians([lambda: forward(tokens, targets), passes, products, optimizer.step])
-    micro_steps = batch / tokens.numel() / config["world_size"]
+    passes = lambda: model(tokens, targets).backward()  # noqa: E731
+    once, both, products, step = medians([lambda: model(tokens, targets), passes, products, optimizer.step])
+    batch, speed = settings["total_batch_size"], figures["tok_per_sec"]
+    micro_steps = batch / (rows * T)
     parts = {"forward, with the loss's gradients": once * micro_steps}  # a loss in chunks makes them there
     parts |= {"backward": (both - once) * micro_steps, "optimizer": step}
     parts["other: loop, loader, noise"] = batch / speed - sum(parts.values())
 
-    headline(f"depth {summary['depth']}", "compiled" if settings["compile"] else "eager", settings["dtype"])
-    print(f"{speed:,.0f} tokens/s · {speed * flops / 1e12:,.3f} TFLOP/s · peak memory ", end="")
-    print(f"{summary['peak_memory'] / 1e9:.2f} GB · {first_step:.1f} s from start to the first record")
-    print(f"MFU {summary['mfu']:.1%} of {peak / 1e12:,.3f} TFLOP/s ({summary['mfu_peak_source']})", end="")
-    print(f", exact causal {summary['mfu'] * causal / flops:.1%}")
+    headline(f"depth {settings['depth']}")
+    print(figures["speed"], figures["start"], sep=" · ")
     print(f"{f'a step of {batch:,} tokens':36}{'ms':>10}{'share':>9}")
     for name, seconds in parts.items():
         print(f"{name:36}{1e3 * seconds:10,.1f}{seconds * speed / batch:9.1%}")
-    rate, passes = product_flops / products, tokens.numel() * flops / both
+    flops = run.config["num_flops_per_token"]
+    rate, passes = product_flops / products, rows * T * flops / both
     print(f"the passes' matrix products alone reach {rate / 1e12:,.3f} TFLOP/s; ", end="")
     print(f"the passes {passes / rate:.0%} of that, training {speed * flops / rate:.0%}\n")
 
 
-@benchmark
 def attention():
     """Causal attention by each kernel that there is: forward, and forward with backward."""
     headline(str(dtype), "exact causal TFLOP/s, forward / forward and backward")
     tokens, width = (32_768, 768) if on_gpu else (2048, 256)
-    names = ("CUDNN", "FLASH", "EFFICIENT") if on_gpu else ("FLASH", "MATH")
+    names = "CUDNN_ATTENTION FLASH_ATTENTION EFFICIENT_ATTENTION" if on_gpu else "FLASH_ATTENTION MATH"
     lengths = (1024, 2048, 4096) if on_gpu else (256, 512, 1024)
     for head_dim, T in [(d, T) for d in (64, 128) for T in lengths]:
         shape = (tokens // T, T, width // head_dim, head_dim)
-        q, k, v = (torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
+        leaves = [torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3)]
         grad, scale = torch.randn(shape, device=device, dtype=dtype), QK_SCALE**2 / head_dim**0.5
-
-        def sdpa(name):
-            with sdpa_kernel(getattr(SDPBackend, f"{name}_ATTENTION" if name != "MATH" else name)):
-                heads = (x.transpose(1, 2) for x in (q, k, v))  # noqa: B023
-                y = F.scaled_dot_product_attention(*heads, is_causal=True, scale=scale)  # noqa: B023
-                return y.transpose(1, 2)
-
-        candidates = {name.lower(): lambda name=name: sdpa(name) for name in names}
+        heads = [x.transpose(1, 2) for x in leaves]
+        candidates = {name.lower(): partial(sdpa, name, heads, scale) for name in names.split()}
         if device.type == "cpu":
             in_blocks = torch.compile(blocked_attention, dynamic=False)
-            heads = [x.transpose(1, 2) for x in (q, k, v)]
             candidates["blocked"] = lambda f=in_blocks, h=heads, s=scale: f(*h, s).transpose(1, 2)
         if on_gpu:
-            candidates |= other_kernels(q, k, v, scale)
+            candidates |= other_kernels(heads, scale)
         cells = []
         for name, forward in candidates.items():
             try:
@@ -208,26 +232,26 @@ def attention():
     print()
 
 
-def other_kernels(q, k, v, scale):
+def sdpa(name, heads, scale):
+    """Attention by one of PyTorch's kernels: q, k, v (B, n_head, T, head_dim) -> (B, T, n_head, head_dim)."""
+    with sdpa_kernel(getattr(SDPBackend, name)):
+        return F.scaled_dot_product_attention(*heads, is_causal=True, scale=scale).transpose(1, 2)
+
+
+def other_kernels(heads, scale):
     """FlexAttention and FlashAttention-2's variable lengths: {name: function}."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
     from torch.nn.attention.varlen import varlen_attn
 
-    B, T, n_head, head_dim = q.shape
+    B, _, T, _ = heads[0].shape
     mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, T, T, device=device)
-    compiled = torch.compile(flex_attention, dynamic=False)
+    flex = partial(torch.compile(flex_attention, dynamic=False), *heads, block_mask=mask, scale=scale)
     starts = torch.arange(0, B * T + 1, T, device=device, dtype=torch.int32)
-    heads = [x.transpose(1, 2) for x in (q, k, v)]
-    packed = [x.reshape(B * T, n_head, head_dim) for x in (q, k, v)]
-
-    def varlen():
-        y = varlen_attn(*packed, starts, starts, T, T, window_size=(-1, 0), scale=scale)
-        return y.view(B, T, n_head, head_dim)
-
-    return {"flex": lambda: compiled(*heads, block_mask=mask, scale=scale).transpose(1, 2), "varlen": varlen}
+    packed = [x.transpose(1, 2).flatten(0, 1) for x in heads]  # (B * T, n_head, head_dim)
+    varlen = partial(varlen_attn, *packed, starts, starts, T, T, window_size=(-1, 0), scale=scale)
+    return {"flex": lambda: flex().transpose(1, 2), "varlen": lambda: varlen().unflatten(0, (B, T))}
 
 
-@benchmark
 def loss():
     """Head and loss, forward and backward, with all logits at once and in chunks."""
     N, V, C = (65_536, 50_304, 768) if on_gpu else (2048, 4096, 256)
@@ -243,7 +267,8 @@ def loss():
     for chunks in (2, 4, 8, 16):
         variants[f"{chunks} chunks"] = lambda n=chunks: ChunkedCrossEntropy.apply(x, weight, targets, V, n)
     headline(str(dtype), f"{N:,} rows × {V:,} logits", "head and loss, forward and backward, compiled")
-    functions, memory = [lambda f=f: f().backward() for f in map(compiled, variants.values())], []
+    compiled = variants.values() if on_mps else [torch.compile(f, dynamic=False) for f in variants.values()]
+    functions, memory = [lambda f=f: f().backward() for f in compiled], []
     for function in functions:
         function()
         if on_gpu:
@@ -257,15 +282,14 @@ def loss():
     print()
 
 
-@benchmark
 def optimizer(*depths):
     """Time per step, share of a training step and memory of the state, on one device."""
     batch = 2**19 if on_gpu else 2**12
     for depth in map(int, depths or ((12,) if on_gpu else (4, 8))):
         model = model_of_depth(depth)
-        forward = compiled(model)
+        compile_model(model)
         tokens = torch.randint(VOCAB, (ROWS, ROW), device=device)
-        (passes,) = medians([lambda: forward(tokens, tokens).backward()])  # noqa: B023
+        (passes,) = medians([lambda: model(tokens, tokens).backward()])  # noqa: B023
         passes *= batch / (ROWS * ROW)
 
         ours = build_optimizer(model, dtype)
@@ -276,9 +300,8 @@ def optimizer(*depths):
         muon, adamw = torch.optim.Muon(matrices, lr=1e-5), torch.optim.AdamW(others, lr=1e-5)
         times = medians([ours.step, fused.step, lambda: (muon.step(), adamw.step())])  # noqa: B023
 
-        headline(f"depth {depth}")
         counts = [sum(p.numel() for p in params) / 1e6 for params in (matrices, others)]
-        print(f"{counts[0]:.1f} M parameters by Muon, {counts[1]:.1f} M by AdamW")
+        headline(f"depth {depth}: {counts[0]:.1f} M parameters by Muon, {counts[1]:.1f} M by AdamW")
         print(f"forward and backward of {batch:,} tokens, compiled: {1e3 * passes:,.0f} ms")
         print(f"{'':30}{'ms':>9}{'/ ours':>9}{'of a step':>12}{'state, MB':>12}")
         held = {
@@ -293,7 +316,6 @@ def optimizer(*depths):
         torch.compiler.reset()  # the next depth compiles anew
 
 
-@benchmark
 def checkpoint(*depths):
     """How long a save holds up the loop, and how fast it is written, against torch.save."""
     for depth in map(int, depths or ((12,) if on_gpu else (4, 8))):
@@ -302,45 +324,38 @@ def checkpoint(*depths):
         optimizer.step()
         with tempfile.TemporaryDirectory() as folder:
             saver = checkpoint_module.Saver(folder, keep=2, pin=on_gpu, synchronize=synchronize)
-            plain = Path(folder, "plain.pt")
-            pauses, writings, plains = [], [], []
+            times = []
             for number in range(5):
                 tensors = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-                synchronize()
-                start = time.perf_counter()
-                saver.save(number, tensors, {})
-                pauses.append(time.perf_counter() - start)
-                path, error = saver.wait()
-                assert error is None, error
-                writings.append(time.perf_counter() - start)
-                start = time.perf_counter()
-                with open(plain, "wb") as file:
-                    torch.save(tensors, file)
-                    os.fsync(file.fileno())
-                plains.append(time.perf_counter() - start)
-            size = sum(file.stat().st_size for file in path.iterdir())
-        pause, writing, plain = (statistics.median(times[1:]) for times in (pauses, writings, plains))
-        headline(f"depth {depth}", f"{size / 1e6:,.0f} MB, medians of {len(pauses) - 1} saves")
+                _, pause = seconds_of(lambda: saver.save(number, tensors, {}))  # noqa: B023
+                _, rest = seconds_of(saver.wait)
+                assert saver.outcomes() == [(number, None)]
+                with open(Path(folder, "plain.pt"), "wb") as file:
+                    save_plain = lambda: (torch.save(tensors, file), os.fsync(file.fileno()))  # noqa: B023, E731
+                    times.append((pause, pause + rest, seconds_of(save_plain)[1]))
+            newest, _ = checkpoint_module.newest_valid(folder)
+            size = sum(file.stat().st_size for file in newest.iterdir())
+        pause, writing, plain = (statistics.median(column) for column in zip(*times[1:]))
+        headline(f"depth {depth}", f"{size / 1e6:,.0f} MB, medians of {len(times) - 1} saves")
         print(f"the loop waits           {1e3 * pause:8.1f} ms, {pause / plain:.1%} of plain torch.save")
         print(f"written and checksummed  {1e3 * writing:8.1f} ms, {size / writing / 1e6:,.0f} MB/s")
         print(f"plain torch.save, fsync  {1e3 * plain:8.1f} ms, {size / plain / 1e6:,.0f} MB/s\n")
 
 
-@benchmark
 def logging():
     """Training steps with train.py's synchronizations and records, twice a second, and with none."""
     model = model_of_depth(4)
-    forward = compiled(model)
+    compile_model(model)
     optimizer = build_optimizer(model, dtype)
     tokens = torch.randint(VOCAB, (ROWS, ROW), device=device)
-    fields = ["train_loss", "train_loss_ema", "lrm", "grad_norm", "dt", "tok_per_sec", "mfu", "data_wait"]
+    fields = "progress train_loss train_loss_ema lrm grad_norm dt tok_per_sec mfu data_wait".split()
     record = {"step": 1, "tokens": 1, "total_training_flops": 1e12, **dict.fromkeys(fields, 0.5)}
 
     def block(window, log):
         """20 steps, with a record after each `window` of them."""
         losses = []
         for step in range(1, 21):
-            nats = forward(tokens, tokens)
+            nats = model(tokens, tokens)
             nats.backward()
             optimizer.step(nats.detach())
             losses.append(nats.detach())
@@ -348,7 +363,7 @@ def logging():
                 torch.stack([torch.stack(losses), optimizer.grad_norm.expand(len(losses))]).tolist()
                 losses.clear()
                 synchronize()
-                log.write("step", **record, peak_memory=report.peak_memory(device))
+                log.write("step", **record, peak_memory=machine.peak_memory(device))
                 print(report.step_line(record, 1000, 1.0, "published", 60.0), file=console, flush=True)
 
     with tempfile.TemporaryDirectory() as folder, open(Path(folder, "console"), "w") as console:
@@ -364,14 +379,9 @@ def logging():
         print(f"of which {1e6 * host:.0f} µs a record for the host: {host / (window * alone / 20):.4%}\n")
 
 
-@benchmark
 def data():
     """Tokenization against tiktoken's own batches, rows, warm start, resume, memory of the loader."""
     T, rows = 2048, 256
-
-    def seconds(work):
-        start = time.perf_counter()
-        return work(), time.perf_counter() - start
 
     def resident():
         status = Path("/proc/self/status")  # Linux only
@@ -380,7 +390,7 @@ def data():
 
     with tempfile.TemporaryDirectory() as home:
         os.environ["ONEDIAL_HOME"] = home
-        corpus, cold = seconds(lambda: dataloader.prepare("stdlib", 4096))
+        corpus, cold = seconds_of(lambda: dataloader.prepare("stdlib", 4096))
         print(f"cold start on stdlib          {cold:.1f} s, {corpus.counts['train']['bytes'] / 1e6:.0f} MB")
 
         def start():
@@ -388,14 +398,14 @@ def data():
             dataloader.ValidationRows(again, T, 32_768)
             return next(dataloader.DataLoader(again, T, 8, 0, "cpu"))
 
-        warm = statistics.median(seconds(start)[1] for _ in range(3))
+        warm = statistics.median(seconds_of(start)[1] for _ in range(3))
         print(f"warm start to a first batch   {warm:.2f} s")
         _, files = dataloader.find_files("stdlib")
         texts = [text for file in files for text in dataloader.read_documents(file)]
         encoding, threads, times = corpus.tokenizer, os.cpu_count(), []
         for _ in range(3):
-            theirs = seconds(lambda: encoding.encode_ordinary_batch(texts, num_threads=threads))[1]
-            ours = seconds(lambda: dataloader.encode_texts(encoding, texts, Path(home), "train", str))[1]
+            theirs = seconds_of(lambda: encoding.encode_ordinary_batch(texts, num_threads=threads))[1]
+            ours = seconds_of(lambda: dataloader.encode_texts(encoding, texts, Path(home), "train", str))[1]
             times.append((theirs / ours, sum(map(len, texts)) / 1e6 / ours))
         ratio, speed = (statistics.median(column) for column in zip(*times))
         print(f"tokenization, {threads} threads       {ratio:.0%} of tiktoken's speed, {speed:.1f} MB/s")
@@ -410,7 +420,7 @@ def data():
         before = resident()
         loader = dataloader.DataLoader(corpus, T, rows, 0, "cpu")
         next(loader)
-        times = [seconds(lambda: [next(loader) for _ in range(40)])[1] for _ in range(5)]
+        times = [seconds_of(lambda: [next(loader) for _ in range(40)])[1] for _ in range(5)]
         speed = 40 * rows * T / statistics.median(times)
         print(f"rows of {T:,}                 {speed / 1e6:.0f} M tokens/s")
         while loader.epoch < 1.1:  # through both shards
@@ -422,18 +432,210 @@ def data():
             again.load_state_dict({**loader.state_dict(), "cursor": 10**12})
             return next(again)
 
-        resumed = statistics.median(seconds(resume)[1] for _ in range(3))
+        resumed = statistics.median(seconds_of(resume)[1] for _ in range(3))
         print(f"resume to the next batch      {resumed:.2f} s")
 
+
+# -----------------------------------------------------------------------------
+# The parts of `gpu`: each runs alone, in an empty folder, and returns (a line for the table, its figures).
+# Without CUDA they run tiny: a machine that is lent for minutes shall meet nothing that has never run
+
+
+def gradients():
+    """The gradient of every parameter, compiled and eager in the run's dtype, against eager fp32."""
+    depth, T, vocab_size = (4, 2048, 50_257) if on_gpu else (2, 128, 512)
+    model = build_model(GPTConfig.of_depth(depth, vocab_size, T), torch.float32)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():  # what starts at zero would keep the gradients of others at zero
+            p.add_(0.05 * torch.randn_like(p))
+    row = torch.randint(vocab_size, (4, T + 1), device=device)
+    tokens, targets = row[:, :-1], row[:, 1:]
+
+    def passes():
+        model.zero_grad(set_to_none=True)
+        (model(tokens, targets) / targets.numel()).backward()
+        return {name: p.grad for name, p in model.named_parameters()}
+
+    training_precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")  # no TF32
+    exact = passes()
+    torch.set_float32_matmul_precision(training_precision)
+    model.compute_dtype = dtype
+    model.head.max_logits = targets.numel() * model.config.padded_vocab_size // 4  # in chunks, as in training
+    found = {"eager": passes()}
+    compile_model(model)
+    found["compiled"] = passes()
+    figures, words = {"dtype": str(dtype), "errors": {}}, []
+    for how, grads in found.items():
+        bad = [name for name, g in grads.items() if not g.isfinite().all()]
+        errors = {n: ((grads[n] - g).norm() / g.norm()).item() for n, g in exact.items() if n not in bad}
+        assert errors, f"{how}: no gradient is finite"
+        middle, worst = statistics.median(errors.values()), max(errors, key=errors.get)
+        figures["errors"][how] = errors
+        figures[how] = {"median": middle, "worst": errors[worst], "worst_name": worst, "not_finite": bad}
+        finite = f"NOT FINITE: {', '.join(bad)}" if bad else "all finite"
+        words.append(f"{how} median {middle:.2%}, worst {errors[worst]:.2%} ({worst}), {finite}")
+    return f"{figures['dtype'][6:]} against fp32: {'; '.join(words[::-1])}", figures
+
+
+def story():
+    """train.py for three steps and resumed to five, compiled or not as it decides: from text to report."""
+    flags = "--data stdlib --vocab-size 4096 --num-iterations 3 --save-every 2"
+    flags += " --depth 4 --eval-tokens 65536" if on_gpu else " --depth 2 --max-seq-len 128 --eval-tokens 1024"
+    first, figures = run_training(".", *flags.split())  # a status other than 0 fails the part
+    second, again = run_training(".", "--resume", "--num-iterations", "5")
+    newest, faults = checkpoint_module.newest_valid("bench/checkpoints")
+    checks = {
+        "a save in between": any(r.get("folder") == "step_000002" for r in first.records),
+        "resumed from step 3": [r["step"] for r in second.records if r.get("event") == "resumed"] == [3],
+        "five steps in the log": [r["step"] for r in second.steps] == [1, 2, 3, 4, 5],
+        "the last checkpoint is valid": newest is not None and newest.name == "step_000005" and not faults,
+    }
+    failed = ", ".join(check for check, holds in checks.items() if not holds)
+    verdict = f"FAILED: {failed}" if failed else f"all {len(checks)} checks hold"
+    line = f"{verdict} · {figures['start']} · {again['start_to_first_step']:.1f} s when resumed"
+    return line, {"checks": checks, "first": figures, "resumed": again}
+
+
+def speed(depth, vocab_size, batch, steps):
+    """Speed, MFU, memory and start of train.py, compiled, on random words."""
+    random = np.random.default_rng(0)
+    words = random.integers(ord("a"), ord("z") + 1, (100_000, 8), dtype=np.uint8)
+    words[:, 0] = ord(" ")  # a BPE of any size is trained on such text within a second
+    Path("text.txt").write_bytes(words[random.integers(len(words), size=700_000)].tobytes())
+    os.environ["ONEDIAL_HOME"] = str(Path("home").absolute())
+    flags = f"--data text.txt --num-iterations {steps} --compile --eval-every -1 --eval-tokens {ROWS * ROW}"
+    flags += f" --depth {depth} --total-batch-size {batch} --vocab-size {vocab_size}"
+    if not on_gpu:
+        flags += " --depth 2 --max-seq-len 128 --total-batch-size 1024 --vocab-size 512 --num-iterations 13"
+    run, figures = run_training(".", *flags.split(), to_the_end=False)
+    return f"{figures['speed']} · {figures['start']}", figures | {"settings": run.config["settings"]}
+
+
+def kind_of(kernel):
+    """What a kernel is for, by its name: Inductor's name what was fused, the libraries' what they do."""
+    by_inductor = kernel.startswith("triton_")
+    if not by_inductor and re.search(r"(?i)sdpa|flash|fmha|attention|cudnn", kernel):
+        return "attention"
+    if not by_inductor and re.search(r"(?i)nvjet|gemm|gemv|cutlass|splitk|::\w*mm$", kernel):
+        return "products"
+    of_loss = re.search(r"tanh|_exp(_|$)|_log(_|$)|gather|log_softmax|nll_loss", kernel)
+    return "loss" if of_loss else "other elementwise"
+
+
+def kernels(work, calls=3):
+    """{name of a kernel, on a CPU of an operator: ms of the device in a call of work}"""
+    activity = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[activity]) as profiler:
+        for _ in range(calls):
+            work()
+        synchronize()
+    kind = torch.autograd.DeviceType.CUDA if on_gpu else torch.autograd.DeviceType.CPU
+    events = [e for e in profiler.key_averages() if e.device_type == kind and not e.is_user_annotation]
+    field = "self_device_time_total" if on_gpu else "self_cpu_time_total"  # µs
+    return {event.key: getattr(event, field) / 1e3 / calls for event in events}
+
+
+def profile():
+    """The device's time in a micro-step of depth 12 by kind of kernel, with its share of the optimizer."""
+    model = model_of_depth(12) if on_gpu else build_model(GPTConfig.of_depth(2, 512, 128), dtype)
+    if on_gpu:
+        compile_model(model)  # on a CPU the kernels' names would say nothing
+    T = model.config.max_seq_len
+    tokens, micro_steps = ROWS * T, 2**19 // (ROWS * T) if on_gpu else 1
+    row = torch.randint(model.config.vocab_size, (ROWS, T + 1), device=device)
+    passes, optimizer = lambda: model(row[:, :-1], row[:, 1:]).backward(), build_optimizer(model, dtype)
+    wall, update = medians([passes, optimizer.step], seconds=5)
+    total, by_kernel = 1e3 * (wall + update / micro_steps), kernels(passes)
+    ms = dict.fromkeys(("products", "attention", "loss", "other elementwise"), 0.0)
+    for name, spent in by_kernel.items():
+        ms[kind_of(name)] += spent
+    ms["optimizer"] = sum(kernels(optimizer.step).values()) / micro_steps
+    ms["idle"] = total - sum(ms.values())
+    words = [f"{kind} {spent:.3g} ms ({spent / total:.0%})" for kind, spent in ms.items()]
+    figures = {"tokens": tokens, "ms": ms, "share": {kind: spent / total for kind, spent in ms.items()}}
+    largest = sorted(by_kernel.items(), key=lambda item: -item[1])[:25]  # to see whether kind_of is right
+    figures["largest"] = [[name[:150], kind_of(name), spent] for name, spent in largest]
+    return f"{tokens:,} tokens in {total:.4g} ms: {', '.join(words)}", figures
+
+
+def tests():
+    """The tests that need CUDA."""
+    files = [ROOT / "tests" / f"test_{name}.py" for name in ("model", "optim", "machine")]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "cuda"]
+    command += [str(file) for file in files if file.exists()]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    lines = (done.stdout + done.stderr).strip().splitlines()
+    return lines[-1].strip("= "), {"status": done.returncode, "last_lines": lines[-30:]}
+
+
+PARTS = {  # in order of worth: name -> (seconds that it may take, what it does)
+    "gradients": (100, gradients),
+    "story": (120, story),
+    "depth 12": (140, partial(speed, 12, 50_257, 2**19, 20)),
+    "depth 4": (90, partial(speed, 4, 50_257, 2**17, 200)),
+    "depth 20": (180, partial(speed, 20, 32_768, 2**19, 16)),
+    "profile": (90, profile),
+    "tests": (90, tests),
+}
+BUDGET = 470  # seconds for all parts: 8 minutes with the start of this script
+
+
+def run_part(name, limit):
+    """A part of `gpu` in a process of its own -> its figures, or {"error": what it has said last}."""
+    command = [sys.executable, str(Path(__file__).resolve()), "gpu-part", name]
+    place = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+    with tempfile.TemporaryFile() as output, place as folder:
+        streams = {"stdout": output, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
+        process = subprocess.Popen(command, cwd=folder, start_new_session=True, **streams)
+        try:
+            ending = f"ended with status {process.wait(limit)}"
+        except subprocess.TimeoutExpired:
+            ending = f"was ended after {limit:.0f} s"
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # it, and what it has started
+            process.wait()
+        output.seek(0)
+        lines = output.read().decode(errors="replace").strip().splitlines()
+    found = [line for line in lines if line.startswith('{"line":')]  # after it something may complain
+    if found:
+        return json.loads(found[-1]) | {"ending": ending}
+    return {"error": "\n".join([f"no figures: it {ending}", *lines[-8:]])}
+
+
+def gpu(path="bench-gpu.json"):
+    """What a GPU can show in 8 minutes, as a table and as JSON; without CUDA a dry run of the same, tiny."""
+    begin, results = time.monotonic(), {}
+    Path(path).touch()  # a place that cannot be written is told now
+    about = {"device": machine.device_name(device), "dry_run": not on_gpu, "versions": report.versions()}
+    headline(*([] if on_gpu else ["a dry run: tiny sizes on a CPU, and no figure of a GPU"]))
+    print(f"{'part':11}{'seconds':>7}", flush=True)
+    for name, (limit, _) in PARTS.items():
+        start = time.monotonic()
+        left = BUDGET - (start - begin)
+        figures = run_part(name, min(limit, left)) if left > 10 else {"error": "no time"}
+        results[name] = {"seconds": time.monotonic() - start, **figures}
+        Path(path).write_text(json.dumps(about | {"parts": results}, indent=1))  # kept, whatever comes
+        told = (figures.get("line") or figures["error"]).splitlines()
+        told = f"\n{'':20}".join(part for line in told for part in textwrap.wrap(line, 100))
+        print(f"{name:11}{results[name]['seconds']:7.1f}  {told}", flush=True)
+    print(f"{'in all':11}{time.monotonic() - begin:7.1f}  the figures are in {path}")
+
+
+BENCHMARKS = {f.__name__: f for f in (train, attention, loss, optimizer, checkpoint, logging, data, gpu)}
 
 if __name__ == "__main__":
     name, *arguments = sys.argv[1:] or [""]
     if name == "all":
-        for function in BENCHMARKS.values():
+        for function in [function for function in BENCHMARKS.values() if function is not gpu]:
             function()
             torch.compiler.reset()  # the shapes of one would count against the next one's limit
+    elif name == "gpu-part":
+        line, figures = PARTS[arguments[0]][1]()
+        print(json.dumps({"line": line, **figures}))
     elif name in BENCHMARKS:
         BENCHMARKS[name](*arguments)
     else:
-        listing = [f"    {name:12}{function.__doc__}" for name, function in BENCHMARKS.items()]
-        sys.exit("\n".join(["Which benchmark? Or all?", *listing]))
+        sys.exit(f"Which benchmark?\n{__doc__}")
