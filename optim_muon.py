@@ -421,17 +421,16 @@ class Timetable:
         Plan a window of at most `most` steps that take `dt` each -> (progress of its first step, increment
         per step, number of steps; 0: the run is over, seconds by which the deadline had to be put off).
 
-        Progress never falls: where it is ahead of the clock it waits for it. A quarter of the steps that are
-        left, at most, are planned at once, so that no change of speed leads beyond the deadline, and a step
-        begins only if at least half of it fits. What the time since the last call has over twice the planned
-        one moves progress by at most 0.2: what a longer stall takes is added to the deadline.
+        Progress never falls: where it is ahead of the clock it waits for it. A window is planned for at most
+        a sixth of the time left and a twentieth of all, so that no change of speed leads beyond the
+        deadline, and a step begins only if at least half of it fits. What the time since the last call has
+        over twice the planned one moves progress by at most 0.2: a longer stall is added to the deadline.
         """
         stall = max(0.0, now - self.last - 2 * self.expected - 0.2 * self.span)
         self.start, self.last = self.start + stall, now
         dt, self.last_dt = min(dt, self.last_dt), dt  # the better of two windows: a short stall is no speed
         left = self.left(now)
-        fitting = math.floor(left / dt + 0.5)
-        steps = min(most, max(1, fitting // 4)) if fitting > 0 else 0
+        steps = min(most, max(1, int(min(left / 6, self.span / 20) / dt))) if left >= dt / 2 else 0
         self.expected = steps * dt
         first = self.progress = self.at(now)
         if steps == 0:

@@ -466,9 +466,8 @@ between = f", and every {eval_every:,} steps" if eval_every > 0 else ""
 tell("plan", f"5) evaluations: at the start and the end{between}")
 
 if resumed_from:
-    used_before = [clock.spent.get(name, 0.0) for name in ("training", "evaluation", "sampling", "saving")]
-    used_before = progress * span if span else sum(used_before)  # seconds
-    progress_before = progress
+    by_steps = sum(clock.spent.get(name, 0.0) for name in ("training", "evaluation", "sampling", "saving"))
+    used_before, progress_before = progress * span if span else by_steps, progress  # seconds, share
     if not minutes:
         progress, span = min(1.0, step / num_iterations), None
     elif new_horizon:
