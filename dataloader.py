@@ -20,6 +20,7 @@ import time
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -32,6 +33,8 @@ import torch
 MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256  # the header of the public GPT-2-tokenized FineWeb shards
 SHARD_TOKENS = 100_000_000
 PIECE_CHARS = 2**16  # longer documents are encoded in pieces: the regex engines fail on a million blanks
+VAL_PIECE_CHARS = 2**12  # held-out text becomes documents of this size: what is evaluated is a choice of them
+LAYOUT = 3  # of what is kept in the cache; another number: all is made anew
 TOKENIZER_CHARS = 2_000_000_000  # text that a BPE is trained on, at most
 VAL_SHARE = 0.05
 # GPT-4's split pattern, but numbers of at most 2 digits: that suits vocabularies below 100,000 (nanochat)
@@ -134,7 +137,7 @@ def find_files(data):
         root, suffixes, skip = Path(sysconfig.get_path("stdlib")), [".py"], ("site-packages", "dist-packages")
     if not root.exists():
         advice = f"Give a text file, a folder of text, or one of: stdlib, {', '.join(PUBLIC)}."
-        raise DataError(f"--data {data}: there is no such file or folder.\n{advice}")
+        raise DataError(f"{data}: there is no such file or folder.\n{advice}")
     if root.is_file():
         return root.parent, [root]
     files = []
@@ -222,12 +225,12 @@ def choose_split(root, files):
             return split, sizes
 
 
-def cut_into_pieces(texts):
-    """Yield (does it start a text, piece): at most PIECE_CHARS, cut after a line end where there is one."""
+def cut_into_pieces(texts, size=PIECE_CHARS):
+    """Yield (does it start a text, piece): of at most `size` letters, cut after a line end if it has one."""
     for text in texts:
         start = 0
         while start < len(text):
-            end = start + PIECE_CHARS
+            end = start + size
             if end < len(text):
                 end = text.rfind("\n", start, end) + 1 or end
             yield start == 0, text[start:end]
@@ -319,18 +322,20 @@ def open_shard(path, expected=None):
     return np.asarray(np.memmap(path, dtype="<u2", mode="r"))[2 * HEADER_INTS :]
 
 
+def encode_pieces(encoding, pieces, split):
+    """Tokens (uint16) of what cut_into_pieces yields; a bos starts each text, of held-out text each piece."""
+    bos, parts = np.array([encoding.n_vocab - 1], dtype=np.uint32), []
+    for first, piece in pieces:
+        if first or split == "val":
+            parts.append(bos)
+        parts.append(encoding.encode_to_numpy(piece, disallowed_special=()))  # <|bos|> is text here
+    return np.concatenate(parts).astype("<u2")
+
+
 def encode_texts(encoding, texts, folder, split, say):
     """Encode texts with all cores into folder/SPLIT_000000.bin … -> the manifest's entry for the split."""
-    bos = np.array([encoding.n_vocab - 1], dtype=np.uint32)
     documents, size, waiting, shards, said = 0, 0, [], [], time.monotonic()
-
-    def encode(block):
-        parts = []
-        for first, piece in block:
-            if first:
-                parts.append(bos)
-            parts.append(encoding.encode_to_numpy(piece, disallowed_special=()))  # <|bos|> is text here
-        return np.concatenate(parts).astype("<u2")
+    encode = partial(encode_pieces, encoding, split=split)
 
     def write_shard(tokens):
         header = np.array([MAGIC, VERSION, len(tokens)] + [0] * (HEADER_INTS - 3), dtype="<i4")
@@ -338,7 +343,7 @@ def encode_texts(encoding, texts, folder, split, say):
         digest = write(folder / name, header, tokens)
         shards.append({"file": name, "tokens": len(tokens), "sha256": digest})
 
-    pieces = cut_into_pieces(texts)
+    pieces = cut_into_pieces(texts, PIECE_CHARS if split == "train" else VAL_PIECE_CHARS)
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # tiktoken releases the GIL
         while batch := list(islice(pieces, 256 * os.cpu_count())):  # bounds the memory
             waiting += pool.map(encode, (batch[i : i + 16] for i in range(0, len(batch), 16)))
@@ -446,7 +451,7 @@ def prepare_text(data, root, files, vocab_size, say):
         return manifest
 
     name = Path(data).resolve().stem
-    identity = fingerprint(2, str(root.resolve()), vocab_size, SPLIT_PATTERN, sources)
+    identity = fingerprint(LAYOUT, str(root.resolve()), vocab_size, SPLIT_PATTERN, sources)
     folder = cache_folder() / "corpora" / f"{name}-{identity}"
     manifest = make_once(folder, make)
     encoding = load_tokenizer(folder / "tokenizer", manifest["tokenizer"])
@@ -496,7 +501,8 @@ def fetch_more(corpus, rows, T, say=lambda line: None):
 def take(corpus, split, path, say):
     """Add a file to a corpus: .bin shards as they are, but checked once; text as tokens, made once."""
     ready = path.suffix == ".bin"
-    identity = fingerprint(os.path.relpath(path.resolve(), cache_folder().resolve()), corpus.fingerprint)
+    place = os.path.relpath(path.resolve(), cache_folder().resolve())
+    identity = fingerprint(LAYOUT, place, corpus.fingerprint)
     folder = cache_folder() / ("checked" if ready else "tokens") / f"{path.stem}-{identity}"
     if ready and not path.exists():  # what was known of it holds no more
         shutil.rmtree(folder, ignore_errors=True)
@@ -652,43 +658,76 @@ class DataLoader:
         self.cursor = state["cursor"]
 
 
+def validation_tokens(corpus, eval_bytes):
+    """
+    The held-out text that evaluations read, as tokens (uint16): about eval_bytes bytes, or all there is.
+    Which bytes depends on the corpus alone, so that models of any vocabulary and row length can be compared:
+    documents from all over the split, or the beginning of ready shards and public data sets. DataError if
+    there is none.
+    """
+    tokens = [open_shard(path, digest) for path, digest in corpus.shards["val"]]
+    tokens = np.concatenate([np.empty(0, dtype="<u2"), *tokens])
+    if not len(tokens):
+        advice = "Give more text, or a file with val in its name."
+        raise DataError(f"{corpus.name} has no text to validate on.\n{advice}")
+    lengths = token_bytes(corpus.tokenizer)[tokens]
+    if not corpus.spread_val:
+        return tokens[: np.searchsorted(np.cumsum(lengths, dtype=np.uint32), eval_bytes) + 1]
+    starts = np.flatnonzero(tokens == corpus.bos)
+    count = min(len(starts), math.ceil(eval_bytes * len(starts) / lengths.sum(dtype=np.int64)))
+    documents = np.split(tokens, starts[1:])
+    return np.concatenate([documents[i * len(starts) // count] for i in range(count)])
+
+
+def encode_held_out(encoding, data):
+    """All text in `data`, a file or folder, as tokens (uint16), in the way that held-out text is kept."""
+    texts = (text for file in find_files(data)[1] for text in read_documents(file))
+    if not (pieces := list(cut_into_pieces(texts, VAL_PIECE_CHARS))):
+        raise DataError(f"{data}: there is no text in it.\nGive a file or a folder of text.")
+    return encode_pieces(encoding, pieces, "val")
+
+
+def token_bytes(encoding):
+    """The length of each token in bytes, uint16 (n_vocab,); 0 for the special one."""
+    lengths = np.zeros(encoding.n_vocab, dtype=np.uint16)
+    for token, rank in encoding._mergeable_ranks.items():
+        lengths[rank] = len(token)
+    return lengths
+
+
 class ValidationRows:
     """
-    A fixed, ordered set of rows of the validation split, the same for any batch size and world size: at
-    most eval_tokens targets, and one row at least.
+    Tokens of held-out text as rows of T, in their order, the same for any batch size and world size; the last
+    one is filled up with tokens that do not count.
     """
 
-    def __init__(self, corpus, T, eval_tokens):
-        self.corpus, self.T = corpus, T
-        self.token_bytes = np.zeros(corpus.tokenizer.n_vocab, dtype=np.int64)  # 0: a special token
-        for token, rank in corpus.tokenizer._mergeable_ranks.items():
-            self.token_bytes[rank] = len(token)
-        places = [(shard, row) for shard, count in enumerate(corpus.rows("val", T)) for row in range(count)]
-        count = min(len(places), max(1, eval_tokens // T))
-        spread = [places[i * len(places) // count] for i in range(count)]
-        self.places = spread if corpus.spread_val else places[:count]
-        used = {shard for shard, _ in self.places}
-        self.shards = {shard: open_shard(*corpus.shards["val"][shard]) for shard in used}
+    def __init__(self, encoding, tokens, T):
+        self.tokens, self.T, self.bos = tokens, T, encoding.n_vocab - 1
+        self.token_bytes = token_bytes(encoding)
+
+    def __len__(self):
+        return math.ceil(len(self.tokens) / self.T)
 
     def prompt(self, length):
-        """The bos and first tokens of the first validation row, a list of ids to sample from."""
-        shard, row = self.places[0]
-        start = self.shards[shard][row * self.T :][:length].tolist()
-        return start if start[0] == self.corpus.bos else [self.corpus.bos, *start[:-1]]
+        """The bos and the first tokens of the text, a list of `length` ids to sample from."""
+        start = self.tokens[:length].tolist()
+        return start if start[0] == self.bos else [self.bos, *start[: length - 1]]
 
     def batches(self, batch_size, device, rank=0, world_size=1):
         """
         Yield (tokens, targets, number of bytes) for this rank's batches: two int64 tensors (batch_size, T),
         special tokens and the last batch's padding with target -1, and the bytes of the other targets.
         """
-        for start in range(rank * batch_size, len(self.places), world_size * batch_size):
-            rows = np.full((batch_size, self.T + 1), self.corpus.bos, dtype=np.int64)  # padding is all bos
-            for j, (shard, row) in enumerate(self.places[start : start + batch_size]):
-                rows[j, 1:] = self.shards[shard][row * self.T : (row + 1) * self.T]
+        for start in range(rank * batch_size, len(self), world_size * batch_size):
+            rows = np.full((batch_size, self.T + 1), self.bos, dtype=np.int64)  # padding is all bos
+            text = self.tokens[start * self.T : (start + batch_size) * self.T]
+            for j in range(math.ceil(len(text) / self.T)):
+                row = text[j * self.T : (j + 1) * self.T]
+                rows[j, 1 : len(row) + 1] = row
             lengths = self.token_bytes[rows]
             masked = torch.from_numpy(np.where(lengths > 0, rows, -1)).to(device)
             # cut on the device, like training's batches: the same strides, so the same compiled graph
-            yield torch.from_numpy(rows).to(device)[:, :-1], masked[:, 1:], int(lengths.sum())
+            yield torch.from_numpy(rows).to(device)[:, :-1], masked[:, 1:], int(lengths.sum(dtype=np.int64))
 
 
 def describe(data):

@@ -5,7 +5,8 @@ What differs from GPT-2, each with its source: rotary positions (arXiv 2104.0986
 (arXiv 1910.07467), QK-norm (arXiv 2302.08435), ReLU² (arXiv 2109.08668), an untied head with soft-capped
 logits (arXiv 2408.00118), value embeddings, residual scalars, smear, backout (modded-nanogpt, nanochat).
 
-`python model.py out/RUN "def main("` writes a continuation.
+`python model.py out/RUN "def main("` writes a continuation, `python model.py out/RUN --score FILE` prints the
+bits per byte of a text.
 """
 
 import math
@@ -463,28 +464,42 @@ if __name__ == "__main__":
     from pathlib import Path
 
     import checkpoint
+    import dataloader
+    import machine
     import report
-    from dataloader import load_tokenizer
 
     report.open_console()
-    parser = argparse.ArgumentParser(description="Continue a prompt with a trained run.")
+    parser = argparse.ArgumentParser(description="Continue a prompt with a trained run, or score a text.")
     parser.add_argument("run", type=Path, help="the run's folder, out/NAME")
     parser.add_argument("prompt", nargs="?", default="", help="the text to continue")
+    parser.add_argument("--score", metavar="FILE", help="instead: bits per byte of a file or folder of text")
     parser.add_argument("--tokens", type=int, default=200, help="how many to write [200]")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token [0.8]")
     parser.add_argument("--top-k", type=int, default=50, help="sample from the k likeliest [50]")
     parser.add_argument("--seed", type=int, default=0, help="another seed, another text [0]")
     arguments = parser.parse_args()
-    folder, reasons = checkpoint.newest_valid(arguments.run / "checkpoints")
-    if folder is None:
-        sys.exit("\n".join([f"error: {arguments.run} holds no valid checkpoint", *reasons]))
-    tokenizer = load_tokenizer(arguments.run / "tokenizer")
-    bos = max(tokenizer.encode_single_token(text) for text in tokenizer.special_tokens_set)
-    with torch.device("meta"):
-        model = GPT(GPTConfig(**json.loads((arguments.run / "config.json").read_text())["model"]))
-    model.init_weights("cpu", seed=0)
-    model.load_state_dict(checkpoint.load(folder, "model"))
-    prompt = [bos, *tokenizer.encode_ordinary(arguments.prompt)]
-    options = {name: getattr(arguments, name) for name in ("temperature", "top_k", "seed")}
-    new = model.generate(prompt, arguments.tokens, bos=bos, **options)
-    report.show(arguments.prompt + tokenizer.decode(new))
+    try:
+        folder, reasons = checkpoint.newest_valid(arguments.run / "checkpoints")
+        if folder is None:
+            sys.exit("\n".join([f"error: {arguments.run} holds no valid checkpoint", *reasons]))
+        tokenizer = dataloader.load_tokenizer(arguments.run / "tokenizer")
+        bos = tokenizer.n_vocab - 1
+        run_config = json.loads((arguments.run / "config.json").read_text())
+        device = machine.find_device(None, local_rank=0, world_size=1)
+        dtype = run_config["settings"]["dtype"] if machine.has_fast_bf16(device) else "float32"
+        with torch.device("meta"):
+            model = GPT(GPTConfig(**run_config["model"]), machine.find_dtype(device, dtype))
+        model.init_weights(device, seed=0)
+        model.load_state_dict(checkpoint.load(folder, "model"))
+        if arguments.score is not None:
+            text = dataloader.encode_held_out(tokenizer, arguments.score)
+            rows = dataloader.ValidationRows(tokenizer, text, model.config.max_seq_len)
+            print(f"{report.bits_per_byte(model, rows.batches(8, device), device):.6f}")
+        else:
+            prompt = [bos, *tokenizer.encode_ordinary(arguments.prompt)]
+            options = {name: getattr(arguments, name) for name in ("temperature", "top_k", "seed")}
+            new = model.generate(prompt, arguments.tokens, bos=bos, **options)
+            report.show(arguments.prompt + tokenizer.decode(new))
+    except (checkpoint.CheckpointError, dataloader.DataError, machine.MachineError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

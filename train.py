@@ -80,7 +80,7 @@ warmdown_ratio: float = 0.65  # share of the run over which the learning rate de
 final_lr_frac: float = 0.05  # what it decays to, as a share of the peak
 # evaluation, log, checkpoints; -1 turns a periodic action off
 eval_every: int | None = None  # steps between evaluations (auto: about ten over the run)
-eval_tokens: int | None = None  # validation tokens used (auto: 10,485,760 on CUDA, else 32,768)
+eval_bytes: int | None = None  # bytes of held-out text used (auto: 50,000,000 on CUDA, else 131,072)
 log_every: int | None = None  # steps between records, 10 s at most (auto: the first 10, then two a second)
 sample_every: int = -1  # steps between samples; the end always has one
 save_every: int = -1  # steps between checkpoints
@@ -229,11 +229,12 @@ data = data or ("fineweb" if on_gpu else "stdlib")
 if data != "stdlib" and data not in dataloader.PUBLIC:
     data = str(Path(data).expanduser().absolute())  # so that the run can be resumed from any folder
 max_seq_len = max_seq_len or (2048 if on_gpu else 512)
-eval_tokens = eval_tokens or (10_485_760 if on_gpu else 32_768)
+eval_bytes = eval_bytes or (50_000_000 if on_gpu else 131_072)
 tell_data = partial(report.tell, "data")  # whichever rank prepares the corpus tells of it
 corpus = dataloader.prepare(data, vocab_size, tell_data)
 vocab_size = corpus.tokenizer.n_vocab
-validation = dataloader.ValidationRows(corpus, max_seq_len, eval_tokens)
+held_out = dataloader.validation_tokens(corpus, eval_bytes)
+validation = dataloader.ValidationRows(corpus.tokenizer, held_out, max_seq_len)
 clock.lap("corpus")
 ranks.start(device)
 run_folder = Path(ranks.first(str(run_folder)))
@@ -289,7 +290,7 @@ if resumed_from:
         skipped_steps, data_place = saved_state["skipped_steps"], saved_state["data"]
         planned_iterations, span = saved_state["planned_iterations"], saved_state["span"]
         saved_horizon = [saved_state["settings"][name] for name in HORIZONS]
-        if saved_state["settings"]["eval_tokens"] != eval_tokens:  # on other text nothing can be compared
+        if saved_state["settings"]["eval_bytes"] != eval_bytes:  # on other text nothing can be compared
             min_val_bpb, val_step = math.inf, -1
         clock.add(saved_state["spent"])
     except KeyError as missing:
@@ -414,7 +415,7 @@ clock.lap("trial")
 weight_bytes = 4 * sum(num_params.values())
 checkpoint_bytes = weight_bytes + optimizer.state_bytes()
 # of an evaluation, until one has been timed: a forward pass is a third of both passes, say a half
-eval_seconds = math.ceil(len(validation.places) / (micro_rows * world_size)) * micro_seconds / 2
+eval_seconds = math.ceil(len(validation) / (micro_rows * world_size)) * micro_seconds / 2
 if minutes:
     # closing work beside an evaluation: two samples of 128 tokens, a checkpoint at 250 MB/s, the report
     for _ in range(2):  # the first call loads kernels

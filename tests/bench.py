@@ -167,7 +167,7 @@ def train(*flags):
     """train.py as a user runs it: speed, memory, start, and where the time of a step goes."""
     batch = 2**19 if on_gpu else 2048
     defaults = f"--data stdlib --vocab-size {VOCAB} --num-iterations {40 if on_gpu else 80} --eval-every -1"
-    defaults += f" --total-batch-size {batch} --eval-tokens {ROWS * ROW} {'' if on_mps else '--compile'}"
+    defaults += f" --total-batch-size {batch} --eval-bytes {4 * ROWS * ROW} {'' if on_mps else '--compile'}"
     with tempfile.TemporaryDirectory() as out:
         run, figures = run_training(out, *defaults.split(), *flags)
     settings, config = run.config["settings"], GPTConfig(**run.config["model"])
@@ -395,7 +395,7 @@ def data():
 
         def start():
             again = dataloader.prepare("stdlib", 4096)
-            dataloader.ValidationRows(again, T, 32_768)
+            dataloader.validation_tokens(again, 131_072)
             return next(dataloader.DataLoader(again, T, 8, 0, "cpu"))
 
         warm = statistics.median(seconds_of(start)[1] for _ in range(3))
@@ -482,7 +482,7 @@ def gradients():
 def story():
     """train.py for three steps and resumed to five, compiled or not as it decides: from text to report."""
     flags = "--data stdlib --vocab-size 4096 --num-iterations 3 --save-every 2"
-    flags += " --depth 4 --eval-tokens 65536" if on_gpu else " --depth 2 --max-seq-len 128 --eval-tokens 1024"
+    flags += " --depth 4 --eval-bytes 262144" if on_gpu else " --depth 2 --max-seq-len 128 --eval-bytes 4096"
     first, figures = run_training(".", *flags.split())  # a status other than 0 fails the part
     second, again = run_training(".", "--resume", "--num-iterations", "5")
     newest, faults = checkpoint_module.newest_valid("bench/checkpoints")
@@ -505,7 +505,8 @@ def speed(depth, vocab_size, batch, steps):
     words[:, 0] = ord(" ")  # a BPE of any size is trained on such text within a second
     Path("text.txt").write_bytes(words[random.integers(len(words), size=700_000)].tobytes())
     os.environ["ONEDIAL_HOME"] = str(Path("home").absolute())
-    flags = f"--data text.txt --num-iterations {steps} --compile --eval-every -1 --eval-tokens {ROWS * ROW}"
+    flags = f"--data text.txt --num-iterations {steps} --compile --eval-every -1"
+    flags += f" --eval-bytes {4 * ROWS * ROW}"
     flags += f" --depth {depth} --total-batch-size {batch} --vocab-size {vocab_size}"
     if not on_gpu:
         flags += " --depth 2 --max-seq-len 128 --total-batch-size 1024 --vocab-size 512 --num-iterations 13"

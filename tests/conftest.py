@@ -15,7 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: more threads only 
 
 TINY = (
     "--depth 2 --aspect-ratio 32 --head-dim 32 --max-seq-len 64 --total-batch-size 512 --vocab-size 512 "
-    "--eval-tokens 1024 --no-compile --peak-tflops 0.1 --device-type cpu --dtype float32 "
+    "--eval-bytes 4096 --no-compile --peak-tflops 0.1 --device-type cpu --dtype float32 "
     # mild learning rates: rounding differences between two orders of summation stay small for 20 steps
     "--matrix-lr 0.004 --embedding-lr 0.06 --unembedding-lr 0.002 --scalar-lr 0.1"
 ).split()

@@ -24,7 +24,7 @@ os.environ.update(HF_HUB_DISABLE_XET="1", HF_HUB_DISABLE_TELEMETRY="1", HF_HUB_D
 os.environ.update(HF_HUB_ETAG_TIMEOUT="2", HF_HUB_DOWNLOAD_TIMEOUT="2")  # read when the hub is imported
 
 import dataloader
-from dataloader import DataError, DataLoader, ValidationRows, prepare
+from dataloader import DataError, DataLoader, ValidationRows, prepare, validation_tokens
 
 REPO = Path(dataloader.__file__).parent
 SYLLABLES = "ba de ki lo mu ra se ti vo nu pha chi gre sta lin ter mon ost und ell".split()
@@ -70,14 +70,20 @@ def read(corpus, split):
     return [np.fromfile(path, dtype="<u2")[512:].tolist() for path, _ in corpus.shards[split]]
 
 
-def documents(corpus, split):
-    """The documents of a split, decoded."""
-    tokens, found = sum(read(corpus, split), []), []
+def split_at(tokens, bos):
+    """The documents in a list of tokens, each a list without its bos."""
+    found = []
     for token in tokens:
-        if token == corpus.bos:
+        if token == bos:
             found.append([])
         else:
             found[-1].append(token)
+    return found
+
+
+def documents(corpus, split):
+    """The documents of a split, decoded."""
+    found = split_at(sum(read(corpus, split), []), corpus.bos)
     return [corpus.tokenizer.decode_bytes(document).decode() for document in found]
 
 
@@ -94,6 +100,10 @@ def two_lines(error):
     message = str(error.value)
     assert message.count("\n") == 1 and all(message.split("\n")), message
     return message
+
+
+def held_out(corpus, T, eval_bytes):
+    return ValidationRows(corpus.tokenizer, validation_tokens(corpus, eval_bytes), T)
 
 
 def take(loader, count):
@@ -155,7 +165,7 @@ def test_one_long_file_gives_its_end(tmp_path, lines):
     content = prose(0, lines)  # 8,000 lines are 300 KB
     (tmp_path / "book.txt").write_text(content)
     corpus = prepare(str(tmp_path / "book.txt"))
-    (train,), (val,) = documents(corpus, "train"), documents(corpus, "val")
+    (train,), val = documents(corpus, "train"), "".join(documents(corpus, "val"))
     assert corpus.split == "tail" and train + val == content
     assert train.endswith("\n") and 0.04 < len(val) / len(content) < 0.12
 
@@ -260,10 +270,14 @@ def test_nothing_to_read(tmp_path):
 def test_too_little_text_says_so(tmp_path):
     (tmp_path / "a.txt").write_text("one line\n" * 30)
     corpus = prepare(str(tmp_path / "a.txt"))
-    for build in (lambda: ValidationRows(corpus, 512, 10**6), lambda: DataLoader(corpus, 512, 1, 0, "cpu")):
-        with pytest.raises(DataError) as error:
-            build()
-        assert "512" in two_lines(error)
+    with pytest.raises(DataError) as error:
+        DataLoader(corpus, 512, 1, 0, "cpu")
+    assert "512" in two_lines(error)
+    held_out(corpus, 512, 10**6)  # of that, any amount will do
+    corpus.shards["val"].clear()
+    with pytest.raises(DataError) as error:
+        held_out(corpus, 512, 10**6)
+    assert "to validate on" in two_lines(error)
 
 
 def test_ready_shards(tmp_path, home):
@@ -275,8 +289,11 @@ def test_ready_shards(tmp_path, home):
     corpus = prepare(str(tmp_path / "d"))
     assert corpus.bos == 50256 and corpus.tokenizer.n_vocab == 50257
     assert read(corpus, "train") == tokens[:2].tolist() and read(corpus, "val") == tokens[2:].tolist()
-    assert ValidationRows(corpus, 100, 300).places == [(0, 0), (0, 1), (0, 2)]  # the shard's first
-    assert ValidationRows(corpus, 100, 300).prompt(5) == [50256, *tokens[2][:4]]
+    lengths = [1 if token < 256 else 2 if token < 50256 else 0 for token in tokens[2]]
+    validation = held_out(corpus, 100, 601)
+    assert validation.tokens.tolist() == tokens[2][: len(validation.tokens)].tolist()  # the shard's first
+    assert 601 <= sum(lengths[: len(validation.tokens)]) <= 602
+    assert validation.prompt(5) == [50256, *tokens[2][:4]]
     with pytest.raises(DataError, match="4096"):
         prepare(str(tmp_path / "d"), 4096)
     assert prepare(str(tmp_path / "d"), 50257).fingerprint == corpus.fingerprint  # as on --resume
@@ -335,7 +352,7 @@ def test_tokenizer_is_saved_as_text(text, tmp_path):
     assert again.special_tokens_set == {"<|bos|>"} and again.n_vocab == 500
     for file in (tmp_path / "t").iterdir():
         file.read_text("ascii")
-    lengths = ValidationRows(corpus, 32, 1).token_bytes
+    lengths = dataloader.token_bytes(corpus.tokenizer)
     assert lengths[499] == 0 and len(lengths) == 500
     assert lengths[encoding.encode_ordinary(sample)].sum() == len(sample.encode())
 
@@ -387,7 +404,7 @@ def test_shards_have_the_public_layout(text):
 def use(data):
     """Everything that a run reads of a corpus."""
     corpus = prepare(str(data))
-    ValidationRows(corpus, 32, 10**6)
+    validation_tokens(corpus, 10**6)
     batches = DataLoader(corpus, 32, 4, 0, "cpu").batches()  # no thread may outlive the damage
     for _ in range(sum(corpus.rows("train", 32)) // 4 + 1):
         next(batches)
@@ -702,8 +719,9 @@ def test_the_thread_stays_two_batches_ahead_and_tells_of_errors(corpus, monkeypa
 
 
 def test_validation_rows_are_the_same_for_any_batch_and_world_size(corpus):
-    validation = ValidationRows(corpus, 40, 1000)
-    assert len(validation.places) == 25
+    stream = validation_tokens(corpus, 3000)[:990]
+    validation = ValidationRows(corpus.tokenizer, stream, 40)
+    assert len(validation) == 25
 
     def everything(batch_size, world_size):
         rows, total = {}, 0
@@ -722,22 +740,35 @@ def test_validation_rows_are_the_same_for_any_batch_and_world_size(corpus):
         return rows, total
 
     expected, size = everything(1, 1)
-    val = read(corpus, "val")
+    assert sorted(expected) == list(range(25))
     length = lambda token: len(corpus.tokenizer.decode_single_token_bytes(token))  # noqa: E731
     for place, (tokens, targets) in expected.items():
-        s, row = validation.places[place]
-        true = val[s][row * 40 : row * 40 + 40]
+        true = [*stream[place * 40 : place * 40 + 40].tolist(), *[corpus.bos] * 40][:40]
         assert tokens == [corpus.bos, *true[:-1]]
         assert targets == [-1 if t == corpus.bos else t for t in true]
     assert any(-1 in targets for _, targets in expected.values())
-    assert size == sum(length(t) for _, targets in expected.values() for t in targets if t >= 0)
+    assert size == sum(length(t) for t in stream.tolist() if t != corpus.bos)
     for batch_size in (1, 3, 8, 30):
         for world_size in (1, 2, 3):
             assert everything(batch_size, world_size) == (expected, size)
-    assert validation.prompt(5) == val[0][:5] and val[0][0] == corpus.bos  # not twice
-    assert len(ValidationRows(corpus, 40, 1).places) == 1
-    assert len(ValidationRows(corpus, 40, 10**9).places) == sum(len(tokens) // 40 for tokens in val)
-    assert validation.places == sorted(set(validation.places))  # spread over the split, each once
+    assert validation.prompt(5) == stream[:5].tolist() and stream[0] == corpus.bos  # not twice
+
+
+def test_what_is_evaluated_does_not_depend_on_the_vocabulary(text, monkeypatch):
+    (text / "val.txt").write_bytes((HARD["many languages"] * 50 + prose(5, 2000)).encode() + b" " * 20_000)
+    ours, theirs = prepare(str(text), 300), prepare(str(text), 900)
+    monkeypatch.setattr(dataloader, "SHARD_TOKENS", 10_000)  # a shard's end is no document's
+    in_shards = prepare(str(text), 301)
+    assert len(in_shards.shards["val"]) > 5
+    for eval_bytes in (1, 20_000, 60_000, 10**9):
+        found = [
+            [c.tokenizer.decode_bytes(d) for d in split_at(validation_tokens(c, eval_bytes).tolist(), c.bos)]
+            for c in (ours, theirs, in_shards)
+        ]
+        assert found[0] == found[1] == found[2]
+        size, whole = sum(map(len, found[0])), (text / "val.txt").stat().st_size
+        assert abs(size - min(eval_bytes, whole)) <= 2 * 4096
+    assert b"".join(found[0]) == (text / "val.txt").read_bytes()  # all of it, nothing twice
 
 
 BPB = """
@@ -746,6 +777,7 @@ sys.path.insert(0, {repo!r})
 import torch, torch.distributed as dist, dataloader, report
 rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 corpus = dataloader.prepare({data!r}, 400)
+held_out = dataloader.validation_tokens(corpus, 4000)
 if world_size > 1:
     dist.init_process_group("gloo")
 torch.manual_seed(0)
@@ -754,7 +786,7 @@ def model(tokens, targets):
     logits, targets = table[tokens].flatten(0, 1), targets.flatten()
     return torch.nn.functional.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
 for size in (1, 3, 8):
-    batches = dataloader.ValidationRows(corpus, 40, 2000).batches(size, "cpu", rank, world_size)
+    batches = dataloader.ValidationRows(corpus.tokenizer, held_out, 40).batches(size, "cpu", rank, world_size)
     print(repr(report.bits_per_byte(model, batches, torch.device("cpu"))))
 """
 
@@ -905,7 +937,7 @@ def test_public_shards_put_there_by_hand(hub, home):
         (home / "fineweb" / name).write_bytes(hub.files[name])
     hub.mode = "500"
     corpus = prepare("fineweb")
-    ValidationRows(corpus, 50, 1000)
+    validation_tokens(corpus, 1000)
     take(DataLoader(corpus, 50, 8, 0, "cpu"), 3)
     assert not hub.log
     for name in ("fineweb_val_000000.bin", "fineweb_train_000001.bin"):
@@ -914,7 +946,7 @@ def test_public_shards_put_there_by_hand(hub, home):
         path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
         with pytest.raises(DataError) as error:
             corpus = prepare("fineweb")
-            ValidationRows(corpus, 50, 1000)
+            validation_tokens(corpus, 1000)
             take(DataLoader(corpus, 50, 8, 0, "cpu"), 3)
         assert f"{path} is damaged" in two_lines(error) and f"delete {path}" in str(error.value)
         path.unlink()

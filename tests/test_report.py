@@ -444,7 +444,7 @@ def config():
         "settings": {
             **{"wandb": False, "compile": False, **auto},
             **{"data": "my text", "depth": 2, "num_iterations": None, "minutes": 5.0, "target_flops": None},
-            **{"total_batch_size": 512, "matrix_lr": 0.01, "weight_decay": 0.28, "eval_tokens": 1024},
+            **{"total_batch_size": 512, "matrix_lr": 0.01, "weight_decay": 0.28, "eval_bytes": 1024},
             "seed": 42,
         },
         "given": {"minutes": 5.0, "compile": False, "matrix_lr": 0.01, "data": "my text"},
@@ -523,16 +523,16 @@ def test_an_edited_constant_is_told(make, tmp_path, monkeypatch):
     monkeypatch.setattr(report, "show_curves", lambda runs, folder: "")
     monkeypatch.setattr(report, "__file__", str(tmp_path / "report.py"))
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
-    (tmp_path / "train.py").write_text("seed: int = 42  # of all\neval_tokens: int | None = None  # used\n")
+    (tmp_path / "train.py").write_text("seed: int = 42  # of all\neval_bytes: int | None = None  # used\n")
     for words in (["init"], ["add", "train.py"], ["commit", "-m", "first"]):
         subprocess.run([*git, *words], check=True, capture_output=True)
     clean = report.versions()
     assert len(clean["git_commit"]) == 40 and clean["edited_settings"] == ""
-    (tmp_path / "train.py").write_text("seed: int = 42  # of all\neval_tokens: int | None = 1024  # used\n")
+    (tmp_path / "train.py").write_text("seed: int = 42  # of all\neval_bytes: int | None = 1024  # used\n")
     edited = report.versions()
     assert edited["git_commit"] == clean["git_commit"] + "-dirty"
     rows = tables(report.write_report(make("a", versions=edited)).read_text())
-    assert rows["eval_tokens"] == ["1024"] and "seed" not in rows
+    assert rows["eval_bytes"] == ["1024"] and "seed" not in rows
 
 
 def test_the_time_adds_up(make, monkeypatch):

@@ -336,6 +336,27 @@ def test_model_py_continues_a_prompt(reference):
     assert subprocess.run(command, capture_output=True, text=True).stdout == done.stdout
 
 
+def test_model_py_scores_any_text_by_the_definition_of_val_bpb(train, tmp_path):
+    text = tmp_path / "text"
+    shutil.copytree(train.home / "text", text)
+    (text / "val.py").write_text((REPO / "dataloader.py").read_text() + "".join(map(chr, range(32, 1000))))
+    run = train("--data", text, "--num-iterations", 10, "--eval-bytes", 10**9)
+
+    def score(*flags):
+        command = [sys.executable, str(REPO / "model.py"), str(run.folder), "--score", *map(str, flags)]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    done = score(text / "val.py")
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) == pytest.approx(run.summary["val_bpb"], rel=1e-5)
+    (tmp_path / "two.jsonl").write_text('{"text": "def main():"}\n{"text": "x = 1"}\n')
+    assert float(score(tmp_path / "two.jsonl").stdout) > 1
+    for harm, said in ((tmp_path / "none", "no such file"), (tmp_path / "empty", "no text")):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        bad = score(harm)
+        assert bad.returncode == 2 and said in bad.stderr and len(bad.stderr.splitlines()) == 2
+
+
 def test_a_run_that_explodes_stops_and_names_a_parameter(train):
     result = train("--num-iterations", 30, "--embedding-lr", 1e29, "--save-every", 1)
     assert result.code == 1, result.output
@@ -575,7 +596,7 @@ def test_whether_to_compile_is_decided_once(train, tmp_path):
 def test_a_resume_that_changes_what_is_evaluated_forgets_the_lowest(train):
     first = train("--num-iterations", 12)
     assert first.config["settings"]["eval_every"] == 2
-    again = train("--resume", "--num-iterations", 24, "--eval-tokens", 256)
+    again = train("--resume", "--num-iterations", 24, "--eval-bytes", 500)
     assert again.code == 0 and again.config["settings"]["eval_every"] == 3  # about ten over the new run
     vals = [r for r in again.log if r["kind"] == "val"]
     on_12, on_15 = [r for r in vals if r["step"] in (12, 15)][-2:]
