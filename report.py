@@ -4,7 +4,7 @@ Honest numbers: measure them without disturbing the run, write them down, show t
 log.jsonl, config.json and summary.json are the record; the console line, report.md and wandb only show it.
 
     python report.py out/a         # out/a/report.md anew, also of a run still going or cut off
-    python report.py out/a out/b   # out/compare-a-b/compare.md
+    python report.py out/a out/b   # out/compare-a-b/compare.md; runs that differ only in seed are one group
 """
 
 import codecs
@@ -17,12 +17,14 @@ import os
 import platform
 import re
 import shlex
+import statistics
 import subprocess
 import sys
 import textwrap
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -320,7 +322,8 @@ def show_samples(samples):
 
 
 def finish(folder, summary):
-    """Write summary.json, print its numbers as `name: value` lines, write report.md -> whether all worked."""
+    """Complete and write summary.json, print its numbers, write report.md -> whether all of it worked."""
+    summary["slow_share"] = attempt("the log", lambda: slow_share(Run(folder).steps))
     text = json.dumps(plain(summary), indent=2, default=str)
     written = attempt("summary.json", replace, folder / "summary.json", text)
     show("---")
@@ -356,11 +359,87 @@ class Run:
         if summary.get("steps") == self.numbers["steps"]:  # else it is from before the run was resumed
             self.numbers |= summary
         if self.steps:
+            peak = self.config["mfu_peak"] / self.numbers.get("mfu_peak", self.config["mfu_peak"])
+            for record in self.steps:  # of the peak as the end of the run knows it
+                record["mfu"] *= peak
             flops, causal = self.config["num_flops_per_token"], self.config["num_flops_per_token_causal"]
             self.numbers["flops_per_sec"] = flops * self.numbers["tok_per_sec"]
             self.numbers["mfu_causal"] = self.numbers["mfu"] * causal / flops
+            self.numbers["slow_share"] = slow_share(self.steps)
         self.facts = {"device": self.config["device"], "processes": self.config["world_size"]}
         self.facts |= {"corpus": self.config["corpus"]["fingerprint"], **self.config["versions"]}
+        edited = self.config["versions"].get("edited_settings", "").split()
+        own = dict.fromkeys((*self.config["given"], *edited))
+        self.chosen = {name: self.config["settings"].get(name) for name in own}
+        finished = self.numbers["event"] == "finished"
+        self.kind = [finished, {**self.chosen, **self.facts, "seed": None}]  # equal if only the seed differs
+
+
+def slow_share(steps):
+    """Of step records: the share of training time in windows slower than twice the median, interruptions."""
+    clock = [record["total_training_time"] for record in steps]
+    windows = [(r["dt"], after - before) for before, after, r in zip(clock, clock[1:], steps[1:])]
+    windows = [(dt, seconds) for dt, seconds in windows if seconds > 0]  # without the first, untimed ones
+    limit = 2 * statistics.median([dt for dt, _ in windows] or [0.0])
+    slow = sum(seconds for dt, seconds in windows if dt > limit)
+    return slow / sum(seconds for _, seconds in windows) if windows else 0.0
+
+
+class Group:
+    """Runs that differ only in seed: of each number a mean and a standard deviation."""
+
+    def __init__(self, runs):
+        self.runs, self.config = runs, runs[0].config
+        self.name = os.path.commonprefix([run.name for run in runs]).rstrip("-_.") or runs[0].name
+
+    def values(self, name):
+        """The runs' values of a number; None is left out."""
+        return [run.numbers[name] for run in self.runs if run.numbers.get(name) is not None]
+
+    def write(self, name, write):
+        """A number as text: of several runs its mean, standard deviation and count."""
+        values = self.values(name)
+        if len(values) < 2:
+            return write(*values) if values else "–"
+        return f"{write(statistics.mean(values))} ± {write(statistics.stdev(values))}, n = {len(values)}"
+
+    def facts(self, name):
+        """A setting's or fact's value in these runs, or their values."""
+        values = [str({**run.config["settings"], **run.facts}.get(name)) for run in self.runs]
+        return ", ".join(dict.fromkeys(values))
+
+
+def group_runs(runs):
+    """Runs -> groups, in the order of their first runs."""
+    alike = []
+    for run in runs:
+        others = [group for group in alike if group[0].kind == run.kind]
+        others[0].append(run) if others else alike.append([run])
+    return [Group(group) for group in alike]
+
+
+def t_quantile(freedom):
+    """Student's t for a two-sided interval of 95%: a table, then a series (Abramowitz, Stegun 26.7.5)."""
+    if freedom <= 4:
+        return (12.706, 4.303, 3.182, 2.776)[freedom - 1]
+    return 1.960 + 2.372 / freedom + 2.823 / freedom**2 + 2.556 / freedom**3 + 1.59 / freedom**4
+
+
+def difference(base, values):
+    """
+    The mean of some values against that of others, as text: '-3.2% ± 1.1%' is a 95% interval by Student's t
+    with a pooled variance, 'noise' one that contains 0. Without any repetition there is no interval.
+    """
+    if not base or not values or not statistics.mean(base):
+        return ""
+    mean = statistics.mean(base)
+    change, freedom = statistics.mean(values) / mean - 1, len(base) + len(values) - 2
+    if not freedom:
+        return f"{change:+.1%}"
+    squares = sum((x - statistics.mean(group)) ** 2 for group in (base, values) for x in group)
+    error = math.sqrt(squares / freedom * (1 / len(base) + 1 / len(values)))
+    half = t_quantile(freedom) * error / abs(mean)
+    return f"{change:+.1%} ± {half:.1%}{', noise' if half >= abs(change) else ''}"
 
 
 def table(header, rows):
@@ -372,31 +451,35 @@ def table(header, rows):
 
 NUMBERS = {  # results by their names in summary.json, and how they are written
     "val_bpb": "{:.4f}".format, "min_val_bpb": "{:.4f}".format, "train_loss_ema": "{:.4f}".format,
-    "steps": "{:,}".format, "tokens": short, "total_training_flops": "{:.3g}".format,
+    "steps": "{:,.0f}".format, "tokens": short, "total_training_flops": "{:.3g}".format,
     "total_training_time": duration, "wall_time": duration, "tok_per_sec": short,
     "flops_per_sec": lambda flops: short(flops, " ") + "FLOP/s", "mfu": "{:.1%}".format,
     "mfu_causal": "{:.1%}".format, "peak_memory": lambda size: short(size, " ") + "B",
-    "skipped_steps": "{:,}".format,
+    "slow_share": "{:.1%}".format, "skipped_steps": "{:,.0f}".format,
 }
+COMPARED = "Runs that differ only in seed form one column: mean ± standard deviation, n. In brackets the "
+COMPARED += "difference of the means from the first column, ± the 95% interval of Student's t: where it "
+COMPARED += "contains 0, the difference may be noise."
 MEMORY = {"cuda": "CUDA's allocator", "mps": "the driver's, at the end", "cpu": "resident set"}
 LAPS = {"corpus": "preparation of the corpus", "trial": "trial and compilation"}
 
 
-def results(runs):
-    """The final numbers of one run or several, with their differences from the first."""
-    first, rows = runs[0], []
+def results(groups):
+    """The final numbers of one group or several, with their differences from the first."""
+    first, *others = groups
     notes = {"mfu": f"mfu, of the {first.config['mfu_peak_source']} peak"}
     notes["peak_memory"] = f"peak_memory, {MEMORY[first.config['device_type']]}"
+    rows = []
     for name, write in NUMBERS.items():
-        base, *values = (run.numbers.get(name) for run in runs)
-        cells = ["–" if value is None else write(value) for value in (base, *values)]
-        for i, value in enumerate(values, 1):
-            cells[i] += f" ({value / base - 1:+.1%})" if base and value is not None else ""
+        cells = [first.write(name, write)]
+        for group in others:
+            change = difference(first.values(name), group.values(name))
+            cells.append(group.write(name, write) + (f" ({change})" if change else ""))
         rows.append([notes.get(name, name), *cells])
-    return table(["result", *(run.name for run in runs)], rows)
+    return table(["result", *(group.name for group in groups)], rows)
 
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe's and Ito's, one a run
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe's and Ito's, one a group
 LOOKS = {"train_loss": {"alpha": 0.3}, "val_bpb": {"marker": "o", "markersize": 3}}
 LOOKS |= {"muon_momentum": {"linestyle": "--"}, "weight_decay": {"linestyle": ":"}}
 PANELS = (  # title, x, what is drawn over it, options of the axes
@@ -411,20 +494,37 @@ PANELS = (  # title, x, what is drawn over it, options of the axes
 )
 
 
-def draw(runs, path):
-    """All PANELS of one run or several: a colour for each run, a look for each number."""
+def mean_curve(runs, x, y, start):
+    """-> (x, mean of y, its standard deviation) over runs: at the first one's points, as far as all reach."""
+    curves = []
+    for run in runs:
+        points = [(r[x], r[y]) for r in run.records if r.get(y) is not None and r["step"] > start]
+        if points:
+            curves.append(np.array(points).T)
+    if not curves:
+        return np.zeros((3, 0))
+    low, high = max(xs[0] for xs, _ in curves), min(xs[-1] for xs, _ in curves)
+    places = [place for place in curves[0][0] if low <= place <= high]
+    values = np.array([np.interp(places, xs, ys) for xs, ys in curves])
+    return places, values.mean(axis=0), values.std(axis=0, ddof=len(curves) > 1)
+
+
+def draw(groups, path):
+    """All PANELS: a colour for each group, a look for each number; a mean of several runs in its band."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter
 
     figure = Figure(figsize=(10, 13), layout="constrained")
     for axes, (title, x, names, options) in zip(figure.subplots(4, 2).flat, PANELS):
-        for run, colour in zip(runs, itertools.cycle(COLOURS)):
+        for group, colour in zip(groups, itertools.cycle(COLOURS)):
             # the start of a loss would flatten all that follows
-            start = 0.03 * run.numbers["steps"] if "val_bpb" in names or "train_loss" in names else -1
+            hidden = 0.03 if "val_bpb" in names or "train_loss" in names else -1.0
             for name in names.split():
-                records = [r for r in run.records if name in r and r["step"] > start]
-                xs, ys = [r[x] for r in records], [r[name] for r in records]
+                start = hidden * group.runs[0].numbers["steps"]
+                xs, ys, spread = mean_curve(group.runs, x, name, start)
                 axes.plot(xs, ys, color=colour, **LOOKS.get(name, {}))
+                if len(group.runs) > 1:
+                    axes.fill_between(xs, ys - spread, ys + spread, color=colour, alpha=0.2, linewidth=0)
         axes.set(**options)
         axes.set_title(title, loc="left", fontsize=10)
         axes.grid(alpha=0.25)
@@ -434,7 +534,8 @@ def draw(runs, path):
                 axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
                 axis.set_major_formatter("{x:.3g}")
                 axis.set_minor_formatter(NullFormatter())
-    figure.legend(axes.lines, [run.name for run in runs], loc="outside upper left", ncols=3, frameon=False)
+    names = [group.name for group in groups]
+    figure.legend(axes.lines, names, loc="outside upper left", ncols=3, frameon=False)
     figure.savefig(path, dpi=110)
 
 
@@ -447,15 +548,15 @@ def sparkline(values):
     return f"{values[0]:<9.4g} {''.join(bars)} {values[-1]:.4g}"
 
 
-def show_curves(runs, folder):
+def show_curves(groups, folder):
     """Draw curves.png -> the markdown that shows it; where matplotlib is missing, the curves as text."""
     try:
-        draw(runs, folder / "curves.png")
+        draw(groups, folder / "curves.png")
         return "![curves](curves.png)"
     except Exception:  # no matplotlib, or a broken one
         lines = []
         for name in ("val_bpb", "train_loss_ema", "lrm", "tok_per_sec", "grad_norm"):
-            for run in runs:
+            for run in itertools.chain.from_iterable(group.runs for group in groups):
                 values = [record[name] for record in run.records if name in record]
                 lines.append(f"    {name:<15} {sparkline(values)}  {run.name}")
         return "\n".join(lines)
@@ -491,15 +592,14 @@ def write_report(folder):
     config, numbers, params = run.config, run.numbers, run.config["num_params"]
     ended = numbers["event"] in ("finished", "interrupted", "failed")
     state = numbers["event"] if ended else "still going, or cut off"
-    own = dict.fromkeys([*config["given"], *config["versions"].get("edited_settings", "").split()])
-    own = [[name, config["settings"].get(name)] for name in own]
     counts = {**params, "all parameters": sum(params.values())}
     counts["FLOPs per token, PaLM convention"] = config["num_flops_per_token"]
     counts["FLOPs per token, exact causal"] = config["num_flops_per_token_causal"]
     counts = [[name, f"{count:,.0f}"] for name, count in counts.items()]
     parts = [f"# {run.name}", f"{state}: {numbers['steps']:,} steps, {numbers['progress']:.1%} of the run"]
-    parts += [results([run]), show_curves([run], run.folder)] if run.steps else ["The log holds no step yet."]
-    parts += ["## Settings that were given or edited", table(["setting", "value"], own)]
+    alone = [Group([run])]
+    parts += [results(alone), show_curves(alone, run.folder)] if run.steps else ["The log holds no step yet."]
+    parts += ["## Settings that were given or edited", table(["setting", "value"], run.chosen.items())]
     parts += ["## Hardware and versions", table(["what", "value"], run.facts.items())]
     parts += ["## Time", time_table(run)] if run.steps else []
     parts += ["## Parameters and FLOPs", table(["what", "count"], counts)]
@@ -513,18 +613,29 @@ def write_report(folder):
 def compare(folders):
     """compare.md and its picture, in a folder beside the first run -> its path."""
     runs = [Run(folder) for folder in folders]
-    target = runs[0].folder.parent / ("compare-" + "-".join(run.name for run in runs))[:120]
+    groups = group_runs(runs)
+    names = [group.name for group in groups]
+    target = runs[0].folder.parent / ("compare-" + "-".join(names))[:120]
     target.mkdir(exist_ok=True)
-    if len({run.name for run in runs}) < len(runs):
-        for run in runs:
-            run.name = str(run.folder)
-    facts, names = [run.config["settings"] | run.facts for run in runs], [run.name for run in runs]
-    rows = [[key, *(fact.get(key) for fact in facts)] for key in facts[0]]
+    if len(set(names)) < len(names):
+        for group in groups:
+            group.name = str(group.runs[0].folder)
+        names = [group.name for group in groups]
+    keys = {**runs[0].config["settings"], **runs[0].facts}
+    rows = [[key, *(group.facts(key) for group in groups)] for key in keys]
     differing = [row for row in rows if any(cell != row[1] for cell in row[1:])]
-    parts = ["# " + ", ".join(names), "Differences are from the first run.", results(runs)]
-    parts += [show_curves(runs, target), "## Settings that differ", table(["setting", *names], differing)]
+    parts = ["# " + ", ".join(names), COMPARED, results(groups), show_curves(groups, target)]
+    parts += ["## Settings that differ", table(["setting", *names], differing)]
     replace(target / "compare.md", "\n\n".join(parts) + "\n")
     return target / "compare.md"
+
+
+def report_on(folders):
+    """The report of the one run among these folders, or the comparison of several -> its path."""
+    runs = [folder for folder in folders if (Path(folder) / "config.json").exists()]
+    for folder in sorted({*folders} - {*runs}) if runs else ():
+        tell("skipped", f"{folder}, which is no run")
+    return compare(runs) if len(runs) > 1 else write_report((runs or folders)[0])
 
 
 if __name__ == "__main__":
@@ -532,7 +643,7 @@ if __name__ == "__main__":
         if len(sys.argv) < 2:
             raise ValueError("no run is given.\nCall: python report.py out/RUN [out/RUN ...]")
         open_console()
-        show(compare(sys.argv[1:]) if len(sys.argv) > 2 else write_report(sys.argv[1]))
+        show(report_on(sys.argv[1:]))
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -12,6 +12,7 @@ import sys
 import time
 import types
 
+import numpy as np
 import pytest
 import torch
 from conftest import REPO
@@ -457,6 +458,7 @@ def config():
         "corpus": {"name": "text", "fingerprint": "c0ffee", "train": {"tokens": 12_345}},
         "device": "a | CPU",
         "device_type": "cpu",
+        "mfu_peak": 1e8,
         "mfu_peak_source": "measured",
         "world_size": 1,
         "versions": {"python": "3.11", "torch": "2.13.0", "git_commit": "0123abc"},
@@ -508,6 +510,7 @@ def test_the_report_of_a_run(make):
     assert text.splitlines()[:3] == ["# a", "", "finished: 100 steps, 100.0% of the run"]
     assert rows["val_bpb"] == ["1.2500"] and rows["mfu, of the measured peak"] == ["50.0%"]
     assert rows["mfu_causal"] == ["40.0%"] and rows["flops_per_sec"] == ["51.2 MFLOP/s"]
+    assert rows["slow_share"] == ["0.0%"]
     assert rows["peak_memory, resident set"] == ["100 MB"]
     assert rows["all parameters"] == ["1,726"] and rows["FLOPs per token, exact causal"] == ["8,000"]
     assert rows["matrix_lr"] == ["0.01"] and "weight_decay" not in rows  # only what was given
@@ -637,9 +640,78 @@ def test_a_comparison_shows_what_differs(make, config):
     assert (path.parent / "curves.png").stat().st_size > 20_000
 
 
+def bpb(folder, value, mfu_peak=1e8):
+    """Give a run's summary this val_bpb and peak."""
+    summary = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").write_text(json.dumps(summary | {"val_bpb": value, "mfu_peak": mfu_peak}))
+    return folder
+
+
+def test_runs_that_differ_only_in_seed_are_one_group(make, config):
+    def one(name, seed, value, rate=0.01):
+        settings = config["settings"] | {"seed": seed, "matrix_lr": rate, "total_batch_size": 512 * seed}
+        return bpb(make(name, settings=settings, given={"seed": seed, "matrix_lr": rate}), value)
+
+    folders = [one("slow-1", 1, 1.10), one("fast-1", 1, 1.00, 0.02), one("slow-2", 2, 1.12)]
+    folders += [one("fast-2", 2, 1.02, 0.02), one("slow-3", 3, 1.14), one("same", 4, 1.13, 0.03)]
+    path = report.compare(folders)
+    assert path.parent.name == "compare-slow-fast-same"
+    text = path.read_text()
+    rows = tables(text)
+    assert rows["result"] == ["slow", "fast", "same"]
+    # slow: 1.12 ± 0.02; by hand for fast: pooled variance (0.0008 + 0.0002) / 3, t of 3 is 3.182
+    half = 3.182 * math.sqrt(0.001 / 3 * (1 / 3 + 1 / 2)) / 1.12
+    change = 1.01 / 1.12 - 1
+    assert rows["val_bpb"] == [
+        "1.1200 ± 0.0200, n = 3",
+        f"1.0100 ± 0.0141, n = 2 ({change:+.1%} ± {half:.1%})",
+        f"1.1300 (+0.9% ± {4.303 * 0.02 * math.sqrt(4 / 3) / 1.12:.1%}, noise)",
+    ]
+    differing = tables(text[text.index("## Settings") :])
+    assert differing["matrix_lr"] == ["0.01", "0.02", "0.03"]
+    assert differing["seed"] == ["1, 2, 3", "1, 2", "4"]
+    assert (path.parent / "curves.png").stat().st_size > 20_000
+
+
+@pytest.mark.parametrize("freedom, t", [(1, 12.706), (4, 2.776), (5, 2.571), (8, 2.306), (30, 2.042)])
+def test_students_t(freedom, t):
+    assert report.t_quantile(freedom) == pytest.approx(t, rel=1e-3)
+
+
+def test_an_interval_of_95_percent_contains_the_truth_in_95_of_100_cases():
+    rng = np.random.default_rng(0)
+    draws = [[rng.normal(2.0, 0.02, n).tolist() for n in (3, 4)] for _ in range(2000)]
+    right = sum(report.difference(base, values).endswith("noise") for base, values in draws)
+    assert 0.935 < right / 2000 < 0.965
+
+
+def test_a_group_is_drawn_as_its_mean_as_far_as_all_runs_reach():
+    records = [{"step": s, "x": s, "y": s + 1.0} for s in range(5)]
+    other = [{"step": s, "x": s, "y": s + 3.0 if s else None} for s in (0, 1, 3)] + [{"step": 3, "z": 1.0}]
+    runs = [types.SimpleNamespace(records=r) for r in (records, other)]
+    x, mean, spread = report.mean_curve(runs, "x", "y", 0)
+    assert [*x] == [1, 2, 3] and [*mean] == [3, 4, 5] and spread == pytest.approx([2**0.5] * 3)
+    assert report.mean_curve(runs[:1], "x", "y", 2)[2].tolist() == [0.0, 0.0]
+    assert report.mean_curve(runs, "x", "nothing", 0).shape == (3, 0)
+
+
+def test_interruptions_are_told_and_the_better_peak_counts(make):
+    folder = bpb(make("a"), 1.25, mfu_peak=2e8)
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    for record in lines:  # the last 10 steps have taken 10 times as long as the others
+        if record["kind"] == "step" and record["step"] == 100:
+            record |= {"dt": 1.0, "total_training_time": 9.0 + 10.0}
+    (folder / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
+    run = report.Run(folder)
+    assert run.numbers["slow_share"] == pytest.approx(10 / 18)
+    assert [r["mfu"] for r in run.steps] == [0.25] * 10  # half of what was logged
+    assert tables(report.write_report(folder).read_text())["slow_share"] == ["55.6%"]
+    assert report.slow_share([]) == report.slow_share(run.steps[:1]) == 0.0
+
+
 def test_runs_of_one_name_are_told_apart(make, tmp_path):
     (tmp_path / "x").mkdir()
-    folders = [make("a"), make("x/a"), make("empty", steps=0, ending=None)]
+    folders = [make("a"), make("x/a", world_size=2), make("empty", steps=0, ending=None)]
     text = report.compare(folders).read_text()
     assert str(folders[0]) in text and str(folders[1]) in text
 
@@ -733,10 +805,18 @@ def test_the_command_line(make, monkeypatch, capsys):
         runpy.run_path(str(REPO / "report.py"), run_name="__main__")
         return capsys.readouterr().out.strip()
 
-    a, b = make("a", steps=0, ending=None), make("b", steps=0, ending=None)
+    a, b = make("a", steps=0, ending=None), make("b", steps=0, ending=None, world_size=2)
     assert call(a) == str(a / "report.md")
     assert call(a, b) == str(a.parent / "compare-a-b" / "compare.md")
-    for wrong in ([a.parent / "nothing"], []):
+    (a.parent / "notes").mkdir()
+    every = sorted(a.parent.iterdir())  # out/*, the comparison among them
+    assert len(every) == 4
+    assert call(*every).splitlines() == [
+        *(f"skipped  {a.parent / name}, which is no run" for name in ("compare-a-b", "notes")),
+        str(a.parent / "compare-a-b" / "compare.md"),
+    ]
+    assert call(a, a.parent / "notes").endswith(str(a / "report.md"))
+    for wrong in ([a.parent / "nothing"], [a.parent / "nothing"] * 2, []):
         with pytest.raises(SystemExit) as end:
             call(*wrong)
         message = capsys.readouterr().err

@@ -1,0 +1,185 @@
+"""
+Ablations: what a variant of the settings is worth at equal time. Run by hand; nothing else needs it.
+
+    python tests/ablate.py                                # the sets
+    python tests/ablate.py size-1m                        # what of it is missing, then its table
+    python tests/ablate.py size-1m --seeds 5 --first 11   # five fresh seeds
+
+Speed and quality are measured apart, both through train.py's front door. Speed: two threads, variants in turn,
+the median of several rounds. Quality: runs of as many steps as a variant's speed makes in the set's seconds,
+two at a time with a thread each, because their result does not depend on the machine's mood. Every result is a
+line of ablations.tsv: an interrupted call goes on where it stopped, what is deleted there is measured anew.
+"""
+
+import argparse
+import csv
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPO))
+
+import optim_muon as rules  # noqa: E402
+import report  # noqa: E402
+
+TABLE = Path(__file__).with_suffix("").with_name("ablations.tsv")
+COLUMNS = ("set", "variant", "flags", "kind", "number", "batch", "steps", "tok_per_sec", "val_bpb", "commit")
+ROUNDS = 3  # of speed
+
+
+def shape(depth, width, vocab, *more):
+    """Flags of a model of this depth, width and vocabulary."""
+    return " ".join([f"--depth {depth} --aspect-ratio {width / depth:g} --vocab-size {vocab}", *more])
+
+
+SIZES = {
+    "depth 4, 4k": shape(4, 256, 4096),
+    "depth 2, 4k": shape(2, 128, 4096),
+    "depth 2, 2k": shape(2, 128, 2048),
+    "depth 2, 1k": shape(2, 128, 1024),
+    "depth 2 wide, 2k": shape(2, 192, 2048),
+    "depth 1 wide, 1k": shape(1, 128, 1024),
+    "depth 3, 2k": shape(3, 192, 2048),
+}
+SETS = {  # name: (seconds of training, flags of all variants, {variant: flags})
+    "size-1m": (45, "", SIZES),
+    "size-5m": (280, "", SIZES),
+}
+
+
+class Results:
+    """The lines of the table file, {(set, variant, kind, number): line}, kept as they come."""
+
+    def __init__(self, name):
+        self.name, self.lines = name, {}
+        if TABLE.exists():
+            with TABLE.open(newline="") as file:
+                self.lines = {self.key(line): line for line in csv.DictReader(file, delimiter="\t")}
+
+    def key(self, line):
+        return line["set"], line["variant"], line["kind"], int(line["number"])
+
+    def get(self, variant, flags, kind, number):
+        """A line of this set that was made with these very flags, else None."""
+        line = self.lines.get((self.name, variant, kind, number))
+        return line if line and line["flags"] == flags else None
+
+    def add(self, **line):
+        self.lines[self.name, line["variant"], line["kind"], line["number"]] = {"set": self.name, **line}
+        with TABLE.with_suffix(".tmp").open("w", newline="") as file:
+            table = csv.DictWriter(file, COLUMNS, delimiter="\t", lineterminator="\n")
+            table.writeheader()
+            table.writerows(self.lines[key] for key in sorted(self.lines))
+        os.replace(TABLE.with_suffix(".tmp"), TABLE)
+
+
+def train(flags, threads):
+    """Run train.py with these flags -> (summary, config). RuntimeError with its output if it fails."""
+    folder = tempfile.mkdtemp(prefix="ablate-")
+    command = [sys.executable, str(REPO / "train.py"), *flags.split(), "--out-dir", folder, "--run-name", "a"]
+    try:
+        env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+        read = (Path(folder, "a", name).read_text() for name in ("summary.json", "config.json"))
+        return tuple(map(json.loads, read))
+    finally:
+        shutil.rmtree(folder)
+
+
+def measure_speed(results, seconds, variants):
+    """Tokens a second of each variant, in rounds; from the first one follows the batch, by train.py's rule."""
+    for number in range(ROUNDS + 1):
+        for variant, flags in variants.items():
+            if results.get(variant, flags, "speed", number):
+                continue
+            first = results.get(variant, flags, "speed", 0)
+            tokens = seconds * float(first["tok_per_sec"]) if first else 0
+            batch = rules.whole_rows(rules.best_batch_size(tokens) if tokens else 2**12, 512)
+            steps = 10 + round(max(20, 5 * float(first["tok_per_sec"]) / batch) if first else 20)
+            call = f"--total-batch-size {batch} {flags} --num-iterations {steps} --eval-every -1"
+            summary, config = train(f"{call} --eval-bytes 8192", threads=2)
+            results.add(
+                **{"variant": variant, "flags": flags, "kind": "speed", "number": number, "steps": steps},
+                batch=config["settings"]["total_batch_size"],
+                tok_per_sec=round(summary["tok_per_sec"]),
+                commit=config["versions"]["git_commit"],
+            )
+            print(f"speed    {variant}: {report.short(summary['tok_per_sec'])} tokens/s", flush=True)
+
+
+def speed_of(results, variant, flags):
+    """(batch, median of tokens a second at that batch)"""
+    lines = [results.get(variant, flags, "speed", number) for number in range(1, ROUNDS + 1)]
+    return int(lines[0]["batch"]), statistics.median(float(line["tok_per_sec"]) for line in lines)
+
+
+def measure_quality(results, seconds, variants, seeds):
+    """val_bpb of each variant and seed, after as many steps as its speed makes in the time."""
+
+    def one(variant, flags, seed):
+        batch, tok_per_sec = speed_of(results, variant, flags)
+        steps = max(1, round(seconds * tok_per_sec / batch))
+        call = f"--total-batch-size {batch} {flags} --num-iterations {steps} --seed {seed}"
+        summary, config = train(f"{call} --no-compile --eval-every -1", threads=1)
+        return {
+            **{"variant": variant, "flags": flags, "kind": "quality", "number": seed, "steps": steps},
+            **{"batch": batch, "tok_per_sec": round(tok_per_sec), "val_bpb": round(summary["val_bpb"], 5)},
+            "commit": config["versions"]["git_commit"],
+        }
+
+    jobs = [(variant, flags, seed) for seed in seeds for variant, flags in variants.items()]
+    jobs = [job for job in jobs if not results.get(job[0], job[1], "quality", job[2])]
+    with ThreadPoolExecutor(2) as pool:
+        for line in pool.map(lambda job: one(*job), jobs):
+            results.add(**line)
+            print(f"quality  {line['variant']}, seed {line['number']}: {line['val_bpb']:.4f}", flush=True)
+
+
+def table(results, variants, seeds):
+    """Markdown: a line a variant, its val_bpb over the seeds and the difference from the first variant."""
+    rows, base = [], None
+    for variant, flags in variants.items():
+        lines = [results.get(variant, flags, "quality", seed) for seed in seeds]
+        values = [float(line["val_bpb"]) for line in lines if line]
+        if not values:
+            continue
+        batch, tok_per_sec = speed_of(results, variant, flags)
+        spread = f" ± {statistics.stdev(values):.4f}, n = {len(values)}" if len(values) > 1 else ""
+        change = report.difference(base, values) if base else ""
+        steps = next(line["steps"] for line in lines if line)
+        mean = f"{statistics.mean(values):.4f}{spread}"
+        rows.append([variant, report.short(tok_per_sec), batch, steps, mean, change])
+        base = base or values
+    header = ["variant", "tokens/s", "batch", "steps", "val_bpb", "difference"]
+    return report.table(header, rows)
+
+
+def main():
+    parser = argparse.ArgumentParser(usage="python tests/ablate.py SET [--seeds N] [--first SEED]")
+    parser.add_argument("set", nargs="?")
+    parser.add_argument("--seeds", type=int, default=3, help="how many [3]")
+    parser.add_argument("--first", type=int, default=1, help="the first of them [1]")
+    options = parser.parse_args()
+    if options.set not in SETS:
+        for name, (seconds, flags, variants) in SETS.items():
+            print(f"{name:<12}{seconds} s  {flags}  {', '.join(variants)}")
+        return
+    seconds, shared, variants = SETS[options.set]
+    variants = {name: f"{shared} {flags}".strip() for name, flags in variants.items()}
+    seeds, results = range(options.first, options.first + options.seeds), Results(options.set)
+    measure_speed(results, seconds, variants)
+    measure_quality(results, seconds, variants, seeds)
+    print(table(results, variants, seeds))
+
+
+if __name__ == "__main__":
+    main()
