@@ -4,6 +4,7 @@ costs a good one.
 
 A checkpoint is a folder step_000200 with model.pt, optimizer.pt, state.json and manifest.json, which holds
 size and sha256 of the others. It is written under a temporary name, synced, and renamed once it is complete.
+A folder best_000150 holds weights alone: those with the lowest val_bpb, where a text was read repeatedly.
 """
 
 import difflib
@@ -102,16 +103,17 @@ def is_full(error):
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
-def check_room(root, weights, whole, saves):
+def check_room(root, weights, whole, saves, best=False):
     """
     Compare the room for checkpoints under `root` with what a run will need: so many of `whole` bytes at a
-    time -> a warning or None. CheckpointError if not even the weights, of so many bytes, have room.
+    time, and the best weights if asked for -> a warning or None. CheckpointError if not even the weights, of
+    so many bytes, have room.
     """
     free, there = shutil.disk_usage(root).free, len(complete(root))
     if free < weights:
         need = f"the weights alone take {weights / 1e9:.2g} GB, and {root} has {free / 1e9:.2g} GB free"
         raise CheckpointError(f"{need}.\nMake room there, or choose another --out-dir.")
-    missing = max(1, saves - there) * whole - free
+    missing = max(1, saves - there) * whole + best * weights - free
     if missing > 0:
         what = f"{saves} × {whole / 1e9:.2g} GB of checkpoints do not fit into {free / 1e9:.2g} GB"
         return f"{what}: {missing / 1e9:.2g} GB are missing. Make room, or keep fewer with --keep-checkpoints"
@@ -133,11 +135,13 @@ class Saver:
         self.root, self.keep, self.pin, self.synchronize = Path(root), keep, pin, synchronize
         self.buffers, self.thread, self.pending, self.ended = {}, ThreadPoolExecutor(1), None, []
 
-    def save(self, step, tensors, state, prune=True):
+    def save(self, step, tensors, state, prune=True, kind="step"):
         """
-        Begin to write step_<step>: each {name: state dict} of `tensors` as name.pt, `state` as state.json.
-        A save that is still being written is waited for. Without `prune` older ones are all kept.
+        Begin to write <kind>_<step>: each {name: state dict} of `tensors` as name.pt, `state` as state.json.
+        A save that is still being written is waited for. Without `prune` older ones are all kept; a save of
+        the kind "best" takes the place of the one before.
         """
+        name = f"{kind}_{step:06d}"
         self.wait()
         try:
             try:
@@ -149,10 +153,10 @@ class Saver:
                 copies = self.copy(tensors)
             self.synchronize()  # the copies from the device are asynchronous
         except (RuntimeError, MemoryError) as error:
-            self.ended.append((step, error))
+            self.ended.append((name, error))
             return
         keep = self.keep if prune else None
-        self.pending = self.thread.submit(self.write, step, copies, state, keep)
+        self.pending = self.thread.submit(self.write, name, copies, state, keep)
 
     def copy(self, content, place=""):
         """The same nested dicts, with each tensor copied into the host buffer of its place."""
@@ -162,15 +166,15 @@ class Saver:
             self.buffers[place] = torch.empty(content.shape, dtype=content.dtype, pin_memory=self.pin)
         return self.buffers[place].copy_(content.detach(), non_blocking=self.pin)
 
-    def write(self, step, tensors, state, keep):
+    def write(self, name, tensors, state, keep):
         try:
-            write(self.root, step, tensors, state, keep)
-            return step, None
+            write(self.root, name, tensors, state, keep)
+            return name, None
         except Exception as error:
             while error.__context__ and not isinstance(error, OSError):
                 error = error.__context__  # torch.save wraps the disk's error in one of its own
             clean_up(self.root)  # what was written of it takes room that the log may need
-            return step, error
+            return name, error
 
     def wait(self):
         """Wait for the save that is being written."""
@@ -179,20 +183,23 @@ class Saver:
             self.pending = None
 
     def outcomes(self):
-        """-> [(step, None or the error)] of the saves that have ended since the last call."""
+        """-> [(folder's name, None or the error)] of the saves that have ended since the last call."""
         if self.pending and self.pending.done():
             self.wait()
         ended, self.ended = self.ended, []
         return ended
 
 
-def write(root, step, tensors, state, keep):
-    """Write a checkpoint, then delete all but the `keep` newest valid ones (None: none) -> its folder."""
-    folder, temporary = root / f"step_{step:06d}", root / f".tmp-step_{step:06d}"
+def write(root, name, tensors, state, keep):
+    """
+    Write the checkpoint `name`, then delete what it takes the place of: of the kind step_<step> all but the
+    `keep` newest valid ones (None: none), of the kind best_<step> all others -> its folder.
+    """
+    folder, temporary = root / name, root / f".tmp-{name}"
     clean_up(root)  # what a killed run has left
     temporary.mkdir()  # if root has vanished, that is an error and no reason to make another one
-    for name, content in tensors.items():
-        with open(temporary / f"{name}.pt", "wb") as file:  # a file of Python's names the disk's error
+    for part, content in tensors.items():
+        with open(temporary / f"{part}.pt", "wb") as file:  # a file of Python's names the disk's error
             torch.save(content, file)
     (temporary / "state.json").write_text(json.dumps(state, indent=2))
     manifest = {}
@@ -207,12 +214,17 @@ def write(root, step, tensors, state, keep):
         discard(folder)
     os.rename(temporary, folder)
     sync(root)
-    valid = 0
-    for old in complete(root) if keep else []:
-        if valid >= keep:
-            discard(old)
-        elif old == folder or fault(old) is None:
-            valid += 1
+    if name.startswith("best"):
+        for old in newest_first(root, "best"):
+            if old != folder:
+                discard(old)
+    elif keep:
+        valid = 0
+        for old in complete(root):
+            if valid >= keep:
+                discard(old)
+            elif old == folder or fault(old) is None:
+                valid += 1
     clean_up(root)
     return folder
 
@@ -253,10 +265,10 @@ def complete(root):
     return [folder for folder in newest_first(root) if (folder / "manifest.json").exists()]
 
 
-def newest_first(root):
-    """The folders step_<number> under `root`, whatever is in them; a copy under another name is none."""
-    found = [p for p in Path(root).glob("step_*") if p.name.removeprefix("step_").isdigit()]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("step_")), reverse=True)
+def newest_first(root, kind="step"):
+    """The folders <kind>_<number> under `root`, whatever is in them; a copy under another name is none."""
+    found = [p for p in Path(root).glob(f"{kind}_*") if p.name.removeprefix(f"{kind}_").isdigit()]
+    return sorted(found, key=lambda p: int(p.name.removeprefix(f"{kind}_")), reverse=True)
 
 
 def fault(folder):
@@ -283,15 +295,24 @@ def fault(folder):
 # Loading
 
 
-def newest_valid(root):
+def newest_valid(root, kind="step"):
     """-> (the newest checkpoint without fault, or None; the faults of newer ones, which were passed over)."""
     faults = []
-    for folder in newest_first(root):
+    for folder in newest_first(root, kind):
         reason = fault(folder)
         if reason is None:
             return folder, faults
         faults.append(reason)
     return None, faults
+
+
+def best(root):
+    """-> (the checkpoint under `root` whose val_bpb is lowest, the newest or the best; faults as above)."""
+    newest, faults = newest_valid(root)
+    lowest, _ = newest_valid(root, "best")
+    if newest and lowest and load(newest, "state")["val_bpb"] <= load(lowest, "state")["val_bpb"]:
+        return newest, faults
+    return lowest or newest, faults
 
 
 def to_resume(root):

@@ -479,7 +479,7 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0, help="another seed, another text [0]")
     arguments = parser.parse_args()
     try:
-        folder, reasons = checkpoint.newest_valid(arguments.run / "checkpoints")
+        folder, reasons = checkpoint.best(arguments.run / "checkpoints")
         if folder is None:
             sys.exit("\n".join([f"error: {arguments.run} holds no valid checkpoint", *reasons]))
         tokenizer = dataloader.load_tokenizer(arguments.run / "tokenizer")

@@ -152,14 +152,14 @@ class Log:
             self.tell_wandb(self.wandb.log, {k: v for k, v in fields.items() if v is not None})
 
     def saves(self, outcomes, step, trouble="failed, the next one tries again"):
-        """Log and tell how saves have ended, [(step, error or None)] -> the error of the last one."""
+        """Log and tell how saves have ended, [(folder, error or None)] -> the error of the last one."""
         error = None
-        for saved_step, error in outcomes:
+        for folder, error in outcomes:
             if error:
                 self.write("event", step=step, event="save_failed", error=str(error))
                 tell("save", f"{trouble}: {error}")
             else:  # under its own step: the loop has gone on meanwhile
-                self.write("event", step=saved_step, event="saved", folder=f"step_{saved_step:06d}")
+                self.write("event", step=int(folder.split("_")[1]), event="saved", folder=folder)
         return error
 
     def write_waiting(self, told_before=True):
@@ -326,6 +326,8 @@ def finish(folder, summary):
     summary["slow_share"] = attempt("the log", lambda: slow_share(Run(folder).steps))
     text = json.dumps(plain(summary), indent=2, default=str)
     written = attempt("summary.json", replace, folder / "summary.json", text)
+    for line in attempt("the log", lambda: rise(Run(folder))) or []:
+        tell("val", line)
     show("---")
     for name, value in summary.items():
         if not isinstance(value, (list, dict)):
@@ -574,6 +576,17 @@ def time_table(run):
     return table(["where the time went", "seconds", "share"], [*rows, ["together", f"{total:.1f}", ""]])
 
 
+def rise(run):
+    """Where val_bpb was lowest, if it has risen since by more than half a percent: a list of one sentence."""
+    vals = [r for r in run.records if r["kind"] == "val" and r["val_bpb"] is not None]
+    lowest = min(vals, key=lambda r: r["val_bpb"], default=None)
+    if not lowest or vals[-1]["val_bpb"] <= 1.005 * lowest["val_bpb"]:
+        return []
+    epoch = next((r["epoch"] for r in run.steps if r["step"] >= lowest["step"]), 0.0)
+    line = f"val_bpb was lowest at step {lowest['step']:,}, after {epoch:.1f} epochs: {lowest['val_bpb']:.4f}"
+    return [f"{line}. It has risen to {vals[-1]['val_bpb']:.4f} since."]
+
+
 def how_to_repeat(run):
     """The shell commands that repeat a run, and how exactly they do."""
     commit, _, changed = (run.config["versions"]["git_commit"] or "unknown").partition("-")
@@ -597,6 +610,7 @@ def write_report(folder):
     counts["FLOPs per token, exact causal"] = config["num_flops_per_token_causal"]
     counts = [[name, f"{count:,.0f}"] for name, count in counts.items()]
     parts = [f"# {run.name}", f"{state}: {numbers['steps']:,} steps, {numbers['progress']:.1%} of the run"]
+    parts += rise(run)
     alone = [Group([run])]
     parts += [results(alone), show_curves(alone, run.folder)] if run.steps else ["The log holds no step yet."]
     parts += ["## Settings that were given or edited", table(["setting", "value"], run.chosen.items())]

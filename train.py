@@ -543,7 +543,7 @@ if rank == 0:
     saves = 1 + planned_iterations // save_every if save_every > 0 else 1
     saves += int(planned_iterations * planned_dt / (60 * save_minutes)) if save_minutes > 0 else 0
     saves = min(saves, keep_checkpoints + 1)  # the oldest one goes when the new one is complete
-    if warning := checkpoint.check_room(checkpoints, weight_bytes, checkpoint_bytes, saves):
+    if warning := checkpoint.check_room(checkpoints, weight_bytes, checkpoint_bytes, saves, best=epochs > 1):
         tell("disk", warning)
 log = report.Log(run_folder if rank == 0 else None, wandb, run_config)
 event = "resumed" if resumed_from else "started"
@@ -590,6 +590,11 @@ while True:
         log.write("val", **val_record)
         show(report.val_line(val_record))
         clock.lap("evaluation")
+        # the text is read again: from here on val_bpb may rise, so the weights where it is lowest are kept
+        if loader.epoch > 1 and val_bpb == min_val_bpb and not finished and rank == 0:
+            best_state = {"step": step, "val_bpb": val_bpb, "epoch": loader.epoch}
+            saver.save(step, {"model": model.state_dict()}, best_state, kind="best")
+            clock.lap("saving")
 
     # once in a while: save
     if save_due and last_saved != step:

@@ -5,10 +5,10 @@ Ablations: what a variant of the settings is worth at equal time. Run by hand; n
     python tests/ablate.py size-1m                        # what of it is missing, then its table
     python tests/ablate.py size-1m --seeds 5 --first 11   # five fresh seeds
 
-Speed and quality are measured apart, both through train.py's front door. Speed: two threads, variants in turn,
-the median of several rounds. Quality: runs of as many steps as a variant's speed makes in the set's seconds,
-two at a time with a thread each, because their result does not depend on the machine's mood. Every result is a
-line of ablations.tsv: an interrupted call goes on where it stopped, what is deleted there is measured anew.
+Speed and quality are measured apart, both through train.py's front door. Speed: two threads, variants in
+turn, the median of several rounds. Quality: runs of as many steps as a variant's speed makes in the set's
+seconds, two at a time with a thread each, because their result does not depend on the machine's mood. Every
+result is a line of ablations.tsv: an interrupted call goes on where it stopped.
 """
 
 import argparse
@@ -96,7 +96,7 @@ def train(flags, threads):
 
 
 def measure_speed(results, seconds, variants):
-    """Tokens a second of each variant, in rounds; from the first one follows the batch, by train.py's rule."""
+    """Tokens a second of each variant, in rounds; from the first follows the batch, by train.py's rule."""
     for number in range(ROUNDS + 1):
         for variant, flags in variants.items():
             if results.get(variant, flags, "speed", number):

@@ -329,7 +329,7 @@ def checkpoint(*depths):
                 tensors = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
                 _, pause = seconds_of(lambda: saver.save(number, tensors, {}))  # noqa: B023
                 _, rest = seconds_of(saver.wait)
-                assert saver.outcomes() == [(number, None)]
+                assert saver.outcomes() == [(f"step_{number:06d}", None)]
                 with open(Path(folder, "plain.pt"), "wb") as file:
                     save_plain = lambda: (torch.save(tensors, file), os.fsync(file.fileno()))  # noqa: B023, E731
                     times.append((pause, pause + rest, seconds_of(save_plain)[1]))

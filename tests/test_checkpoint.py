@@ -39,7 +39,8 @@ def write_and_die(root, moment):
 
 def write(root, step, keep=9):
     state = {"w": torch.full((1000,), float(step)), "n": {"m": torch.arange(10)}}
-    return checkpoint.write(root, step, {"model": state, "optimizer": state}, {"step": step}, keep)
+    tensors = {"model": state, "optimizer": state}
+    return checkpoint.write(root, f"step_{step:06d}", tensors, {"step": step}, keep)
 
 
 def test_what_was_saved_comes_back(tmp_path):
@@ -133,7 +134,7 @@ def test_the_saver_copies_before_it_returns_and_reuses_its_buffers(tmp_path):
         buffer = saver.buffers["/model/w"].data_ptr()
         weights.fill_(-1)  # the loop goes on while the thread writes
     saver.wait()
-    assert saver.outcomes() == [(1, None), (2, None), (3, None)] and saver.outcomes() == []
+    assert saver.outcomes() == [(f"step_00000{n}", None) for n in (1, 2, 3)] and saver.outcomes() == []
     assert [f.name for f in checkpoint.complete(tmp_path)] == ["step_000003", "step_000002"]
     for step in (2, 3):
         assert checkpoint.load(tmp_path / f"step_{step:06d}", "model")["w"].unique().tolist() == [step]
@@ -148,13 +149,35 @@ def test_a_failed_save_is_told_and_the_next_one_tries_again(tmp_path):
     saver = checkpoint.Saver(root, keep=2)
     saver.save(1, {"model": {"w": torch.ones(3)}}, {})
     saver.wait()
-    ((step, error),) = saver.outcomes()
-    assert step == 1 and isinstance(error, OSError)
+    ((name, error),) = saver.outcomes()
+    assert name == "step_000001" and isinstance(error, OSError)
     root.unlink()
     root.mkdir()
     saver.save(2, {"model": {"w": torch.ones(3)}}, {})
     saver.wait()
-    assert saver.outcomes() == [(2, None)] and checkpoint.newest_valid(root)[0].name == "step_000002"
+    assert saver.outcomes() == [("step_000002", None)]
+    assert checkpoint.newest_valid(root)[0].name == "step_000002"
+
+
+def test_the_best_weights_stand_beside_the_checkpoints(tmp_path):
+    saver, weights = checkpoint.Saver(tmp_path, keep=1), {"model": {"w": torch.ones(3)}}
+    saver.save(10, weights, {"val_bpb": 1.5})
+    saver.save(30, weights, {"val_bpb": 1.3}, kind="best")
+    saver.save(20, weights, {"val_bpb": 1.2}, kind="best")  # of a run that was resumed at 10
+    saver.save(40, weights, {"val_bpb": 1.4})
+    saver.wait()
+    assert saver.outcomes()[1] == ("best_000030", None)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["best_000020", "step_000040"]
+    assert checkpoint.newest_valid(tmp_path)[0].name == "step_000040"  # what a resume looks at
+    assert checkpoint.best(tmp_path)[0].name == "best_000020"
+    saver.save(50, weights, {"val_bpb": 1.1})
+    saver.wait()
+    assert checkpoint.best(tmp_path)[0].name == "step_000050"
+    (tmp_path / "step_000050" / "model.pt").write_bytes(b"damaged")
+    folder, faults = checkpoint.best(tmp_path)
+    assert folder.name == "best_000020" and "model.pt" in faults[0]
+    shutil.rmtree(tmp_path / "best_000020")
+    assert checkpoint.best(tmp_path)[0] is None
 
 
 def weights_of(run, step):
@@ -315,12 +338,12 @@ def test_where_memory_cannot_be_pinned_plain_memory_serves(tmp_path, monkeypatch
     saver = checkpoint.Saver(tmp_path, keep=2, pin=True)
     saver.save(1, {"model": {"a": torch.ones(3), "b": torch.ones(4)}}, {})
     saver.wait()
-    assert saver.outcomes() == [(1, None)] and pinned == [True, True, False, False]
+    assert saver.outcomes() == [("step_000001", None)] and pinned == [True, True, False, False]
     monkeypatch.setattr(saver, "buffers", {})
     monkeypatch.setattr(torch, "empty", exhausted)
     saver.save(2, {"model": {"a": torch.ones(3)}}, {})
-    ((step, error),) = saver.outcomes()
-    assert step == 2 and "allocate" in str(error)
+    ((name, error),) = saver.outcomes()
+    assert name == "step_000002" and "allocate" in str(error)
 
 
 def exhausted(*shape, **options):
@@ -522,6 +545,32 @@ def test_resuming_goes_on_exactly_beyond_the_end_of_an_epoch(train, tmp_path):
     after = weights_of(again, 60)
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert all(losses(whole)[s] == losses(again)[s] for s in losses(whole).keys() & losses(again).keys())
+
+
+@pytest.mark.slow
+def test_where_a_text_is_read_again_the_best_weights_are_kept_and_used(train, tmp_path):
+    text = tmp_path / "short.py"
+    text.write_text((REPO / "dataloader.py").read_text()[:24_000])
+    run = train("--data", text, "--num-iterations", 200, "--eval-every", 20, "--matrix-lr", 0.02)
+    assert run.code == 0, run.output
+    vals = {r["step"]: r["val_bpb"] for r in run.log if r["kind"] == "val"}
+    lowest = min(vals, key=vals.get)
+    epoch = next(r["epoch"] for r in run.log if r["step"] == lowest and r["kind"] == "step")
+    assert epoch > 1 and vals[200] > 1.01 * vals[lowest]
+    assert f"val      val_bpb was lowest at step {lowest}, after {epoch:.1f} epochs" in run.output
+    best, _ = checkpoint.newest_valid(run.folder / "checkpoints", "best")
+    assert best.name == f"best_{lowest:06d}" and len([*best.parent.glob("best_*")]) == 1
+    assert checkpoint.load(best, "state")["val_bpb"] == run.summary["min_val_bpb"] == vals[lowest]
+
+    def score():
+        command = [sys.executable, str(REPO / "model.py"), str(run.folder), "--score", str(text)]
+        return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    with_best = score()
+    shutil.rmtree(best)
+    assert score() < 0.99 * with_best  # of its training text the last weights know more
+    again = train("--resume", "--num-iterations", 210)
+    assert "step_000200" in again.output and again.summary["steps"] == 210
 
 
 @pytest.mark.slow

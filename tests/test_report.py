@@ -709,6 +709,21 @@ def test_interruptions_are_told_and_the_better_peak_counts(make):
     assert report.slow_share([]) == report.slow_share(run.steps[:1]) == 0.0
 
 
+def test_the_report_says_where_the_lowest_val_bpb_was(make, monkeypatch):
+    monkeypatch.setattr(report, "show_curves", lambda groups, folder: "")
+    folder = make("a")
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    for record in lines:
+        if record["kind"] == "val":
+            record["val_bpb"] = 2.0 + abs(record["step"] - 40) / 100
+        record["epoch"] = record["step"] / 16
+    (folder / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
+    told = "val_bpb was lowest at step 40, after 2.5 epochs: 2.0000. It has risen to 2.6000 since."
+    assert f"\n{told}\n" in report.write_report(folder).read_text()
+    assert report.rise(report.Run(make("b"))) == []  # it falls to the end
+    assert report.rise(report.Run(make("c", steps=0, ending=None))) == []
+
+
 def test_runs_of_one_name_are_told_apart(make, tmp_path):
     (tmp_path / "x").mkdir()
     folders = [make("a"), make("x/a", world_size=2), make("empty", steps=0, ending=None)]
