@@ -419,17 +419,13 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, targets, vocab_size, chunks):
-        w, columns = weight.to(x.dtype), torch.arange(weight.size(0), device=x.device)
-        nats, grad_x, grad_w = [], [], 0.0
+        w, nats, grad_x, grad_w = weight.to(x.dtype), [], [], 0.0
+        in_place = x.device.type == "cpu" and not torch.compiler.is_compiling()
+        loss_and_grad = loss_and_grad_in_place if in_place else loss_and_grad_fused
         for rows, target in zip(x.chunk(chunks), targets.chunk(chunks)):
-            capped = torch.tanh((rows @ w.T).float() / SOFTCAP)  # (n, padded V)
-            logits = (SOFTCAP * capped).masked_fill(columns >= vocab_size, -math.inf)
-            log_sum = logits.exp().sum(-1, keepdim=True).log()  # bounded by ±SOFTCAP: it cannot overflow
-            counted = (target >= 0)[:, None]
-            chosen = logits.gather(1, target.clamp_min(0)[:, None])
-            nats.append((log_sum - chosen) * counted)  # (n, 1)
-            grad = (logits - log_sum).exp() - (columns == target[:, None]).float()  # of the capped logits
-            grad = (grad * counted * (1 - capped.square())).to(x.dtype)
+            loss, grad = loss_and_grad((rows @ w.T).float(), target[:, None], vocab_size)
+            grad = grad.to(x.dtype)
+            nats.append(loss)
             grad_x.append(grad @ w)
             grad_w = grad_w + (grad.T @ rows).float()
         ctx.save_for_backward(torch.cat(grad_x), grad_w)
@@ -439,6 +435,33 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_nats):
         grad_x, grad_w = ctx.saved_tensors
         return (grad_x.float() * grad_nats).to(grad_x.dtype), grad_w * grad_nats, None, None, None
+
+
+def loss_and_grad_fused(logits, targets, vocab_size):
+    """
+    Uncapped fp32 logits (n, padded V), targets (n, 1) -> (each row's loss in nats (n, 1), the gradient of
+    their sum with respect to the logits). For a compiler, which makes a pass or two of all this.
+    """
+    columns, counted = torch.arange(logits.size(1), device=logits.device), targets >= 0
+    capped = torch.tanh(logits / SOFTCAP)
+    logits = (SOFTCAP * capped).masked_fill(columns >= vocab_size, -math.inf)
+    log_sum = logits.exp().sum(-1, keepdim=True).log()  # bounded by ±SOFTCAP: it cannot overflow
+    loss = (log_sum - logits.gather(1, targets.clamp_min(0))) * counted
+    grad = (logits - log_sum).exp() - (columns == targets).float()  # of the capped logits
+    return loss, grad * counted * (1 - capped.square())
+
+
+def loss_and_grad_in_place(logits, targets, vocab_size):
+    """The same uncompiled: in place, in few passes, 2 to 3 times as fast on a CPU. Overwrites logits."""
+    chosen, counted = targets.clamp_min(0), targets >= 0
+    capped = logits.div_(SOFTCAP).tanh_()
+    logits = SOFTCAP * capped
+    logits[:, vocab_size:] = -math.inf
+    log_p = torch.log_softmax(logits, dim=-1)
+    loss = -log_p.gather(1, chosen) * counted
+    grad = log_p.exp_()
+    grad.scatter_(1, chosen, grad.gather(1, chosen) - 1)  # of the capped logits
+    return loss, grad.mul_(capped.square_().neg_().add_(1)).mul_(counted)
 
 
 def attention_backend(config, dtype, device, compiled):

@@ -569,7 +569,7 @@ def test_where_a_text_is_read_again_the_best_weights_are_kept_and_used(train, tm
     with_best = score()
     shutil.rmtree(best)
     assert score() < 0.99 * with_best  # of its training text the last weights know more
-    again = train("--resume", "--num-iterations", 210)
+    again = train("--data", text, "--resume", "--num-iterations", 210)
     assert "step_000200" in again.output and again.summary["steps"] == 210
 
 
