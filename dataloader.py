@@ -402,9 +402,10 @@ class Corpus:
         return rows
 
 
-def prepare(data, vocab_size=None, say=lambda line: None):
+def prepare(data, vocab_size=None, say=lambda line: None, largest_vocab=2**15):
     """
     Find, split, tokenize and cache the text of `data` ("stdlib", a name in PUBLIC, or a path) -> a Corpus.
+    Where vocab_size is None it follows from the size of the text, up to largest_vocab.
     The work is done once, by whichever process comes first; the others wait. Of a public data set only the
     first training file is taken, fetch_more takes the next ones. Raises DataError.
     """
@@ -419,17 +420,17 @@ def prepare(data, vocab_size=None, say=lambda line: None):
             digests = [[digest for _, digest in corpus.shards[part]] for part in ("train", "val")]
             corpus.fingerprint = fingerprint(digests)
             return corpus
-        return prepare_text(data, root, files, vocab_size, say)
+        return prepare_text(data, root, files, vocab_size, say, largest_vocab)
     except OSError as error:
         raise DataError(f"{error.filename or data} cannot be read: {error.strerror}.\nMend that.") from None
 
 
-def prepare_text(data, root, files, vocab_size, say):
+def prepare_text(data, root, files, vocab_size, say, largest_vocab):
     """A corpus of text files: split, BPE and tokens are made anew whenever a file has changed."""
     sources = [(str(file.relative_to(root)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     total = sum(size for _, size, _ in sources)
     # √bytes to the nearest power of two: 4,096 for 20 MB, 32,768 for 1 GB
-    vocab_size = vocab_size or int(2 ** np.clip(round(np.log2(max(1, total)) / 2), 9, 15))
+    vocab_size = vocab_size or min(largest_vocab, int(2 ** max(9, round(np.log2(max(1, total)) / 2))))
 
     def make(temporary):
         say(f"reading {len(files):,} files, {total / 1e6:,.1f} MB")

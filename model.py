@@ -52,11 +52,13 @@ class GPTConfig:
     n_embd: int = 256  # C, the width
 
     @classmethod
-    def of_depth(cls, depth, vocab_size, max_seq_len, aspect_ratio=64, head_dim=None):
+    def of_depth(cls, depth, vocab_size, max_seq_len, aspect_ratio=None, head_dim=None):
         """
         The shape that follows from depth: a width of depth · aspect_ratio, rounded up to whole heads. Depth 4
-        -> 4 heads of 64, width 256; depth 12 -> 6 heads of 128, width 768. ValueError for what cannot be.
+        -> 4 heads of 64, width 256; depth 12 -> 6 heads of 128, width 768; but depth 1 -> 2 heads of 64, as
+        depth 2. ValueError for what cannot be.
         """
+        aspect_ratio = aspect_ratio or (128 if depth == 1 else 64)
         head_dim = head_dim or (128 if depth >= 8 else 64)
         n_head = math.ceil(depth * aspect_ratio / head_dim)
         if head_dim % 2:
@@ -189,8 +191,9 @@ class Head(Linear):
         if targets is not None and targets.numel() * self.out_features > self.max_logits:
             excess = targets.numel() * self.out_features / self.max_logits
             chunks = 2 ** math.ceil(math.log2(excess))
-            rows = x.flatten(0, 1)
-            return ChunkedCrossEntropy.apply(rows, self.weight, targets.flatten(), self.vocab_size, chunks)
+            rows, training = x.flatten(0, 1), torch.is_grad_enabled()
+            arguments = targets.flatten(), self.vocab_size, chunks, training
+            return ChunkedCrossEntropy.apply(rows, self.weight, *arguments)
         logits = softcap(super().forward(x)[..., : self.vocab_size].float())
         if targets is None:
             return logits
@@ -318,6 +321,11 @@ class GPT(nn.Module):
         roles = self.parameter_roles().items()
         return {role: sum(p.numel() for p in parameters.values()) for role, parameters in roles}
 
+    def num_scaling_params(self):
+        """The parameters that count in scaling laws (nanochat): of matrix products, not of embeddings."""
+        counts = self.num_params()
+        return counts["matrix"] + counts["head"]
+
     def num_flops_per_token(self, exact_causal=False):
         """
         Floating-point operations per trained token, forward and backward, recomputation not counted:
@@ -418,23 +426,25 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, vocab_size, chunks):
+    def forward(ctx, x, weight, targets, vocab_size, chunks, training):
         w, nats, grad_x, grad_w = weight.to(x.dtype), [], [], 0.0
         in_place = x.device.type == "cpu" and not torch.compiler.is_compiling()
         loss_and_grad = loss_and_grad_in_place if in_place else loss_and_grad_fused
         for rows, target in zip(x.chunk(chunks), targets.chunk(chunks)):
             loss, grad = loss_and_grad((rows @ w.T).float(), target[:, None], vocab_size)
-            grad = grad.to(x.dtype)
             nats.append(loss)
-            grad_x.append(grad @ w)
-            grad_w = grad_w + (grad.T @ rows).float()
-        ctx.save_for_backward(torch.cat(grad_x), grad_w)
+            if training:
+                grad = grad.to(x.dtype)
+                grad_x.append(grad @ w)
+                grad_w = grad_w + (grad.T @ rows).float()
+        if training:
+            ctx.save_for_backward(torch.cat(grad_x), grad_w)
         return torch.cat(nats).sum()  # at the end: a sum per chunk is put off by Inductor, which keeps N × V
 
     @staticmethod
     def backward(ctx, grad_nats):
         grad_x, grad_w = ctx.saved_tensors
-        return (grad_x.float() * grad_nats).to(grad_x.dtype), grad_w * grad_nats, None, None, None
+        return (grad_x.float() * grad_nats).to(grad_x.dtype), grad_w * grad_nats, None, None, None, None
 
 
 def loss_and_grad_fused(logits, targets, vocab_size):
@@ -517,7 +527,8 @@ if __name__ == "__main__":
         if arguments.score is not None:
             text = dataloader.encode_held_out(tokenizer, arguments.score)
             rows = dataloader.ValidationRows(tokenizer, text, model.config.max_seq_len)
-            print(f"{report.bits_per_byte(model, rows.batches(8, device), device):.6f}")
+            with torch.no_grad():
+                print(f"{report.bits_per_byte(model, rows.batches(8, device), device):.6f}")
         else:
             prompt = [bos, *tokenizer.encode_ordinary(arguments.prompt)]
             options = {name: getattr(arguments, name) for name in ("temperature", "top_k", "seed")}

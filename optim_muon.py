@@ -446,6 +446,34 @@ class Timetable:
 # depth 12: batches of 2^19 tokens, 1.5e9 tokens in all
 
 
+def largest_vocab(minutes):
+    """
+    The largest vocabulary that a CPU's run of so many minutes has time to learn, a power of two: 1 -> 1,024,
+    4 -> 2,048, 16 -> 4,096.
+    """
+    return 2 ** min(15, max(9, 10 + round(math.log2(minutes) / 2)))
+
+
+def useful_tokens(tokens, unique):
+    """
+    What `tokens` of training are worth where only so many `unique` ones are read again and again: at most
+    16.4 times those (arXiv 2305.16264, equation 5, with R* = 15.4). 10e6 of 1e6 -> 7.8e6.
+    """
+    epochs = tokens / unique
+    return tokens if epochs <= 1 else unique * (1 + 15.4 * (1 - math.exp((1 - epochs) / 15.4)))
+
+
+def needed_tokens(params):
+    """
+    """
+    return 6 * params
+
+
+def expected_mfu(width):
+    """The share of its peak that a GPU reaches, about: measured on an H100 width 256 -> 0.29, 768 -> 0.47."""
+    return 0.62 * width / (width + 270)
+
+
 def best_batch_size(tokens):
     """
     Tokens per step for a run over so many tokens: ∝ tokens^0.383 (arXiv 2505.13738), but some 450 steps at

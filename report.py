@@ -63,7 +63,6 @@ def bits_per_byte(model, batches, device):
     """
     `model` (tokens, targets -> sum of nats, 0-D tensor) over this rank's (tokens, targets, bytes) batches:
     nats of all ranks / (ln 2 · bytes of all ranks), added in float64 on the host after one synchronization.
-    Gradients stay enabled, so that a compiled model runs the very graph that trains: nothing compiles anew.
     """
     losses, count = [], 0
     for tokens, targets, length in batches:

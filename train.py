@@ -57,8 +57,8 @@ seed: int = 42  # of weights, data order and samples
 data: str | None = None  # stdlib, fineweb, climbmix, or a path to text (auto: fineweb on CUDA, else stdlib)
 vocab_size: int | None = None  # of the BPE trained on the corpus (auto: about the root of its bytes)
 # model
-depth: int | None = None  # layers, the dial that sets all the rest (auto: 12 on CUDA, else 4)
-aspect_ratio: int = 64  # width = depth × aspect_ratio, rounded up to whole heads
+depth: int | None = None  # layers, the dial that sets all the rest (auto: from the time, else 12 on CUDA, 4)
+aspect_ratio: int | None = None  # width = depth × aspect_ratio, in whole heads (auto: 64, of one layer 128)
 head_dim: int | None = None  # width of an attention head (auto: 128, below depth 8: 64)
 max_seq_len: int | None = None  # T, tokens in a row (auto: 2048 on CUDA, else 512)
 # horizon: at most one of these four (auto: compute-optimal on CUDA, else five minutes)
@@ -89,6 +89,7 @@ keep_checkpoints: int = 2  # how many of the newest are kept
 peak_tflops: float | None = None  # peak of one device, for the MFU (auto: as published, else measured)
 
 HORIZONS = ("num_iterations", "minutes", "target_flops", "target_param_data_ratio")
+DEPTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32)  # what the dial tries
 CALL = ("run_name", "out_dir", "resume")  # what belongs to the call and not to the run
 # what belongs to the machine: --resume keeps what was given, and finds anew what was auto
 MACHINE = ("device_type", "dtype", "device_batch_size", "log_every", "peak_tflops")
@@ -228,10 +229,13 @@ clock.lap("setup")
 data = data or ("fineweb" if on_gpu else "stdlib")
 if data != "stdlib" and data not in dataloader.PUBLIC:
     data = str(Path(data).expanduser().absolute())  # so that the run can be resumed from any folder
+if not horizons:
+    minutes, target_param_data_ratio = (None, 12.0) if on_gpu else (5.0, None)
+largest_vocab = rules.largest_vocab(minutes) if minutes and not on_gpu else 2**15
 max_seq_len = max_seq_len or (2048 if on_gpu else 512)
 eval_bytes = eval_bytes or (50_000_000 if on_gpu else 131_072)
 tell_data = partial(report.tell, "data")  # whichever rank prepares the corpus tells of it
-corpus = dataloader.prepare(data, vocab_size, tell_data)
+corpus = dataloader.prepare(data, vocab_size, tell_data, largest_vocab)
 vocab_size = corpus.tokenizer.n_vocab
 held_out = dataloader.validation_tokens(corpus, eval_bytes)
 validation = dataloader.ValidationRows(corpus.tokenizer, held_out, max_seq_len)
@@ -241,18 +245,53 @@ run_folder = Path(ranks.first(str(run_folder)))
 checkpoints = run_folder / "checkpoints"
 
 # -----------------------------------------------------------------------------
-# The model: everything follows from depth
+# The model: everything follows from depth; and depth, where it is auto, from the time or the FLOPs
 
+
+def build_model():
+    """The model of this depth, its weights drawn from the seed."""
+    try:
+        config = GPTConfig.of_depth(depth, vocab_size, max_seq_len, aspect_ratio, head_dim)
+    except ValueError as error:
+        raise SettingError(error) from None
+    with torch.device("meta"):
+        # 1 GB of logits at once in bf16; on a CPU as many as its caches hold: twice as fast
+        model = GPT(config, compute_dtype, max_logits=2**20 if device_type == "cpu" else 2**29)
+    model.init_weights(device, seed)
+    return model
+
+
+def affordable_tokens():
+    """How many tokens the model could be trained on in this run, about: by FLOPs, by the peak, or timed."""
+    if target_flops:
+        return target_flops / model.num_flops_per_token()
+    seconds = 60 * minutes - clock.elapsed("corpus")
+    if on_gpu:
+        peak, _ = machine.find_peak(device, compute_dtype, peak_tflops)
+        flops_per_sec = world_size * peak * rules.expected_mfu(model.config.n_embd)
+        return seconds * flops_per_sec / model.num_flops_per_token()
+    rows, times = torch.randint(vocab_size, (4, max_seq_len + 1), device=device), []
+    for _ in range(4):
+        begin = time.perf_counter()
+        model(rows[:, :-1], rows[:, 1:]).backward()
+        synchronize()
+        times.append(time.perf_counter() - begin)
+    return seconds * world_size * 4 * max_seq_len / min(times)
+
+
+if depth is None and (minutes or target_flops):
+    unique_tokens = corpus.counts["train"]["tokens"] if corpus.more is None else math.inf
+    for candidate in DEPTHS:  # the deepest whose parameters see enough tokens
+        depth, shallower = candidate, depth
+        model = build_model()
+        tokens = ranks.first(rules.useful_tokens(affordable_tokens(), unique_tokens))
+        if shallower and tokens < rules.needed_tokens(model.num_scaling_params()):
+            depth = shallower
+            break
 depth = depth or (12 if on_gpu else 4)
-try:
-    config = GPTConfig.of_depth(depth, vocab_size, max_seq_len, aspect_ratio, head_dim)
-except ValueError as error:
-    raise SettingError(error) from None
-head_dim = config.head_dim
-with torch.device("meta"):
-    # 1 GB of logits at once in bf16; on a CPU as many as its caches hold: head and loss take half the time
-    model = GPT(config, compute_dtype, max_logits=2**20 if device_type == "cpu" else 2**29)
-model.init_weights(device, seed)
+model = build_model()
+config = model.config
+aspect_ratio, head_dim = aspect_ratio or config.n_embd // depth, config.head_dim
 num_params = model.num_params()  # {role: count}
 num_flops_per_token = model.num_flops_per_token()
 embeddings = num_params["embedding"] + num_params["value_embedding"]
@@ -325,8 +364,6 @@ def build_optimizer():
 # -----------------------------------------------------------------------------
 # The plan, 1) horizon: how far to train, in tokens; a timed run knows it once its speed has been measured
 
-if not horizons:
-    minutes, target_param_data_ratio = (None, 12.0) if on_gpu else (5.0, None)
 new_horizon = bool(resumed_from) and saved_horizon != [globals()[name] for name in HORIZONS]
 if num_iterations:
     total_batch_size = total_batch_size or rules.whole_rows(2**19 if on_gpu else 2**12, max_seq_len)
@@ -334,7 +371,7 @@ if num_iterations:
 elif target_flops:  # 1.5e18 FLOPs at depth 12, 1e9 a token -> 1.5e9 tokens
     planned_tokens = target_flops / num_flops_per_token
 elif target_param_data_ratio:  # ratio 12 at depth 12, vocabulary 50,257: 12 × 124e6 -> 1.5e9 tokens
-    planned_tokens = target_param_data_ratio * (num_params["matrix"] + num_params["head"])
+    planned_tokens = target_param_data_ratio * model.num_scaling_params()
 
 # Is there time to compile? On two cores the parts of the model take 30 s, and a step is 1.4 times as fast;
 # the whole graph takes 70 s, and it is 1.5 times as fast. 1e13 and 1e14 FLOPs are 2 and 20 minutes there. On
@@ -582,7 +619,8 @@ while True:
     if evaluation_due and val_step != step:
         begin = time.monotonic()
         batches = ranks.watch(validation.batches(device_batch_size, device, rank, world_size))
-        val_bpb = report.bits_per_byte(model, batches, device)
+        with torch.set_grad_enabled(compile):  # a compiled model runs the very graph that trains
+            val_bpb = report.bits_per_byte(model, batches, device)
         min_val_bpb, val_step = min(min_val_bpb, val_bpb), step
         eval_seconds = time.monotonic() - begin
         val_record = {"step": step, "val_bpb": val_bpb, "min_val_bpb": min_val_bpb}

@@ -5,16 +5,17 @@ Ablations: what a variant of the settings is worth at equal time. Run by hand; n
     python tests/ablate.py size-1m                        # what of it is missing, then its table
     python tests/ablate.py size-1m --seeds 5 --first 11   # five fresh seeds
 
-Speed and quality are measured apart, both through train.py's front door. Speed: two threads, variants in
-turn, the median of several rounds. Quality: runs of as many steps as a variant's speed makes in the set's
-seconds, two at a time with a thread each, because their result does not depend on the machine's mood. Every
-result is a line of ablations.tsv: an interrupted call goes on where it stopped.
+Speed and quality are measured apart, both through train.py's front door. Speed: two threads, shapes in turn,
+the median of several rounds; learning rates do not change it. Quality: runs of as many steps as a variant's
+speed makes in the set's seconds, two at a time with a thread each, because their result does not depend on
+the machine's mood. Every result is a line of ablations.tsv: an interrupted call goes on where it stopped.
 """
 
 import argparse
 import csv
 import json
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -30,8 +31,9 @@ import optim_muon as rules  # noqa: E402
 import report  # noqa: E402
 
 TABLE = Path(__file__).with_suffix("").with_name("ablations.tsv")
-COLUMNS = ("set", "variant", "flags", "kind", "number", "batch", "steps", "tok_per_sec", "val_bpb", "commit")
+COLUMNS = ("set", "kind", "flags", "number", "batch", "steps", "tok_per_sec", "val_bpb", "commit")
 ROUNDS = 3  # of speed
+RATES = "lr|weight-decay|warmup-steps|warmdown-ratio|final-lr-frac"  # flags that do not change the speed
 
 
 def shape(depth, width, vocab, *more):
@@ -55,7 +57,7 @@ SETS = {  # name: (seconds of training, flags of all variants, {variant: flags})
 
 
 class Results:
-    """The lines of the table file, {(set, variant, kind, number): line}, kept as they come."""
+    """The lines of the table file, {(set, kind, flags, number of the round or seed): line}."""
 
     def __init__(self, name):
         self.name, self.lines = name, {}
@@ -64,15 +66,15 @@ class Results:
                 self.lines = {self.key(line): line for line in csv.DictReader(file, delimiter="\t")}
 
     def key(self, line):
-        return line["set"], line["variant"], line["kind"], int(line["number"])
+        return line["set"], line["kind"], line["flags"], int(line["number"])
 
-    def get(self, variant, flags, kind, number):
-        """A line of this set that was made with these very flags, else None."""
-        line = self.lines.get((self.name, variant, kind, number))
-        return line if line and line["flags"] == flags else None
+    def get(self, kind, flags, number):
+        """A line of this set, or None."""
+        return self.lines.get((self.name, kind, flags, number))
 
     def add(self, **line):
-        self.lines[self.name, line["variant"], line["kind"], line["number"]] = {"set": self.name, **line}
+        line = {"set": self.name, **line}
+        self.lines[self.key(line)] = line
         with TABLE.with_suffix(".tmp").open("w", newline="") as file:
             table = csv.DictWriter(file, COLUMNS, delimiter="\t", lineterminator="\n")
             table.writeheader()
@@ -95,72 +97,74 @@ def train(flags, threads):
         shutil.rmtree(folder)
 
 
+def shape_of(flags):
+    """The flags that a variant's speed depends on."""
+    return re.sub(rf" *--\S*({RATES}) \S+", "", flags).strip()
+
+
 def measure_speed(results, seconds, variants):
-    """Tokens a second of each variant, in rounds; from the first follows the batch, by train.py's rule."""
+    """Tokens a second of each shape, in rounds; from the first one follows the batch, by train.py's rule."""
     for number in range(ROUNDS + 1):
-        for variant, flags in variants.items():
-            if results.get(variant, flags, "speed", number):
+        for flags in dict.fromkeys(map(shape_of, variants.values())):
+            if results.get("speed", flags, number):
                 continue
-            first = results.get(variant, flags, "speed", 0)
+            first = results.get("speed", flags, 0)
             tokens = seconds * float(first["tok_per_sec"]) if first else 0
             batch = rules.whole_rows(rules.best_batch_size(tokens) if tokens else 2**12, 512)
             steps = 10 + round(max(20, 5 * float(first["tok_per_sec"]) / batch) if first else 20)
             call = f"--total-batch-size {batch} {flags} --num-iterations {steps} --eval-every -1"
             summary, config = train(f"{call} --eval-bytes 8192", threads=2)
             results.add(
-                **{"variant": variant, "flags": flags, "kind": "speed", "number": number, "steps": steps},
+                **{"kind": "speed", "flags": flags, "number": number, "steps": steps},
                 batch=config["settings"]["total_batch_size"],
                 tok_per_sec=round(summary["tok_per_sec"]),
                 commit=config["versions"]["git_commit"],
             )
-            print(f"speed    {variant}: {report.short(summary['tok_per_sec'])} tokens/s", flush=True)
+            print(f"speed    {flags}: {report.short(summary['tok_per_sec'])} tokens/s", flush=True)
 
 
-def speed_of(results, variant, flags):
+def speed_of(results, flags):
     """(batch, median of tokens a second at that batch)"""
-    lines = [results.get(variant, flags, "speed", number) for number in range(1, ROUNDS + 1)]
+    lines = [results.get("speed", shape_of(flags), number) for number in range(1, ROUNDS + 1)]
     return int(lines[0]["batch"]), statistics.median(float(line["tok_per_sec"]) for line in lines)
 
 
 def measure_quality(results, seconds, variants, seeds):
     """val_bpb of each variant and seed, after as many steps as its speed makes in the time."""
 
-    def one(variant, flags, seed):
-        batch, tok_per_sec = speed_of(results, variant, flags)
+    def one(flags, seed):
+        batch, tok_per_sec = speed_of(results, flags)
         steps = max(1, round(seconds * tok_per_sec / batch))
         call = f"--total-batch-size {batch} {flags} --num-iterations {steps} --seed {seed}"
         summary, config = train(f"{call} --no-compile --eval-every -1", threads=1)
         return {
-            **{"variant": variant, "flags": flags, "kind": "quality", "number": seed, "steps": steps},
-            **{"batch": batch, "tok_per_sec": round(tok_per_sec), "val_bpb": round(summary["val_bpb"], 5)},
+            **{"kind": "quality", "flags": flags, "number": seed, "batch": batch, "steps": steps},
+            **{"tok_per_sec": round(tok_per_sec), "val_bpb": round(summary["val_bpb"], 5)},
             "commit": config["versions"]["git_commit"],
         }
 
-    jobs = [(variant, flags, seed) for seed in seeds for variant, flags in variants.items()]
-    jobs = [job for job in jobs if not results.get(job[0], job[1], "quality", job[2])]
+    jobs = [(flags, seed) for seed in seeds for flags in variants.values()]
+    jobs = [(flags, seed) for flags, seed in jobs if not results.get("quality", flags, seed)]
     with ThreadPoolExecutor(2) as pool:
         for line in pool.map(lambda job: one(*job), jobs):
             results.add(**line)
-            print(f"quality  {line['variant']}, seed {line['number']}: {line['val_bpb']:.4f}", flush=True)
+            print(f"quality  {line['flags']}, seed {line['number']}: {line['val_bpb']:.4f}", flush=True)
 
 
 def table(results, variants, seeds):
     """Markdown: a line a variant, its val_bpb over the seeds and the difference from the first variant."""
     rows, base = [], None
     for variant, flags in variants.items():
-        lines = [results.get(variant, flags, "quality", seed) for seed in seeds]
-        values = [float(line["val_bpb"]) for line in lines if line]
+        lines = list(filter(None, (results.get("quality", flags, seed) for seed in seeds)))
+        values = [float(line["val_bpb"]) for line in lines]
         if not values:
             continue
-        batch, tok_per_sec = speed_of(results, variant, flags)
         spread = f" ± {statistics.stdev(values):.4f}, n = {len(values)}" if len(values) > 1 else ""
         change = report.difference(base, values) if base else ""
-        steps = next(line["steps"] for line in lines if line)
-        mean = f"{statistics.mean(values):.4f}{spread}"
-        rows.append([variant, report.short(tok_per_sec), batch, steps, mean, change])
+        speed, mean = report.short(float(lines[0]["tok_per_sec"])), f"{statistics.mean(values):.4f}{spread}"
+        rows.append([variant, speed, lines[0]["batch"], lines[0]["steps"], mean, change])
         base = base or values
-    header = ["variant", "tokens/s", "batch", "steps", "val_bpb", "difference"]
-    return report.table(header, rows)
+    return report.table(["variant", "tokens/s", "batch", "steps", "val_bpb", "difference"], rows)
 
 
 def main():

@@ -264,8 +264,8 @@ def loss():
         return F.cross_entropy(logits, targets, reduction="sum")
 
     variants = {"whole": whole}
-    for chunks in (2, 4, 8, 16):
-        variants[f"{chunks} chunks"] = lambda n=chunks: ChunkedCrossEntropy.apply(x, weight, targets, V, n)
+    for n in (2, 4, 8, 16):
+        variants[f"{n} chunks"] = partial(ChunkedCrossEntropy.apply, x, weight, targets, V, n, True)
     headline(str(dtype), f"{N:,} rows × {V:,} logits", "head and loss, forward and backward, compiled")
     compiled = variants.values() if on_mps else [torch.compile(f, dynamic=False) for f in variants.values()]
     functions, memory = [lambda f=f: f().backward() for f in compiled], []

@@ -105,6 +105,8 @@ def test_the_loss_in_chunks_is_the_loss(dtype, compiled, rounding):
     (loss / 93).backward()
     assert compiled or "ChunkedCrossEntropy" in loss.grad_fn.name()
     assert loss.item() == pytest.approx(expected.item(), rel=rounding)
+    with torch.no_grad():
+        assert chunked(tokens, targets).item() == pytest.approx(loss.item(), rel=1e-6)
     for (name, p), q in zip(single.named_parameters(), chunked.parameters()):
         difference = (p.grad - q.grad).norm() / p.grad.norm()
         assert difference < rounding, name
