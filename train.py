@@ -249,16 +249,14 @@ checkpoints = run_folder / "checkpoints"
 
 
 def build_model():
-    """The model of this depth, its weights drawn from the seed."""
+    """The model of this depth, without weights yet."""
     try:
         config = GPTConfig.of_depth(depth, vocab_size, max_seq_len, aspect_ratio, head_dim)
     except ValueError as error:
         raise SettingError(error) from None
     with torch.device("meta"):
         # 1 GB of logits at once in bf16; on a CPU as many as its caches hold: twice as fast
-        model = GPT(config, compute_dtype, max_logits=2**20 if device_type == "cpu" else 2**29)
-    model.init_weights(device, seed)
-    return model
+        return GPT(config, compute_dtype, max_logits=2**20 if device_type == "cpu" else 2**29)
 
 
 def affordable_tokens():
@@ -270,6 +268,7 @@ def affordable_tokens():
         peak, _ = machine.find_peak(device, compute_dtype, peak_tflops)
         flops_per_sec = world_size * peak * rules.expected_mfu(model.config.n_embd)
         return seconds * flops_per_sec / model.num_flops_per_token()
+    model.init_weights(device, seed)
     rows, times = torch.randint(vocab_size, (4, max_seq_len + 1), device=device), []
     for _ in range(4):
         begin = time.perf_counter()
@@ -279,7 +278,8 @@ def affordable_tokens():
     return seconds * world_size * 4 * max_seq_len / min(times)
 
 
-if depth is None and (minutes or target_flops):
+from_budget = depth is None and bool(minutes or target_flops)
+if from_budget:
     unique_tokens = corpus.counts["train"]["tokens"] if corpus.more is None else math.inf
     for candidate in DEPTHS:  # the deepest whose parameters see enough tokens
         depth, shallower = candidate, depth
@@ -290,6 +290,7 @@ if depth is None and (minutes or target_flops):
             break
 depth = depth or (12 if on_gpu else 4)
 model = build_model()
+model.init_weights(device, seed)
 config = model.config
 aspect_ratio, head_dim = aspect_ratio or config.n_embd // depth, config.head_dim
 num_params = model.num_params()  # {role: count}
@@ -299,6 +300,10 @@ counts = [report.short(count) for count in (num_params["matrix"], num_params["he
 parameters = "{} matrix, {} head, {} embedding parameters".format(*counts)
 flops = f"{report.short(num_flops_per_token, ' ')}FLOP per token"
 tell("onedial", f"depth {depth}, width {config.n_embd} · {parameters} · {flops}")
+if from_budget:
+    budget = f"{minutes:g} minutes" if minutes else f"{target_flops:.2g} FLOPs"
+    again = f"--depth {depth} --vocab-size {vocab_size} --max-seq-len {max_seq_len}"
+    tell("dial", f"the best depth for {budget}; the same shape: {again}")
 
 # -----------------------------------------------------------------------------
 # The state of the loop, new or resumed

@@ -134,6 +134,9 @@ def test_compiled_parts_are_the_model_and_generation_compiles_nothing():
     "depth, aspect_ratio, head_dim, shape",
     [
         (1, 64, None, (1, 1, 64)),
+        (1, None, None, (1, 2, 64)),
+        (2, None, None, (2, 2, 64)),
+        (12, None, None, (12, 6, 128)),
         (4, 64, None, (4, 4, 64)),
         (9, 64, None, (9, 5, 128)),
         (12, 64, None, (12, 6, 128)),
@@ -145,7 +148,8 @@ def test_compiled_parts_are_the_model_and_generation_compiles_nothing():
 def test_the_shape_follows_from_depth(depth, aspect_ratio, head_dim, shape):
     config = GPTConfig.of_depth(depth, 300, 32, aspect_ratio, head_dim)
     assert (config.n_layer, config.n_head, config.head_dim) == shape
-    assert config.n_embd >= depth * aspect_ratio > config.n_embd - config.head_dim
+    width = depth * aspect_ratio if aspect_ratio else max(2, depth) * 64
+    assert config.n_embd >= width > config.n_embd - config.head_dim
     assert (config.vocab_size, config.max_seq_len) == (300, 32)
 
 

@@ -30,10 +30,13 @@ from optim_muon import (
     best_weight_decay,
     checksums,
     equilibrate_rows,
+    expected_mfu,
+    largest_vocab,
     lr_multiplier,
     lr_scales,
     muon_momentum,
     orthogonalize,
+    useful_tokens,
     weight_decay_multiplier,
     whole_rows,
 )
@@ -754,6 +757,26 @@ def test_weight_decay_multiplier():
     assert 0 < weight_decay_multiplier(0.999, 0.5) < 1e-4
     assert weight_decay_multiplier(1.0, 0.5) == pytest.approx(0)
     assert weight_decay_multiplier(0.999, 0.0) == 1.0
+
+
+@pytest.mark.parametrize(
+    "minutes, vocab", [(0.05, 512), (1, 1024), (4, 2048), (5, 2048), (16, 4096), (1e6, 2**15)]
+)
+def test_the_largest_vocabulary(minutes, vocab):
+    assert largest_vocab(minutes) == vocab
+
+
+def test_tokens_that_are_read_again_are_worth_less():
+    assert useful_tokens(1e6, 2e6) == useful_tokens(1e6, math.inf) == 1e6
+    worth = [useful_tokens(epochs * 1e6, 1e6) for epochs in range(1, 200)]
+    gains = [b - a for a, b in zip(worth, worth[1:])]
+    assert gains[0] > 0.95e6 and all(b < a for a, b in zip(gains, gains[1:])) and min(gains) > 0
+    assert worth[-1] == pytest.approx(16.4e6, rel=1e-3)
+
+
+@pytest.mark.parametrize("width, measured", [(256, 0.285), (768, 0.474)])  # on an H100, README
+def test_the_expected_mfu_is_about_what_was_measured(width, measured):
+    assert expected_mfu(width) == pytest.approx(measured, rel=0.1)
 
 
 @pytest.mark.parametrize("tokens, batch", [(1.5e9, 2**19), (3e9, 2**19.383), (2e6, 2e6 / 450), (45, 2**11)])

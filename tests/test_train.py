@@ -571,6 +571,30 @@ optim_muon.MuonAdamW.step = step
 
 
 @pytest.mark.slow
+def test_depth_follows_from_the_flops_or_the_time_and_a_resume_keeps_it(train, tmp_path):
+    script = edited_copy(tmp_path, "return 6 * params", "return 0.05 * params", file="optim_muon.py")
+
+    without_depth = " ".join(TINY).replace("--depth 2 ", "").split()
+    without_depth += ["--data", train.home / "text", "--out-dir", train.out]
+
+    def run(*flags, name="a"):
+        call = [*without_depth, "--run-name", name, *flags]
+        result = train.finish(train.start(*call, tiny=False, script=script), run=name)
+        assert result.code == 0, result.output
+        return result, result.config["settings"]["depth"]
+
+    # depth 2 with its 131,000 parameters needs 6,550 tokens of 0.88 MFLOP, depth 3 19,000 of 2.5 MFLOP
+    result, depth = run("--target-flops", 1.5e10)
+    assert depth == 2 and result.summary["depth"] == 2 and result.config["model"]["n_layer"] == 2
+    assert "for 1.5e+10 FLOPs; the same shape: --depth 2 --vocab-size 512 --max-seq-len 64" in result.output
+    again, depth = run("--resume", "--target-flops", 3e9)
+    assert depth == 2 and "\ndial" not in again.output
+    assert run("--target-flops", 3e9, name="b")[1] == 1
+    timed, depth = run("--minutes", 0.3, name="c")
+    assert depth >= 1 and "for 0.3 minutes; the same shape: " in timed.output
+    assert timed.config["settings"]["aspect_ratio"] == 32
+
+
 def test_whether_to_compile_is_decided_once(train, tmp_path):
     """By the FLOPs of the run; a resume keeps it, but for another horizon it is decided anew."""
     script = edited_copy(tmp_path, "else 1e13)", "else 2e10)")
