@@ -378,15 +378,15 @@ elif target_flops:  # 1.5e18 FLOPs at depth 12, 1e9 a token -> 1.5e9 tokens
 elif target_param_data_ratio:  # ratio 12 at depth 12, vocabulary 50,257: 12 × 124e6 -> 1.5e9 tokens
     planned_tokens = target_param_data_ratio * model.num_scaling_params()
 
-# Is there time to compile? On two cores the parts of the model take 30 s, and a step is 1.4 times as fast;
-# the whole graph takes 70 s, and it is 1.5 times as fast. 1e13 and 1e14 FLOPs are 2 and 20 minutes there. On
+# Is there time to compile? On two cores the parts of the model take 30 s, and a step is 1.2 times as fast;
+# the whole graph takes 70 s, and it is 1.25 times as fast. 2e13 and 1e14 FLOPs are 3 and 15 minutes there. On
 # a GPU the whole graph takes about a minute
 must_compile = given.get("compile") or given_before.get("compile")  # asked for: without it there is no run
 if minutes:
-    long_enough, very_long = minutes >= 2, minutes >= 20
+    long_enough, very_long = minutes >= (2 if on_gpu else 3), minutes >= 20
 else:
     planned_flops = num_flops_per_token * planned_tokens
-    long_enough, very_long = planned_flops >= (2e16 if on_gpu else 1e13), planned_flops >= 1e14
+    long_enough, very_long = planned_flops >= (2e16 if on_gpu else 2e13), planned_flops >= 1e14
 if compile is None:
     compile = long_enough and device_type != "mps"
 if compile and (on_gpu or very_long):

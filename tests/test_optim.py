@@ -35,6 +35,7 @@ from optim_muon import (
     lr_multiplier,
     lr_scales,
     muon_momentum,
+    needed_tokens,
     orthogonalize,
     useful_tokens,
     weight_decay_multiplier,
@@ -772,6 +773,11 @@ def test_tokens_that_are_read_again_are_worth_less():
     gains = [b - a for a, b in zip(worth, worth[1:])]
     assert gains[0] > 0.95e6 and all(b < a for a, b in zip(gains, gains[1:])) and min(gains) > 0
     assert worth[-1] == pytest.approx(16.4e6, rel=1e-3)
+
+
+@pytest.mark.parametrize("params, tokens", [(124e6, 12 * 124e6), (1e9, 12e9), (1.24e6, 1.2 * 1.24e6)])
+def test_the_tokens_that_parameters_need(params, tokens):
+    assert needed_tokens(params) == pytest.approx(tokens)
 
 
 @pytest.mark.parametrize("width, measured", [(256, 0.285), (768, 0.474)])  # on an H100, README
