@@ -467,7 +467,7 @@ if minutes:
     seconds_left = ranks.first(60 * minutes - clock.elapsed("corpus") - eval_seconds - closing_seconds)
     planned_tokens = max(1.0, seconds_left) / micro_seconds * micro_rows * max_seq_len * world_size
 
-# 2) batch: 1.5e9 tokens -> 2^19; five minutes of a CPU, 2e6 -> 2^12
+# 2) batch: 1.5e9 tokens -> 2^19; five minutes of a CPU, 4e6 -> 2^12
 total_batch_size = total_batch_size or rules.whole_rows(rules.best_batch_size(planned_tokens), max_seq_len)
 rows_per_step, rows_per_rank, device_batch_size = dataloader.split_batch(
     total_batch_size, max_seq_len, world_size, micro_rows
