@@ -465,11 +465,12 @@ def useful_tokens(tokens, unique):
 
 def needed_tokens(params):
     """
-    The tokens that a model's matrix and head parameters need to be worth their time: 12 each (nanochat) from
-    depth 12 on, fewer in smaller models, ∝ √params. Fitted to runs on two cores: 45 s were enough for depth 2
-    but not for 3, 270 s for 3. 124e6 parameters -> 1.5e9; 1.7e6 -> 2.4e6; 0.5e6 -> 0.4e6.
+    The tokens that make a model of so many matrix and head parameters the best choice: 12 each (nanochat)
+    from depth 12 on, fewer in smaller models, ∝ √params, and 2e6: a second layer first learns to copy from
+    the row, after 1 to 2 million tokens. Fitted to runs of 45 and 270 s on two cores (tests/ablations.tsv):
+    with 1.1e6 tokens depth 2 lost to depth 1, with 3.1e6 depth 3 won. 124e6 -> 1.5e9; 3.7e6 -> 7.7e6.
     """
-    return 12 * params * min(1.0, math.sqrt(params / 124e6))
+    return max(2e6, 12 * params * min(1.0, math.sqrt(params / 124e6)))
 
 
 def expected_mfu(width):

@@ -775,7 +775,7 @@ def test_tokens_that_are_read_again_are_worth_less():
     assert worth[-1] == pytest.approx(16.4e6, rel=1e-3)
 
 
-@pytest.mark.parametrize("params, tokens", [(124e6, 12 * 124e6), (1e9, 12e9), (1.24e6, 1.2 * 1.24e6)])
+@pytest.mark.parametrize("params, tokens", [(124e6, 1.488e9), (1e9, 12e9), (4.96e6, 11.904e6), (3e5, 2e6)])
 def test_the_tokens_that_parameters_need(params, tokens):
     assert needed_tokens(params) == pytest.approx(tokens)
 

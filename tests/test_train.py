@@ -572,8 +572,8 @@ optim_muon.MuonAdamW.step = step
 
 @pytest.mark.slow
 def test_depth_follows_from_the_flops_or_the_time_and_a_resume_keeps_it(train, tmp_path):
-    script = edited_copy(tmp_path, "return 12 * params *", "return 0.05 * params  #", file="optim_muon.py")
-
+    rule = "return max(2e6, 12 * params * min(1.0, math.sqrt(params / 124e6)))"
+    script = edited_copy(tmp_path, rule, "return 0.05 * params", file="optim_muon.py")
     without_depth = " ".join(TINY).replace("--depth 2 ", "").split()
     without_depth += ["--data", train.home / "text", "--out-dir", train.out]
 
