@@ -454,6 +454,11 @@ def largest_vocab(minutes):
     return 2 ** min(15, max(9, 10 + round(math.log2(minutes) / 2)))
 
 
+# So often a text may be read before it is learnt by heart. Depth 2 on 237 kB came to 1.66 bits per byte in 3
+# epochs, to 1.62 in 5, 1.66 in 7, 2.13 in 12, 2.64 in 24
+MOST_EPOCHS = 5
+
+
 def useful_tokens(tokens, unique):
     """
     What `tokens` of training are worth where only so many `unique` ones are read again and again: at most

@@ -176,6 +176,8 @@ if given.get("resume", resume):
     saved, given_before, source = checkpoint.saved_settings(run_folder)
     if source and source != "config.json":
         tell("resume", f"config.json cannot be read: the settings are taken from {source}")
+    if not checkpoint.newest_first(run_folder / "checkpoints"):  # not begun: auto is found anew
+        saved = {name: saved[name] for name in given_before if name in saved}
     saved_device = saved.get("device_type")
     found_anew = [name for name in MACHINE if name not in given_before]
     if any(given.get(name) is not None for name in HORIZONS):  # a new horizon takes the place of the old one
@@ -284,7 +286,8 @@ if from_budget:
     for candidate in DEPTHS:  # the deepest whose parameters see enough tokens
         depth, shallower = candidate, depth
         model = build_model()
-        tokens = ranks.first(rules.useful_tokens(affordable_tokens(), unique_tokens))
+        tokens = min(affordable_tokens(), rules.MOST_EPOCHS * unique_tokens)
+        tokens = ranks.first(rules.useful_tokens(tokens, unique_tokens))
         if shallower and tokens < rules.needed_tokens(model.num_scaling_params()):
             depth = shallower
             break
@@ -467,6 +470,12 @@ if minutes:
     seconds_left = ranks.first(60 * minutes - clock.elapsed("corpus") - eval_seconds - closing_seconds)
     planned_tokens = max(1.0, seconds_left) / micro_seconds * micro_rows * max_seq_len * world_size
 
+# a small text is soon learnt by heart: where the dial sets the depth, it ends the run before
+most_tokens = rules.MOST_EPOCHS * unique_tokens if from_budget else math.inf
+if planned_tokens > most_tokens:
+    planned_tokens = most_tokens
+    tell("plan", f"0) the text is read {rules.MOST_EPOCHS} times and no more: the run ends early")
+
 # 2) batch: 1.5e9 tokens -> 2^19; five minutes of a CPU, 4e6 -> 2^12
 total_batch_size = total_batch_size or rules.whole_rows(rules.best_batch_size(planned_tokens), max_seq_len)
 rows_per_step, rows_per_rank, device_batch_size = dataloader.split_batch(
@@ -479,6 +488,9 @@ if not minutes:
     num_iterations = num_iterations or max(1, round(planned_tokens / total_batch_size))
 if not planned_iterations or new_horizon:
     planned_iterations = num_iterations or step + max(1, int(seconds_left / planned_dt))
+if minutes and planned_iterations * total_batch_size > most_tokens:
+    planned_iterations = max(1, int(most_tokens / total_batch_size))
+    seconds_left = span = planned_iterations * planned_dt / 0.95  # the rest is for evaluations
 planned_tokens = planned_iterations * total_batch_size
 horizon = f"{minutes:g} minutes, about " if minutes else ""
 horizon += f"{planned_iterations:,} steps, {report.short(planned_tokens)} tokens, "

@@ -595,6 +595,22 @@ def test_depth_follows_from_the_flops_or_the_time_and_a_resume_keeps_it(train, t
     assert timed.config["settings"]["aspect_ratio"] == 32
 
 
+def test_a_small_text_is_not_learnt_by_heart(train, tmp_path):
+    """With the depth left to the dial, minutes beyond five epochs are not used; a resume knows it."""
+    (tmp_path / "short.py").write_text((REPO / "dataloader.py").read_text()[:24_000])
+    flags = " ".join(TINY).replace("--depth 2 ", "").split()
+    flags += ["--data", tmp_path / "short.py", "--out-dir", train.out, "--run-name", "a", "--minutes", 2]
+    begin = time.monotonic()
+    result = train.finish(train.start(*flags, tiny=False))
+    assert result.code == 0 and time.monotonic() - begin < 60, result.output
+    epochs = [r for r in result.log if r["kind"] == "step"][-1]["epoch"]
+    assert 2 < epochs < 10 and "the text is read 5 times and no more" in result.output
+    assert [r["lrm"] for r in result.log if r["kind"] == "step"][-1] < 0.1  # its decay is complete
+    again = train.finish(train.start(*flags, "--resume", tiny=False))
+    assert again.code == 0 and again.summary["steps"] <= result.summary["steps"] + 1
+
+
+@pytest.mark.slow
 def test_whether_to_compile_is_decided_once(train, tmp_path):
     """By the FLOPs of the run; a resume keeps it, but for another horizon it is decided anew."""
     script = edited_copy(tmp_path, "else 2e13)", "else 2e10)")
