@@ -2,8 +2,8 @@
 Ablations: what a variant of the settings is worth at equal time. Run by hand; nothing else needs it.
 
     python tests/ablate.py                                # the sets
-    python tests/ablate.py size-1m                        # what of it is missing, then its table
-    python tests/ablate.py size-1m --seeds 5 --first 11   # five fresh seeds
+    python tests/ablate.py minute-1                       # what of it is missing, then its table
+    python tests/ablate.py minute-1 --seeds 5 --first 11  # five fresh seeds
 
 Speed and quality are measured apart, both through train.py's front door. Speed: two threads, shapes in turn,
 the median of several rounds; learning rates do not change it. Quality: runs of as many steps as a variant's
@@ -36,23 +36,40 @@ ROUNDS = 3  # of speed
 RATES = "lr|weight-decay|warmup-steps|warmdown-ratio|final-lr-frac"  # flags that do not change the speed
 
 
-def shape(depth, width, vocab, *more):
-    """Flags of a model of this depth, width and vocabulary."""
-    return " ".join([f"--depth {depth} --aspect-ratio {width / depth:g} --vocab-size {vocab}", *more])
-
-
-SIZES = {
-    "depth 4, 4k": shape(4, 256, 4096),
-    "depth 2, 4k": shape(2, 128, 4096),
-    "depth 2, 2k": shape(2, 128, 2048),
-    "depth 2, 1k": shape(2, 128, 1024),
-    "depth 2 wide, 2k": shape(2, 192, 2048),
-    "depth 1 wide, 1k": shape(1, 128, 1024),
-    "depth 3, 2k": shape(3, 192, 2048),
-}
-SETS = {  # name: (seconds of training, flags of all variants, {variant: flags})
-    "size-1m": (45, "", SIZES),
-    "size-5m": (280, "", SIZES),
+MINUTE = "--depth 1 --vocab-size 1024"
+SETS = {  # name: (seconds of training, {variant: flags}); the others are compared with the first variant
+    "minute-1": (
+        45,
+        {
+            "depth 1, vocabulary 1,024": f"{MINUTE} --total-batch-size 4096",
+            "depth 2": "--depth 2 --vocab-size 1024 --total-batch-size 2048",
+            "depth 2, vocabulary 2,048": "--depth 2 --vocab-size 2048 --total-batch-size 2048",
+            "width 192": "--depth 1 --aspect-ratio 192 --vocab-size 1024",
+            "width 256": "--depth 1 --aspect-ratio 256 --vocab-size 1024",
+            "vocabulary 512": "--depth 1 --vocab-size 512",
+            "rows of 256": f"{MINUTE} --max-seq-len 256",
+            "heads of 32": f"{MINUTE} --head-dim 32",
+            "batch 1,024": f"{MINUTE} --total-batch-size 1024",
+            "batch 2,048": f"{MINUTE} --total-batch-size 2048",
+            "batch 8,192": f"{MINUTE} --total-batch-size 8192",
+            "matrix_lr × 1.5": f"{MINUTE} --matrix-lr 0.03",
+            "matrix_lr / 1.5": f"{MINUTE} --matrix-lr 0.013",
+            "embedding_lr × 2": f"{MINUTE} --embedding-lr 0.6",
+            "embedding_lr / 2": f"{MINUTE} --embedding-lr 0.15",
+            "unembedding_lr × 2": f"{MINUTE} --unembedding-lr 0.016",
+        },
+    ),
+    "minute-5": (
+        270,
+        {
+            "depth 3, batch 4,096": "--depth 3 --vocab-size 2048 --total-batch-size 4096",
+            "depth 3, batch 8,192": "--depth 3 --vocab-size 2048",
+            "depth 2, batch 4,096": "--depth 2 --vocab-size 2048 --total-batch-size 4096",
+            "depth 2, batch 16,384": "--depth 2 --vocab-size 2048",
+            "depth 4, batch 4,096": "--depth 4 --vocab-size 2048 --total-batch-size 4096",
+            "depth 1, batch 32,768": "--depth 1 --vocab-size 1024",
+        },
+    ),
 }
 
 
@@ -174,11 +191,10 @@ def main():
     parser.add_argument("--first", type=int, default=1, help="the first of them [1]")
     options = parser.parse_args()
     if options.set not in SETS:
-        for name, (seconds, flags, variants) in SETS.items():
-            print(f"{name:<12}{seconds} s  {flags}  {', '.join(variants)}")
+        for name, (seconds, variants) in SETS.items():
+            print(f"{name:<12}{seconds} s  {', '.join(variants)}")
         return
-    seconds, shared, variants = SETS[options.set]
-    variants = {name: f"{shared} {flags}".strip() for name, flags in variants.items()}
+    seconds, variants = SETS[options.set]
     seeds, results = range(options.first, options.first + options.seeds), Results(options.set)
     measure_speed(results, seconds, variants)
     measure_quality(results, seconds, variants, seeds)
