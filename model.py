@@ -527,7 +527,7 @@ if __name__ == "__main__":
         if arguments.score is not None:
             text = dataloader.encode_held_out(tokenizer, arguments.score)
             rows = dataloader.ValidationRows(tokenizer, text, model.config.max_seq_len)
-            with torch.no_grad():
+            with torch.set_grad_enabled(device.type == "mps"):  # without, attention there has looked ahead
                 print(f"{report.bits_per_byte(model, rows.batches(8, device), device):.6f}")
         else:
             prompt = [bos, *tokenizer.encode_ordinary(arguments.prompt)]

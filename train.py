@@ -55,7 +55,7 @@ compile: bool | None = None  # torch.compile (auto: where the run is long enough
 seed: int = 42  # of weights, data order and samples
 # data
 data: str | None = None  # stdlib, fineweb, climbmix, or a path to text (auto: fineweb on CUDA, else stdlib)
-vocab_size: int | None = None  # of the BPE trained on the corpus (auto: about the root of its bytes)
+vocab_size: int | None = None  # of the BPE trained on the corpus (auto: by its bytes and the time)
 # model
 depth: int | None = None  # layers, the dial that sets all the rest (auto: from the time, else 12 on CUDA, 4)
 aspect_ratio: int | None = None  # width = depth × aspect_ratio, in whole heads (auto: 64, of one layer 128)
@@ -243,6 +243,7 @@ held_out = dataloader.validation_tokens(corpus, eval_bytes)
 validation = dataloader.ValidationRows(corpus.tokenizer, held_out, max_seq_len)
 clock.lap("corpus")
 ranks.start(device)
+peak, peak_source = machine.find_peak(device, compute_dtype, peak_tflops)
 run_folder = Path(ranks.first(str(run_folder)))
 checkpoints = run_folder / "checkpoints"
 
@@ -267,9 +268,8 @@ def affordable_tokens():
         return target_flops / model.num_flops_per_token()
     seconds = 60 * minutes - clock.elapsed("corpus")
     if on_gpu:
-        peak, _ = machine.find_peak(device, compute_dtype, peak_tflops)
-        flops_per_sec = world_size * peak * rules.expected_mfu(model.config.n_embd)
-        return seconds * flops_per_sec / model.num_flops_per_token()
+        flops = world_size * peak * rules.expected_mfu(model.config.n_embd)
+        return seconds * flops / model.num_flops_per_token()
     model.init_weights(device, seed)
     rows, times = torch.randint(vocab_size, (4, max_seq_len + 1), device=device), []
     for _ in range(4):
@@ -554,7 +554,6 @@ epochs = planned_tokens / (loader.rows_per_epoch * max_seq_len)
 corpus_name = f"{corpus.name} · vocabulary of {vocab_size:,} · fingerprint {corpus.fingerprint}"
 tell("data", f"{corpus_name} · {corpus_size} training tokens, for {epochs:.2g} epochs")
 
-peak, peak_source = machine.find_peak(device, compute_dtype, peak_tflops)
 how = "eager" if not compile else "compiled in parts" if model.has_compiled_parts else "compiled"
 kernel = attention_backend(config, compute_dtype, device, compile)
 tell("train", f"{how} · {kernel} attention · peak {report.short(peak, ' ')}FLOP/s ({peak_source})")
@@ -636,7 +635,8 @@ while True:
     if evaluation_due and val_step != step:
         begin = time.monotonic()
         batches = ranks.watch(validation.batches(device_batch_size, device, rank, world_size))
-        with torch.set_grad_enabled(compile):  # a compiled model runs the very graph that trains
+        # compiled, it is the graph that trains; and on MPS attention without gradients has looked ahead
+        with torch.set_grad_enabled(compile or device_type != "cpu"):
             val_bpb = report.bits_per_byte(model, batches, device)
         min_val_bpb, val_step = min(min_val_bpb, val_bpb), step
         eval_seconds = time.monotonic() - begin
