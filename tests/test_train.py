@@ -312,7 +312,7 @@ def test_without_a_compiler_it_trains_all_the_same(train, tmp_path, monkeypatch,
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     strict = train("--num-iterations", 20, "--compile", "--run-name", "b", run="b")
     assert strict.code == 1 and "InvalidCxxCompiler" in strict.output and strict.summary is None
-    script = edited_copy(tmp_path, "else 1e13)", "else 0)")
+    script = edited_copy(tmp_path, "else 2e13)", "else 0)")
     monkeypatch.setattr("conftest.TINY", [flag for flag in TINY if flag != "--no-compile"])
     result = train("--num-iterations", 20, script=script)
     assert result.code == 0 and "going on without torch.compile" in result.output, result.output
@@ -548,7 +548,7 @@ def test_ranks_do_not_wait_for_the_last_save(train, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_an_update_that_does_not_compile_is_made_without(train, tmp_path, processes):
-    script = edited_copy(tmp_path, "else 1e13)", "else 0)")
+    script = edited_copy(tmp_path, "else 2e13)", "else 0)")
     with open(tmp_path / "machine.py", "a") as file:
         file.write("""
 import optim_muon
