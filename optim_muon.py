@@ -454,8 +454,8 @@ def largest_vocab(minutes):
     return 2 ** min(15, max(9, 10 + round(math.log2(minutes) / 2)))
 
 
-# So often a text may be read before it is learnt by heart. Depth 2 on 237 kB came to 1.66 bits per byte in 3
-# epochs, to 1.62 in 5, 1.66 in 7, 2.13 in 12, 2.64 in 24
+# So often a timed run reads a text; after that it is learnt by heart. Depth 2 on 237 kB came to 1.66 bits per
+# byte in 3 epochs, to 1.62 in 5, 1.66 in 7, 2.13 in 12, 2.64 in 24
 MOST_EPOCHS = 5
 
 

@@ -322,10 +322,11 @@ def show_samples(samples):
 
 def finish(folder, summary):
     """Complete and write summary.json, print its numbers, write report.md -> whether all of it worked."""
-    summary["slow_share"] = attempt("the log", lambda: slow_share(Run(folder).steps))
+    run = attempt("the log", Run, folder)
+    summary["slow_share"] = run.numbers.get("slow_share") if run else None
     text = json.dumps(plain(summary), indent=2, default=str)
     written = attempt("summary.json", replace, folder / "summary.json", text)
-    for line in attempt("the log", lambda: rise(Run(folder))) or []:
+    for line in attempt("the log", rise, run) if run else ():
         tell("val", line)
     show("---")
     for name, value in summary.items():

@@ -57,7 +57,7 @@ seed: int = 42  # of weights, data order and samples
 data: str | None = None  # stdlib, fineweb, climbmix, or a path to text (auto: fineweb on CUDA, else stdlib)
 vocab_size: int | None = None  # of the BPE trained on the corpus (auto: by its bytes and the time)
 # model
-depth: int | None = None  # layers, the dial that sets all the rest (auto: from the time, else 12 on CUDA, 4)
+depth: int | None = None  # layers, the dial for all the rest (auto: from the time; else 12, 4 without CUDA)
 aspect_ratio: int | None = None  # width = depth × aspect_ratio, in whole heads (auto: 64, of one layer 128)
 head_dim: int | None = None  # width of an attention head (auto: 128, below depth 8: 64)
 max_seq_len: int | None = None  # T, tokens in a row (auto: 2048 on CUDA, else 512)
@@ -176,8 +176,6 @@ if given.get("resume", resume):
     saved, given_before, source = checkpoint.saved_settings(run_folder)
     if source and source != "config.json":
         tell("resume", f"config.json cannot be read: the settings are taken from {source}")
-    if not checkpoint.newest_first(run_folder / "checkpoints"):  # not begun: auto is found anew
-        saved = {name: saved[name] for name in given_before if name in saved}
     saved_device = saved.get("device_type")
     found_anew = [name for name in MACHINE if name not in given_before]
     if any(given.get(name) is not None for name in HORIZONS):  # a new horizon takes the place of the old one
@@ -266,7 +264,7 @@ def affordable_tokens():
     """How many tokens the model could be trained on in this run, about: by FLOPs, by the peak, or timed."""
     if target_flops:
         return target_flops / model.num_flops_per_token()
-    seconds = 60 * minutes - clock.elapsed("corpus")
+    seconds = 0.75 * (60 * minutes - clock.elapsed("corpus"))  # the rest: updates, evaluations, the end
     if on_gpu:
         flops = world_size * peak * rules.expected_mfu(model.config.n_embd)
         return seconds * flops / model.num_flops_per_token()
@@ -280,9 +278,9 @@ def affordable_tokens():
     return seconds * world_size * 4 * max_seq_len / min(times)
 
 
+unique_tokens = corpus.counts["train"]["tokens"] if corpus.more is None else math.inf
 from_budget = depth is None and bool(minutes or target_flops)
 if from_budget:
-    unique_tokens = corpus.counts["train"]["tokens"] if corpus.more is None else math.inf
     for candidate in DEPTHS:  # the deepest whose parameters see enough tokens
         depth, shallower = candidate, depth
         model = build_model()
@@ -470,11 +468,10 @@ if minutes:
     seconds_left = ranks.first(60 * minutes - clock.elapsed("corpus") - eval_seconds - closing_seconds)
     planned_tokens = max(1.0, seconds_left) / micro_seconds * micro_rows * max_seq_len * world_size
 
-# a small text is soon learnt by heart: where the dial sets the depth, it ends the run before
-most_tokens = rules.MOST_EPOCHS * unique_tokens if from_budget else math.inf
-if planned_tokens > most_tokens:
-    planned_tokens = most_tokens
-    tell("plan", f"0) the text is read {rules.MOST_EPOCHS} times and no more: the run ends early")
+# a small text is soon learnt by heart: a timed run ends before
+most_tokens = rules.MOST_EPOCHS * unique_tokens if minutes else math.inf
+ends_early = planned_tokens > most_tokens
+planned_tokens = min(planned_tokens, most_tokens)
 
 # 2) batch: 1.5e9 tokens -> 2^19; five minutes of a CPU, 4e6 -> 2^12
 total_batch_size = total_batch_size or rules.whole_rows(rules.best_batch_size(planned_tokens), max_seq_len)
@@ -488,14 +485,16 @@ if not minutes:
     num_iterations = num_iterations or max(1, round(planned_tokens / total_batch_size))
 if not planned_iterations or new_horizon:
     planned_iterations = num_iterations or step + max(1, int(seconds_left / planned_dt))
-if minutes and planned_iterations * total_batch_size > most_tokens:
-    planned_iterations = max(1, int(most_tokens / total_batch_size))
-    seconds_left = span = planned_iterations * planned_dt / 0.95  # the rest is for evaluations
+if planned_iterations * total_batch_size > most_tokens:
+    planned_iterations = max(step + 1, int(most_tokens / total_batch_size))
+    seconds_left = (planned_iterations - step) * planned_dt / 0.95  # the rest is for evaluations
+    span = span if resumed_from else seconds_left
 planned_tokens = planned_iterations * total_batch_size
 horizon = f"{minutes:g} minutes, about " if minutes else ""
 horizon += f"{planned_iterations:,} steps, {report.short(planned_tokens)} tokens, "
 horizon += f"{num_flops_per_token * planned_tokens:.2g} FLOPs"
 horizon += f", about {report.duration(planned_iterations * planned_dt)}" if not minutes else ""
+horizon += f"; it ends early, when the text has been read {rules.MOST_EPOCHS} times" if ends_early else ""
 tell("plan", f"1) horizon: {horizon}")
 shape = f"{micro_steps} × {device_batch_size} × {max_seq_len:,}"
 tell("plan", f"2) batch: {total_batch_size:,} tokens ({shape})")

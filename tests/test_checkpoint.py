@@ -316,6 +316,7 @@ def test_room_for_checkpoints(tmp_path, monkeypatch):
     free = types.SimpleNamespace(free=10e9)
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda root: free)
     assert checkpoint.check_room(tmp_path, 1e9, 3e9, saves=3) is None
+    assert "are missing" in checkpoint.check_room(tmp_path, 1.1e9, 3e9, saves=3, best=True)
     warning = checkpoint.check_room(tmp_path, 1e9, 3e9, saves=4)
     assert warning.startswith("4 × 3 GB of checkpoints do not fit into 10 GB: 2 GB are missing")
     write(tmp_path, 1)  # what is there already gives its room to the next one

@@ -23,7 +23,7 @@ STEP_FIELDS = (
 SUMMARY_FIELDS = (
     "val_bpb min_val_bpb train_loss_ema steps progress tokens total_training_flops total_training_time "
     "wall_time tok_per_sec mfu mfu_peak mfu_peak_source peak_memory num_params num_flops_per_token depth "
-    "device world_size samples"
+    "device world_size samples slow_share"
 )
 
 
@@ -596,18 +596,26 @@ def test_depth_follows_from_the_flops_or_the_time_and_a_resume_keeps_it(train, t
 
 
 def test_a_small_text_is_not_learnt_by_heart(train, tmp_path):
-    """With the depth left to the dial, minutes beyond five epochs are not used; a resume knows it."""
+    """Minutes beyond five epochs are not used, and a resume knows it."""
     (tmp_path / "short.py").write_text((REPO / "dataloader.py").read_text()[:24_000])
-    flags = " ".join(TINY).replace("--depth 2 ", "").split()
-    flags += ["--data", tmp_path / "short.py", "--out-dir", train.out, "--run-name", "a", "--minutes", 2]
     begin = time.monotonic()
-    result = train.finish(train.start(*flags, tiny=False))
+    result = train("--data", tmp_path / "short.py", "--minutes", 2)
     assert result.code == 0 and time.monotonic() - begin < 60, result.output
     epochs = [r for r in result.log if r["kind"] == "step"][-1]["epoch"]
-    assert 2 < epochs < 10 and "the text is read 5 times and no more" in result.output
+    assert 2 < epochs < 10 and "it ends early" in result.output
     assert [r["lrm"] for r in result.log if r["kind"] == "step"][-1] < 0.1  # its decay is complete
-    again = train.finish(train.start(*flags, "--resume", tiny=False))
+    again = train("--data", tmp_path / "short.py", "--resume")
     assert again.code == 0 and again.summary["steps"] <= result.summary["steps"] + 1
+
+
+@pytest.mark.slow
+def test_of_two_measured_peaks_the_better_one_counts(train, tmp_path):
+    peak = "measured_peak.n = getattr(measured_peak, 'n', 0) + 1\n    return 1e9 * measured_peak.n"
+    script = edited_copy(tmp_path, "return 2 * n**3 / seconds", peak, file="machine.py")
+    run = train("--num-iterations", 12, "--peak-tflops", "auto", script=script)
+    assert run.code == 0 and run.config["mfu_peak"] == 1e9 and run.summary["mfu_peak"] == 2e9, run.output
+    flops_per_sec = run.summary["num_flops_per_token"] * run.summary["tok_per_sec"]
+    assert run.summary["mfu"] == pytest.approx(flops_per_sec / 2e9)
 
 
 @pytest.mark.slow
