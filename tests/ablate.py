@@ -27,7 +27,6 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 
-import optim_muon as rules  # noqa: E402
 import report  # noqa: E402
 
 TABLE = Path(__file__).with_suffix("").with_name("ablations.tsv")
@@ -36,22 +35,24 @@ ROUNDS = 3  # of speed
 RATES = "lr|weight-decay|warmup-steps|warmdown-ratio|final-lr-frac"  # flags that do not change the speed
 
 
-MINUTE = "--depth 1 --vocab-size 1024"
-SETS = {  # name: (seconds of training, {variant: flags}); the others are compared with the first variant
+MINUTE = "--depth 1 --vocab-size 1024 --total-batch-size 4096"
+# name: (seconds of training, {variant: flags}); the first variant is what the others are compared with. Each
+# names its batch, so that a change of train.py's rule does not change it
+SETS = {
     "minute-1": (
         45,
         {
-            "depth 1, vocabulary 1,024": f"{MINUTE} --total-batch-size 4096",
+            "depth 1, vocabulary 1,024": MINUTE,
             "depth 2": "--depth 2 --vocab-size 1024 --total-batch-size 2048",
             "depth 2, vocabulary 2,048": "--depth 2 --vocab-size 2048 --total-batch-size 2048",
-            "width 192": "--depth 1 --aspect-ratio 192 --vocab-size 1024",
-            "width 256": "--depth 1 --aspect-ratio 256 --vocab-size 1024",
-            "vocabulary 512": "--depth 1 --vocab-size 512",
+            "width 192": "--depth 1 --aspect-ratio 192 --vocab-size 1024 --total-batch-size 2048",
+            "width 256": "--depth 1 --aspect-ratio 256 --vocab-size 1024 --total-batch-size 2048",
+            "vocabulary 512": "--depth 1 --vocab-size 512 --total-batch-size 4096",
             "rows of 256": f"{MINUTE} --max-seq-len 256",
             "heads of 32": f"{MINUTE} --head-dim 32",
-            "batch 1,024": f"{MINUTE} --total-batch-size 1024",
-            "batch 2,048": f"{MINUTE} --total-batch-size 2048",
-            "batch 8,192": f"{MINUTE} --total-batch-size 8192",
+            "batch 1,024": "--depth 1 --vocab-size 1024 --total-batch-size 1024",
+            "batch 2,048": "--depth 1 --vocab-size 1024 --total-batch-size 2048",
+            "batch 8,192": "--depth 1 --vocab-size 1024 --total-batch-size 8192",
             "matrix_lr × 1.5": f"{MINUTE} --matrix-lr 0.03",
             "matrix_lr / 1.5": f"{MINUTE} --matrix-lr 0.013",
             "embedding_lr × 2": f"{MINUTE} --embedding-lr 0.6",
@@ -63,11 +64,11 @@ SETS = {  # name: (seconds of training, {variant: flags}); the others are compar
         270,
         {
             "depth 3, batch 4,096": "--depth 3 --vocab-size 2048 --total-batch-size 4096",
-            "depth 3, batch 8,192": "--depth 3 --vocab-size 2048",
+            "depth 3, batch 8,192": "--depth 3 --vocab-size 2048 --total-batch-size 8192",
             "depth 2, batch 4,096": "--depth 2 --vocab-size 2048 --total-batch-size 4096",
-            "depth 2, batch 16,384": "--depth 2 --vocab-size 2048",
+            "depth 2, batch 16,384": "--depth 2 --vocab-size 2048 --total-batch-size 16384",
             "depth 4, batch 4,096": "--depth 4 --vocab-size 2048 --total-batch-size 4096",
-            "depth 1, batch 32,768": "--depth 1 --vocab-size 1024",
+            "depth 1, batch 32,768": "--depth 1 --vocab-size 1024 --total-batch-size 32768",
         },
     ),
 }
@@ -119,18 +120,17 @@ def shape_of(flags):
     return re.sub(rf" *--\S*({RATES}) \S+", "", flags).strip()
 
 
-def measure_speed(results, seconds, variants):
-    """Tokens a second of each shape, in rounds; from the first one follows the batch, by train.py's rule."""
+def measure_speed(results, variants):
+    """Tokens a second of each shape, in rounds; the first one is short and tells how long 5 seconds are."""
     for number in range(ROUNDS + 1):
         for flags in dict.fromkeys(map(shape_of, variants.values())):
             if results.get("speed", flags, number):
                 continue
             first = results.get("speed", flags, 0)
-            tokens = seconds * float(first["tok_per_sec"]) if first else 0
-            batch = rules.whole_rows(rules.best_batch_size(tokens) if tokens else 2**12, 512)
-            steps = 10 + round(max(20, 5 * float(first["tok_per_sec"]) / batch) if first else 20)
-            call = f"--total-batch-size {batch} {flags} --num-iterations {steps} --eval-every -1"
-            summary, config = train(f"{call} --eval-bytes 8192", threads=2)
+            seconds_per_step = int(first["batch"]) / float(first["tok_per_sec"]) if first else 1.0
+            steps = 10 + max(20, round(5 / seconds_per_step))  # the first 10 are not timed
+            call = f"{flags} --num-iterations {steps} --eval-every -1 --eval-bytes 8192"
+            summary, config = train(call, threads=2)
             results.add(
                 **{"kind": "speed", "flags": flags, "number": number, "steps": steps},
                 batch=config["settings"]["total_batch_size"],
@@ -152,8 +152,8 @@ def measure_quality(results, seconds, variants, seeds):
     def one(flags, seed):
         batch, tok_per_sec = speed_of(results, flags)
         steps = max(1, round(seconds * tok_per_sec / batch))
-        call = f"--total-batch-size {batch} {flags} --num-iterations {steps} --seed {seed}"
-        summary, config = train(f"{call} --no-compile --eval-every -1", threads=1)
+        call = f"{flags} --num-iterations {steps} --seed {seed} --no-compile --eval-every -1"
+        summary, config = train(call, threads=1)
         return {
             **{"kind": "quality", "flags": flags, "number": seed, "batch": batch, "steps": steps},
             **{"tok_per_sec": round(tok_per_sec), "val_bpb": round(summary["val_bpb"], 5)},
@@ -196,7 +196,7 @@ def main():
         return
     seconds, variants = SETS[options.set]
     seeds, results = range(options.first, options.first + options.seeds), Results(options.set)
-    measure_speed(results, seconds, variants)
+    measure_speed(results, variants)
     measure_quality(results, seconds, variants, seeds)
     print(table(results, variants, seeds))
 
