@@ -73,7 +73,9 @@ def find_device(wanted=None, local_rank=0, world_size=1):
 
 def prepare_cpu():
     """Make the CPU repeat a run bit for bit, and let freed memory be used again without page faults."""
-    torch.use_deterministic_algorithms(True)  # else threads add up an embedding's gradients as they come
+    # else threads add up an embedding's gradients as they come. torch.use_deterministic_algorithms does the
+    # same, but it imports the compiler, which takes a second
+    torch.set_deterministic_debug_mode("error")
     torch.utils.deterministic.fill_uninitialized_memory = False  # for debugging only, and not free
     # glibc gives freed memory back to the system, and getting it again costs page faults: 10% of a step
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):

@@ -12,7 +12,6 @@ bits per byte of a text.
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn as nn
@@ -218,7 +217,11 @@ class GPT(nn.Module):
         self.compute_dtype, self.has_compiled_parts = compute_dtype, False
         # every second layer, counted from the last, mixes a second embedding of the token into its values
         value_layers = range((config.n_layer - 1) % 2, config.n_layer, 2)
-        table = partial(nn.Embedding, config.padded_vocab_size, config.n_embd)
+
+        def table():  # a plain nn.Embedding draws values, which imports the compiler on the meta device
+            values = torch.empty(config.padded_vocab_size, config.n_embd)
+            return nn.Embedding.from_pretrained(values, freeze=False)
+
         self.embedding = table()
         self.value_embeddings = nn.ModuleDict({str(i): table() for i in value_layers})
         self.blocks = nn.ModuleList(Block(config, i in value_layers) for i in range(config.n_layer))
@@ -228,16 +231,16 @@ class GPT(nn.Module):
         self.smear_gate = Linear(SMEAR_GATE_CHANNELS, 1)
         self.smear_lambda = nn.Parameter(torch.empty(1))
         self.backout_lambda = nn.Parameter(torch.empty(1))
-        cos, sin = rotary_tables(config.max_seq_len, config.head_dim, device=None)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        for name in ("cos", "sin"):
+            angles = torch.empty(config.max_seq_len, 1, config.head_dim // 2)
+            self.register_buffer(name, angles, persistent=False)
 
     @torch.no_grad()
     def init_weights(self, device, seed):
         """Allocate on `device` if still on meta, and draw every weight from `seed` alone."""
         if self.head.weight.is_meta:
             self.to_empty(device=device)
-            self.cos, self.sin = rotary_tables(self.config.max_seq_len, self.config.head_dim, device)
+        self.cos, self.sin = rotary_tables(self.config.max_seq_len, self.config.head_dim, device)
         generator = torch.Generator(device=device).manual_seed(seed)
         # bounds of uniform distributions: √3 times the standard deviation, without a normal's outliers
         bound = math.sqrt(3 / self.config.n_embd)

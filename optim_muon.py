@@ -203,7 +203,8 @@ class MuonAdamW(torch.optim.Optimizer):
     def __init__(self, groups, orthogonalize_dtype=torch.float32, compile=False):
         check_groups(groups)
         groups = [{**DEFAULTS[g["kind"]], **g, "initial_lr": g["lr"]} for g in groups if g["params"]]
-        super().__init__([{**g, "params": list(g["params"].items())} for g in groups], defaults={})
+        names = [{"params": list(g["params"].values()), "param_names": list(g["params"])} for g in groups]
+        super().__init__([{**g, **lists} for g, lists in zip(groups, names)], defaults={})
         self.orthogonalize_dtype = orthogonalize_dtype
         grouped = dist.is_available() and dist.is_initialized()
         rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if grouped else (0, 1)
@@ -225,6 +226,10 @@ class MuonAdamW(torch.optim.Optimizer):
                     self.buckets.append(Bucket(group, names, params, rank, self.world_size))
         self.parameters = {name: p for b in self.buckets for name, p in zip(b.names, b.params)}
         self.bad_norms = torch.zeros(len(self.parameters), device=self.device)  # of the last bad step
+
+    def add_param_group(self, group):
+        """Take over a checked group. (torch's own method would import the compiler, which takes a second.)"""
+        self.param_groups.append(group)
 
     @torch.no_grad()
     def step(self, loss=None):

@@ -733,7 +733,7 @@ while True:
             if group["kind"] == "muon":
                 group["momentum"], group["weight_decay"] = momentum, decay
         optimizer.step(nats)
-        optimizer.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
 
         step += 1
         progress = progress + increment if minutes else step / num_iterations

@@ -34,7 +34,6 @@ COLUMNS = ("set", "kind", "flags", "number", "batch", "steps", "tok_per_sec", "v
 ROUNDS = 3  # of speed
 RATES = "lr|weight-decay|warmup-steps|warmdown-ratio|final-lr-frac"  # flags that do not change the speed
 
-
 MINUTE = "--depth 1 --vocab-size 1024 --total-batch-size 4096"
 # name: (seconds of training, {variant: flags}); the first variant is what the others are compared with. Each
 # names its batch, so that a change of train.py's rule does not change it

@@ -860,7 +860,7 @@ runpy.run_path({train!r}, run_name="__main__")
 def test_a_run_waits_for_the_device_once_a_record_and_its_time_adds_up(train, tmp_path):
     script = tmp_path / "counting.py"
     script.write_text(COUNTING.format(repo=str(REPO), train=str(REPO / "train.py")))
-    run = train("--num-iterations", 40, "--log-every", 5, "--eval-every", 1000, script=script)
+    run = train("--num-iterations", 40, "--log-every", 5, "--eval-every", 1000, script=script, draw=True)
     assert run.code == 0, run.output
     steps = [r for r in run.log if r["kind"] == "step"]
     waits = [r["waits"] for r in steps]
