@@ -3,7 +3,8 @@ The GPT: rows of tokens in, the sum of nats out.
 
 What differs from GPT-2, each with its source: rotary positions (arXiv 2104.09864), RMSNorm without weights
 (arXiv 1910.07467), QK-norm (arXiv 2302.08435), ReLU² (arXiv 2109.08668), an untied head with soft-capped
-logits (arXiv 2408.00118), value embeddings, residual scalars, smear, backout (modded-nanogpt, nanochat).
+logits (arXiv 2408.00118), keys that look back (arXiv 2209.11895), value embeddings, residual scalars, smear,
+backout (modded-nanogpt, nanochat).
 
 `python model.py out/RUN "def main("` writes a continuation, `python model.py out/RUN --score FILE` prints the
 bits per byte of a text.
@@ -107,11 +108,22 @@ def apply_rotary(x, cos, sin):
     return (halves * cos + halves.flip(-2) * torch.stack([sin, -sin], dim=-2)).flatten(-2)
 
 
+def look_back(k):
+    """
+    Half of the heads, rounded down, get the key of the token before, 0 at the start of a row. k and the
+    result: (B, T, n_head, head_dim). So one layer can look up what followed the same token earlier in a row;
+    else it takes two, which find each other after some 2 million tokens (arXiv 2209.11895, "smeared key").
+    """
+    n = k.size(2) // 2
+    before = F.pad(k[:, :-1, :n], (0, 0, 0, 0, 1, 0))
+    return torch.cat([before, k[:, :, n:]], dim=2)
+
+
 class RotaryAttention(nn.Module):
-    """Queries and keys get their positions and are normed; then causal attention. It has no weights."""
+    """Keys look back; queries and keys get their positions and are normed; then attention. No weights."""
 
     def forward(self, q, k, v, cos, sin):
-        q, k = norm(apply_rotary(q, cos, sin)), norm(apply_rotary(k, cos, sin))
+        q, k = norm(apply_rotary(q, cos, sin)), norm(apply_rotary(look_back(k), cos, sin))
         return causal_attention(q, k, v)  # (B, T, n_head, head_dim)
 
 
