@@ -24,20 +24,8 @@ SOFTCAP = 15.0  # logits are bounded to ±15; anything from 10 to 30 works about
 QK_SCALE = 1.2  # sharpens the normed queries and keys, each
 VALUE_GATE_CHANNELS = 12  # the gates read only the first channels of the stream: nearly free, and enough
 SMEAR_GATE_CHANNELS = 24
-# cuDNN is the fastest exact causal kernel on Hopper; the others follow in order of speed
-ATTENTION_BACKENDS = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
-if torch.cuda.is_available():  # without two marks the choice of a kernel bars the graph from Inductor's cache
-    import torch._inductor.config
-
-    for name in ("_backend_from_string", "_sdpa_kernel"):  # pytorch issue 194007
-        marks = torch._inductor.config.unsafe_marked_cacheable_functions
-        marks[f"torch.nn.attention.{name}"] = torch.__version__
-CUDNN_BLOCK = 128  # before cuDNN 9.15 rows of other lengths got wrong gradients (pytorch issue 169849)
+# cuDNN makes a plan for each new length, which generation would wait for
+GENERATION_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 CPU_BLOCK, CPU_LENGTH = 128, 1024  # queries at a time in blocked_attention, and the longest rows it is for
 
 
@@ -155,14 +143,9 @@ def causal_attention(q, k, v):
     """
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, n_head, T, head_dim)
     scale = QK_SCALE**2 / math.sqrt(q.size(-1))
-    if q.device.type == "cuda":
-        # cuDNN makes a plan for each new length, which generation would wait for
-        first = 0 if torch.is_grad_enabled() and q.size(2) % CUDNN_BLOCK == 0 else 1
-        with sdpa_kernel(ATTENTION_BACKENDS[first:], set_priority=True):
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
-    elif q.device.type == "cpu" and torch.compiler.is_compiling() and q.size(2) <= CPU_LENGTH:
+    if q.device.type == "cpu" and torch.compiler.is_compiling() and q.size(2) <= CPU_LENGTH:
         y = blocked_attention(q, k, v, scale)
-    else:
+    else:  # by cuDNN on Hopper, by flash attention on other cards: PyTorch knows which is faster
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
     return y.transpose(1, 2)
 
@@ -363,7 +346,7 @@ class GPT(nn.Module):
         ids = list(tokens)
         # each new length would compile anew
         uncompiled = torch.compiler.set_stance("force_eager") if self.has_compiled_parts else nullcontext()
-        with uncompiled:
+        with uncompiled, sdpa_kernel(GENERATION_BACKENDS):
             for _ in range(max_new_tokens):
                 row = ids[-self.config.max_seq_len :]
                 if bos is not None and row[0] != bos:
@@ -491,18 +474,14 @@ def loss_and_grad_in_place(logits, targets, vocab_size):
 
 def attention_backend(config, dtype, device, compiled):
     """The name of the kernel that causal_attention runs for this shape, for the run's header."""
-    if device.type == "cpu":
-        return "blocked" if compiled and config.max_seq_len <= CPU_LENGTH else "flash"
+    if device.type == "cpu" and compiled and config.max_seq_len <= CPU_LENGTH:
+        return "blocked"
     if device.type == "mps":
         return "Metal"
     shape = (1, config.n_head, config.max_seq_len, config.head_dim)
     q = torch.empty(shape, dtype=dtype, device=device, requires_grad=True)
-    params = torch.backends.cuda.SDPAParams(q, q, q, None, 0.0, True, False)
-    for backend in ATTENTION_BACKENDS[0 if config.max_seq_len % CUDNN_BLOCK == 0 else 1 : -1]:
-        kernel = backend.name.removesuffix("_ATTENTION").lower()
-        if getattr(torch.backends.cuda, f"can_use_{kernel}_attention")(params):
-            return kernel
-    return "math"
+    chosen = SDPBackend(torch._fused_sdp_choice(q, q, q, is_causal=True))
+    return chosen.name.removesuffix("_ATTENTION").lower()
 
 
 if __name__ == "__main__":
