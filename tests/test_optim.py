@@ -19,6 +19,7 @@ import traceback
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import optim_muon
 from optim_muon import (
@@ -249,6 +250,29 @@ def test_spectra_that_fall_to_zero_stay_below_the_interval():
         assert torch.isfinite(values).all() and values.max() < 1.143
         expected = expected.sort(descending=True)[0].expand(2, -1)
         torch.testing.assert_close(values, expected, atol=5e-3, rtol=0)
+
+
+class TF32(TorchDispatchMode):
+    """Batched products as an A100 makes them: factors rounded to 10 bits, sums in fp32."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten.bmm.default, torch.ops.aten.baddbmm.default):
+            rounded = [((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32) for x in args[-2:]]
+            args = (*args[:-2], *rounded)
+        return func(*args, **(kwargs or {}))
+
+
+def test_where_products_are_tf32_the_steps_are_taken_on_the_matrix_itself():
+    generator = torch.Generator().manual_seed(0)
+    U, V = (torch.linalg.qr(torch.randn(n, 64, generator=generator))[0] for n in (64, 256))
+    G = (U * torch.logspace(0, -4, 64)) @ V.T  # ill-conditioned
+    exact = orthogonalize(G[None])
+
+    def error(tf32):
+        with TF32():
+            return ((orthogonalize(G[None], tf32=tf32) - exact).norm() / exact.norm()).item()
+
+    assert error(tf32=True) < 0.02 and error(tf32=False) > 0.1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
