@@ -63,12 +63,30 @@ def find_device(wanted=None, local_rank=0, world_size=1):
         count = torch.cuda.device_count()
         if local_rank >= count:
             raise MachineError(f"there are more processes than GPUs.\nGive --nproc_per_node={count}.")
+        check_kernels(torch.cuda.get_device_capability(local_rank), torch.cuda.get_arch_list())
         torch.cuda.set_device(local_rank)
         torch.set_float32_matmul_precision("high")
         return torch.device("cuda", local_rank)
     if kind == "cpu":
         prepare_cpu()
     return torch.device(kind)
+
+
+def check_kernels(capability, architectures):
+    """
+    MachineError if this build of PyTorch cannot run on a GPU of that capability, (7, 0) or the like. Its
+    `architectures`: machine code, "sm_80", runs on later minors of its major too, "compute_90" on all later.
+    """
+    pattern = re.compile(r"(sm|compute)_(\d+)(\d)")  # of "sm_90a" as of "sm_90"
+    built = [(kind, (int(x), int(y))) for kind, x, y in pattern.findall(" ".join(architectures))]
+    for kind, version in built:
+        if version <= capability and (kind == "compute" or version[0] == capability[0]):
+            return
+    if built:  # AMD's GPUs have other names
+        older = capability < min(version for _, version in built)
+        advice = "Install its build for CUDA 12.6, cu126." if older else "Install a newer PyTorch."
+        gpu = "GPU of capability {}.{}".format(*capability)
+        raise MachineError(f"PyTorch {torch.__version__} has no kernels for a {gpu}.\n{advice}")
 
 
 def prepare_cpu():
@@ -104,8 +122,8 @@ def has_fast_bf16(device):
 
 
 def check_sums(device, length):
-    """MachineError if matrix products that sum `length` terms are wrong on this device."""
-    if device.type == "mps" and length > 32_000:
+    """MachineError if matrix products that sum `length` terms are wrong on this device, an M1 or M2."""
+    if device.type == "mps" and length > 32_000 and re.search(r"\bM[12]\b", device_name(device)):
         what = f"Metal sums more than 32,766 products wrongly, and here they are {length:,}"
         raise MachineError(f"{what}.\nGive a smaller vocabulary or --device-batch-size.")
 
@@ -177,6 +195,8 @@ def forget_memory(device):
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+    if device.type == "mps":
+        torch.mps.empty_cache()
 
 
 def peak_memory(device):

@@ -39,6 +39,8 @@ def has(monkeypatch):
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: "mps" in names)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
         monkeypatch.setattr(torch.cuda, "set_device", done.append)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+        monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_80", "sm_90"])
         monkeypatch.setattr(torch, "set_float32_matmul_precision", done.append)
         monkeypatch.setattr(machine, "prepare_cpu", lambda: done.append("cpu"))
         return done
@@ -79,6 +81,29 @@ def test_a_device_that_is_not_to_be_had_is_an_error_of_two_lines(has, there, arg
     assert str(error.value) == message and done == []
 
 
+@pytest.mark.parametrize(
+    "capability, install",
+    [
+        ((8, 0), None),
+        ((8, 9), None),  # by the machine code of 8.0
+        ((12, 1), None),  # by that of 12.0
+        ((7, 0), "its build for CUDA 12.6"),
+        ((10, 3), "a newer PyTorch"),
+        ((13, 0), "a newer PyTorch"),
+    ],
+)
+def test_a_gpu_without_kernels_is_an_error_of_two_lines(capability, install):
+    architectures = ["sm_80", "sm_90a", "sm_120"]
+    if install is None:
+        machine.check_kernels(capability, architectures)
+        return
+    with pytest.raises(machine.MachineError, match=install) as error:
+        machine.check_kernels(capability, architectures)
+    assert str(error.value).count("\n") == 1
+    machine.check_kernels(capability, [*architectures, "compute_70"])  # compiled for it at the first start
+    machine.check_kernels(capability, ["gfx942"])
+
+
 def test_activations_are_bfloat16_where_the_hardware_has_it(monkeypatch):
     capability, units = (8, 0), {}
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
@@ -104,7 +129,10 @@ def test_a_dtype_that_does_not_do_is_an_error_of_two_lines(device, wanted, words
     assert str(error.value).startswith(f"--dtype {wanted}") and str(error.value).count("\n") == 1
 
 
-def test_sums_that_metal_gets_wrong_are_refused():
+def test_sums_that_metal_gets_wrong_are_refused(monkeypatch):
+    monkeypatch.setattr(machine, "device_name", lambda device: "Apple M4 Pro")
+    machine.check_sums(MPS, 32_767)
+    monkeypatch.setattr(machine, "device_name", lambda device: "Apple M2 Max")
     machine.check_sums(MPS, 32_000)
     for device in (CPU, CUDA):
         machine.check_sums(device, 10**6)
@@ -260,11 +288,10 @@ def test_only_a_gpu_s_memory_is_given_back(monkeypatch):
     calls = []
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("empty"))
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: calls.append("reset"))
-    for device in (CPU, MPS):
+    monkeypatch.setattr(torch.mps, "empty_cache", lambda: calls.append("empty Metal's"))
+    for device in (CPU, MPS, CUDA):
         machine.forget_memory(device)
-    assert calls == []
-    machine.forget_memory(CUDA)
-    assert calls == ["empty", "reset"]
+    assert calls == ["empty Metal's", "empty", "reset"]
 
 
 # -----------------------------------------------------------------------------
