@@ -458,10 +458,11 @@ class Timetable:
 
 def largest_vocab(minutes):
     """
-    The largest vocabulary that a CPU's run of so many minutes has time to learn, a power of two: 1 -> 1,024,
-    4 -> 2,048, 16 -> 4,096.
+    The largest vocabulary that a CPU's run of so many minutes has time to learn, a power of two: 1 -> 2,048,
+    4 -> 4,096, 16 -> 8,192. Fitted on two cores: after 45 s 1,024, 2,048 and 4,096 came to 1.260, 1.251 and
+    1.281 bits per byte, after 160 s to 1.088, 1.077 and 1.061.
     """
-    return 2 ** min(15, max(9, 10 + round(math.log2(minutes) / 2)))
+    return 2 ** min(15, max(9, 11 + round(math.log2(minutes) / 2)))
 
 
 # So often a timed run reads a text; after that it is learnt by heart. Depth 2 on 237 kB came to 1.66 bits per
@@ -469,23 +470,18 @@ def largest_vocab(minutes):
 MOST_EPOCHS = 5
 
 
-def useful_tokens(tokens, unique):
-    """
-    What `tokens` of training are worth where only so many `unique` ones are read again and again: at most
-    16.4 times those (arXiv 2305.16264, equation 5, with R* = 15.4). 10e6 of 1e6 -> 7.8e6.
-    """
-    epochs = tokens / unique
-    return tokens if epochs <= 1 else unique * (1 + 15.4 * (1 - math.exp((1 - epochs) / 15.4)))
-
-
-def needed_tokens(params):
+def needed_tokens(params, unique):
     """
     The tokens that make a model of so many matrix and head parameters the best choice: 12 each (nanochat)
-    from depth 12 on, fewer in smaller models, ∝ √params, and 2e6: a second layer first learns to copy from
-    the row, after 1 to 2 million tokens. Fitted to runs of 45 and 270 s on two cores (tests/ablations.tsv):
-    with 1.1e6 tokens depth 2 lost to depth 1, with 3.1e6 depth 3 won. 124e6 -> 1.5e9; 3.7e6 -> 7.7e6.
+    from depth 12 on, fewer in smaller models, ∝ params^1.4. Fitted to runs of 45 to 270 s on two cores: after
+    0.9e6 tokens depth 2 was as good as depth 1, and 2.8e6 were too few for depth 3.
+    124e6 -> 1.5e9; 1.7e6 (depth 3, vocabulary 2,048) -> 3.7e6; 0.66e6 (depth 2) -> 1e6.
+
+    A text of `unique` tokens can be too small for that. Then time is not what is short, and MOST_EPOCHS will
+    do, but not for more than ten times the model: on 237 kB depths 2, 3, 4 came to 1.48, 1.46, 1.46.
     """
-    return max(2e6, 12 * params * min(1.0, math.sqrt(params / 124e6)))
+    needed, most = 12 * params * min(1.0, (params / 124e6) ** 0.4), MOST_EPOCHS * unique
+    return min(needed, most) if needed <= 10 * most else math.inf
 
 
 def expected_mfu(width):
@@ -495,11 +491,12 @@ def expected_mfu(width):
 
 def best_batch_size(tokens):
     """
-    Tokens per step for a run over so many tokens: ∝ tokens^0.383 (arXiv 2505.13738), but some 1,000 steps at
-    least: depth 2 came to 1.07 bits per byte in 1,523 steps, to 1.10 in 381 with as many tokens; and 2,048
-    tokens, below which updates take most of the time. 1.5e9 tokens -> 2^19; 20e9 -> 2^20.4; 4e6 -> 2^12.
+    Tokens per step for a run over so many tokens: ∝ tokens^0.383 (arXiv 2505.13738), but some 800 steps at
+    least. Depth 2, 237 kB: 1.48 bits per byte in 240 steps of 2^11 tokens, 1.58 in 120 of 2^12; but depth 3,
+    270 s: 1.10 in 1,266 of 2^11, 1.06 in 686 of 2^12; depth 2: 1.07 in 1,523 of 2^12, 1.10 in 381 of 2^14.
+    1.5e9 tokens -> 2^19; 20e9 -> 2^20.4; 4e6 -> 2^12; below 2^11 updates would take most of the time.
     """
-    return max(2**11, min(2**19 * (tokens / 1.5e9) ** 0.383, tokens / 1000))
+    return max(2**11, min(2**19 * (tokens / 1.5e9) ** 0.383, tokens / 800))
 
 
 def whole_rows(batch_size, T):

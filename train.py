@@ -221,6 +221,8 @@ compute_dtype = machine.find_dtype(device, dtype)
 dtype = str(compute_dtype).removeprefix("torch.")
 device_name, synchronize = machine.device_name(device), machine.synchronizer(device)
 tell("device", f"{world_size} × {device_name} · {dtype}" if world_size > 1 else f"{device_name} · {dtype}")
+if on_gpu and compute_dtype == torch.float32 and not machine.has_fast_bf16(device):
+    tell("device", "this GPU has no bf16: a step takes twice the memory, and several times as long")
 clock.lap("setup")
 
 # -----------------------------------------------------------------------------
@@ -284,9 +286,8 @@ if from_budget:
     for candidate in DEPTHS:  # the deepest whose parameters see enough tokens
         depth, shallower = candidate, depth
         model = build_model()
-        tokens = min(affordable_tokens(), rules.MOST_EPOCHS * unique_tokens)
-        tokens = ranks.first(rules.useful_tokens(tokens, unique_tokens))
-        if shallower and tokens < rules.needed_tokens(model.num_scaling_params()):
+        needed = rules.needed_tokens(model.num_scaling_params(), unique_tokens)
+        if shallower and ranks.first(affordable_tokens()) < needed:
             depth = shallower
             break
 depth = depth or (12 if on_gpu else 4)
@@ -421,10 +422,13 @@ tell("trial", f"{what}measuring steps of {micro_rows} × {max_seq_len} tokens")
 spare = 0.0 if device_batch_size else 0.05  # share of the memory
 timings = []  # (seconds of the passes, seconds of the update); the first ones compile
 while len(timings) < 4:
-    outcome, micro_seconds, error = machine.attempt(passes, device, ranks, spare)
+    room = spare if timings else 0.0  # the first ones hold what compiling tries out, too
+    outcome, micro_seconds, error = machine.attempt(passes, device, ranks, room)
     if outcome == machine.FITS:
-        outcome, update_seconds, error = machine.attempt(update, device, ranks, spare, collective=True)
+        outcome, update_seconds, error = machine.attempt(update, device, ranks, room, collective=True)
     if outcome == machine.FITS:
+        if not timings:
+            machine.forget_memory(device)
         timings.append((micro_seconds, update_seconds))
         continue
     smaller = dataloader.largest_divisor(micro_rows, max(1, micro_rows - 1))

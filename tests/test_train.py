@@ -403,6 +403,29 @@ def test_the_device_batch_shrinks_until_it_fits_on_every_rank(train, tmp_path, r
         assert stuck.code == 2 and "Try --device-batch-size 2" in stuck.output and stuck.config is None
 
 
+# a train.py on a device whose memory is nearly full while the first steps are compiled, and not later
+TUNING = """
+import runpy, sys
+sys.path.insert(0, {repo!r})
+import machine
+peak = 0.99
+def forget_memory(device):
+    global peak
+    peak = 0.9
+machine.forget_memory = forget_memory
+machine.is_crowded = lambda device, spare: peak > 1 - spare
+runpy.run_path({repo!r} + "/train.py", run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_memory_that_only_compiling_takes_halves_no_batch(train, tmp_path):
+    script = tmp_path / "tuning.py"
+    script.write_text(TUNING.format(repo=str(REPO)))
+    result = train("--num-iterations", 1, script=script)
+    assert result.code == 0 and "(1 × 8 × 64)" in result.output, result.output
+
+
 # a train.py whose first optimizer step, that of the trial, ends in an error
 BROKEN = """
 import runpy, sys
@@ -573,7 +596,7 @@ optim_muon.MuonAdamW.step = step
 
 @pytest.mark.slow
 def test_depth_follows_from_the_flops_or_the_time_and_a_resume_keeps_it(train, tmp_path):
-    rule = "return max(2e6, 12 * params * min(1.0, math.sqrt(params / 124e6)))"
+    rule = "return min(needed, most) if needed <= 10 * most else math.inf"
     script = edited_copy(tmp_path, rule, "return 0.05 * params", file="optim_muon.py")
     without_depth = " ".join(TINY).replace("--depth 2 ", "").split()
     without_depth += ["--data", train.home / "text", "--out-dir", train.out]
