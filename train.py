@@ -380,9 +380,9 @@ elif target_flops:  # 1.5e18 FLOPs at depth 12, 1e9 a token -> 1.5e9 tokens
 elif target_param_data_ratio:  # ratio 12 at depth 12, vocabulary 50,257: 12 × 124e6 -> 1.5e9 tokens
     planned_tokens = target_param_data_ratio * model.num_scaling_params()
 
-# Is there time to compile? On two cores the parts of the model take 30 s, and a step is 1.2 times as fast;
-# the whole graph takes 70 s, and it is 1.25 times as fast. 2e13 and 1e14 FLOPs are 3 and 15 minutes there. On
-# a GPU the whole graph takes about a minute
+# Is there time to compile? On two cores the parts of the model take 30 s and make a step 1.2 times as fast,
+# the whole graph takes 70 s for 5% more. 2e13 and 1e14 FLOPs are 3 and 15 minutes there. On a GPU the whole
+# graph takes about a minute
 must_compile = given.get("compile") or given_before.get("compile")  # asked for: without it there is no run
 if minutes:
     long_enough, very_long = minutes >= (2 if on_gpu else 3), minutes >= 20
