@@ -31,13 +31,14 @@ CPU_BLOCK, CPU_LENGTH = 128, 1024  # queries at a time in blocked_attention, and
 
 @dataclass
 class GPTConfig:
-    """The shape of a GPT; every field is an integer ≥ 1, and n_embd is n_head times an even head_dim."""
+    """The shape of a GPT, in integers; n_embd is n_head times an even head_dim."""
 
     vocab_size: int = 4096
     max_seq_len: int = 512  # T, the longest row
     n_layer: int = 4
     n_head: int = 4
     n_embd: int = 256  # C, the width
+    n_look_back: int = 0  # heads whose keys look back; none in runs of before they did
 
     @classmethod
     def of_depth(cls, depth, vocab_size, max_seq_len, aspect_ratio=None, head_dim=None):
@@ -55,7 +56,7 @@ class GPTConfig:
         if n_head * head_dim < 32:
             what = f"depth {depth} and the other settings make a width of {n_head * head_dim}"
             raise ValueError(f"{what}.\nThe least is 32.")
-        return cls(vocab_size, max_seq_len, depth, n_head, n_head * head_dim)
+        return cls(vocab_size, max_seq_len, depth, n_head, n_head * head_dim, n_head // 2)
 
     @property
     def head_dim(self):
@@ -96,22 +97,26 @@ def apply_rotary(x, cos, sin):
     return (halves * cos + halves.flip(-2) * torch.stack([sin, -sin], dim=-2)).flatten(-2)
 
 
-def look_back(k):
+def look_back(k, n):
     """
-    Half of the heads, rounded down, get the key of the token before, 0 at the start of a row. k and the
-    result: (B, T, n_head, head_dim). So one layer can look up what followed the same token earlier in a row;
-    else it takes two, which find each other after some 2 million tokens (arXiv 2209.11895, "smeared key").
+    The first n heads get the key of the token before, 0 at the start of a row. k and the result:
+    (B, T, n_head, head_dim). So one layer can look up what followed the same token earlier in a row; else it
+    takes two, which find each other after some 2 million tokens (arXiv 2209.11895, "smeared key").
     """
-    n = k.size(2) // 2
     before = F.pad(k[:, :-1, :n], (0, 0, 0, 0, 1, 0))
     return torch.cat([before, k[:, :, n:]], dim=2)
 
 
 class RotaryAttention(nn.Module):
-    """Keys look back; queries and keys get their positions and are normed; then attention. No weights."""
+    """Keys look back, queries and keys get their positions and are normed; then attention. No weights."""
+
+    def __init__(self, n_look_back):
+        super().__init__()
+        self.n_look_back = n_look_back
 
     def forward(self, q, k, v, cos, sin):
-        q, k = norm(apply_rotary(q, cos, sin)), norm(apply_rotary(look_back(k), cos, sin))
+        k = look_back(k, self.n_look_back)
+        q, k = norm(apply_rotary(q, cos, sin)), norm(apply_rotary(k, cos, sin))
         return causal_attention(q, k, v)  # (B, T, n_head, head_dim)
 
 
@@ -122,7 +127,7 @@ class CausalSelfAttention(nn.Module):
         self.c_q = Linear(config.n_embd, config.n_embd)
         self.c_k = Linear(config.n_embd, config.n_embd)
         self.c_v = Linear(config.n_embd, config.n_embd)
-        self.attention = RotaryAttention()
+        self.attention = RotaryAttention(config.n_look_back)
         self.c_proj = Linear(config.n_embd, config.n_embd)
         self.value_gate = Linear(VALUE_GATE_CHANNELS, config.n_head) if has_value_embedding else None
 

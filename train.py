@@ -336,12 +336,16 @@ if resumed_from:
         skipped_steps, data_place = saved_state["skipped_steps"], saved_state["data"]
         planned_iterations, span = saved_state["planned_iterations"], saved_state["span"]
         saved_horizon = [saved_state["settings"][name] for name in HORIZONS]
+        saved_model, model_here = saved_state["model"], asdict(config)
         if saved_state["settings"]["eval_bytes"] != eval_bytes:  # on other text nothing can be compared
             min_val_bpb, val_step = math.inf, -1
         clock.add(saved_state["spent"])
     except KeyError as missing:
         advice = "Resume it with the version that has written it."
         raise SettingError(f"{resumed_from} has no {missing.args[0]}.\n{advice}") from None
+    if changed := [f"{name} {value}" for name, value in saved_model.items() if value != model_here.get(name)]:
+        what = f"does not fit these settings: its model has {', '.join(changed)}"
+        raise SettingError(f"{resumed_from} {what}.\nResume with those of its run.")
 
 # -----------------------------------------------------------------------------
 # The optimizer: one table, role -> kind and settings. Source of the numbers: nanochat, tuned at depth 12. The
@@ -678,7 +682,7 @@ while True:
                 "span": span,
                 "spent": dict(clock.spent),
                 "data": loader.state_dict(),
-                **{name: run_config[name] for name in ("settings", "given", "versions")},
+                **{name: run_config[name] for name in ("settings", "given", "versions", "model")},
             }
             if rank == 0:
                 saver.save(step, tensors, state)

@@ -26,6 +26,7 @@ from model import (
 def build(seed=0, **shape):
     small = {"vocab_size": 300, "max_seq_len": 32, "n_layer": 3, "n_head": 2, "n_embd": 64}
     config = GPTConfig(**{**small, **shape})
+    config.n_look_back = config.n_head // 2
     with torch.device("meta"):
         model = GPT(config)
     model.init_weights("cpu", seed)
@@ -232,14 +233,20 @@ def test_attention_against_the_formula():
     torch.testing.assert_close(causal_attention(q, k, v), expected)
 
 
-@pytest.mark.parametrize("n_head", [1, 2, 3])
-def test_half_of_the_heads_get_the_key_of_the_token_before(n_head):
-    k = torch.randn(2, 5, n_head, 4, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("n", [0, 1, 3])
+def test_the_first_heads_get_the_key_of_the_token_before(n):
+    k = torch.randn(2, 5, 3, 4, generator=torch.Generator().manual_seed(0))
     expected = k.clone()
-    for h in range(n_head // 2):
+    for h in range(n):
         for t in range(5):
             expected[:, t, h] = k[:, t - 1, h] if t else 0
-    assert torch.equal(look_back(k), expected)
+    assert torch.equal(look_back(k, n), expected)
+
+
+def test_half_of_the_heads_look_back_but_none_in_a_model_of_before():
+    assert [GPTConfig.of_depth(depth, 512, 64).n_look_back for depth in (1, 2, 3, 12)] == [1, 1, 1, 3]
+    saved = {"vocab_size": 300, "max_seq_len": 32, "n_layer": 3, "n_head": 2, "n_embd": 64}
+    assert GPTConfig(**saved).n_look_back == 0
 
 
 @pytest.mark.slow

@@ -665,6 +665,16 @@ def test_whether_to_compile_is_decided_once(train, tmp_path):
     assert shorter.summary["steps"] == 50 and shorter.config["settings"]["compile"] is False
 
 
+@pytest.mark.slow
+def test_a_resume_with_another_model_is_refused(train):
+    run = train("--num-iterations", 3)
+    for flag, value, told in (("--depth", 3, "n_layer 2, n_head 2"), ("--max-seq-len", 32, "max_seq_len 64")):
+        again = train("--resume", "--num-iterations", 5, flag, value)
+        output = " ".join(again.output.split())
+        assert again.code == 2 and f"does not fit these settings: its model has {told}" in output, output
+        assert again.summary == run.summary
+
+
 def test_a_resume_that_changes_what_is_evaluated_forgets_the_lowest(train):
     first = train("--num-iterations", 12)
     assert first.config["settings"]["eval_every"] == 2
