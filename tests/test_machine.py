@@ -490,7 +490,9 @@ def bare(tmp_path):
         env = {name: value for name, value in os.environ.items() if name not in SET}
         env |= {"PYTHONPATH": os.pathsep.join((str(tmp_path), str(REPO))), **environment}
         command = [*before, sys.executable, "-c", code]
-        return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+        hears = partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)  # also where the tests run under nohup
+        options = {"capture_output": True, "text": True, "timeout": 60, "preexec_fn": hears}
+        return subprocess.run(command, cwd=tmp_path, env=env, **options)
 
     return run
 
