@@ -11,6 +11,7 @@ import sys
 import time
 import traceback
 import types
+from functools import partial
 
 import pytest
 import torch
