@@ -794,8 +794,8 @@ def test_the_largest_vocabulary(minutes, vocab):
 def test_the_tokens_that_parameters_need(params, tokens):
     assert needed_tokens(params, math.inf) == pytest.approx(tokens)
     assert needed_tokens(params, tokens / 5) == pytest.approx(tokens)  # five epochs
-    assert needed_tokens(params, tokens / 49) == pytest.approx(tokens / 49 * 5)
-    assert needed_tokens(params, tokens / 51) == math.inf
+    assert needed_tokens(params, tokens / 14) == pytest.approx(tokens / 14 * 5)
+    assert needed_tokens(params, tokens / 16) == math.inf
 
 
 @pytest.mark.parametrize("width, measured", [(256, 0.285), (768, 0.474)])  # on an H100, README

@@ -596,7 +596,7 @@ optim_muon.MuonAdamW.step = step
 
 @pytest.mark.slow
 def test_depth_follows_from_the_flops_or_the_time_and_a_resume_keeps_it(train, tmp_path):
-    rule = "return min(needed, most) if needed <= 10 * most else math.inf"
+    rule = "return min(needed, most) if needed <= 3 * most else math.inf"
     script = edited_copy(tmp_path, rule, "return 0.05 * params", file="optim_muon.py")
     without_depth = " ".join(TINY).replace("--depth 2 ", "").split()
     without_depth += ["--data", train.home / "text", "--out-dir", train.out]
