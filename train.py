@@ -336,15 +336,15 @@ if resumed_from:
         skipped_steps, data_place = saved_state["skipped_steps"], saved_state["data"]
         planned_iterations, span = saved_state["planned_iterations"], saved_state["span"]
         saved_horizon = [saved_state["settings"][name] for name in HORIZONS]
-        saved_model, model_here = saved_state["model"], asdict(config)
+        saved_model = saved_state["model"]
         if saved_state["settings"]["eval_bytes"] != eval_bytes:  # on other text nothing can be compared
             min_val_bpb, val_step = math.inf, -1
         clock.add(saved_state["spent"])
     except KeyError as missing:
         advice = "Resume it with the version that has written it."
         raise SettingError(f"{resumed_from} has no {missing.args[0]}.\n{advice}") from None
-    if changed := [f"{name} {value}" for name, value in saved_model.items() if value != model_here.get(name)]:
-        what = f"does not fit these settings: its model has {', '.join(changed)}"
+    if other := [f"{name} {value}" for name, value in saved_model.items() if value != vars(config).get(name)]:
+        what = f"does not fit these settings: its model has {', '.join(other)}"
         raise SettingError(f"{resumed_from} {what}.\nResume with those of its run.")
 
 # -----------------------------------------------------------------------------
@@ -502,7 +502,7 @@ horizon = f"{minutes:g} minutes, about " if minutes else ""
 horizon += f"{planned_iterations:,} steps, {report.short(planned_tokens)} tokens, "
 horizon += f"{num_flops_per_token * planned_tokens:.2g} FLOPs"
 horizon += f", about {report.duration(planned_iterations * planned_dt)}" if not minutes else ""
-horizon += f"; it ends early, when the text has been read {rules.MOST_EPOCHS} times" if ends_early else ""
+horizon += f"; it ends early, after reading the text about {rules.MOST_EPOCHS} times" if ends_early else ""
 tell("plan", f"1) horizon: {horizon}")
 shape = f"{micro_steps} × {device_batch_size} × {max_seq_len:,}"
 tell("plan", f"2) batch: {total_batch_size:,} tokens ({shape})")

@@ -418,6 +418,24 @@ runpy.run_path({repo!r} + "/train.py", run_name="__main__")
 """
 
 
+# a train.py that tells at its end whether it has imported the compiler
+LEAN = """
+import runpy, sys
+sys.path.insert(0, {repo!r})
+try:
+    runpy.run_path({repo!r} + "/train.py", run_name="__main__")
+finally:
+    print("compiler:", "torch._dynamo" in sys.modules or "torch._inductor" in sys.modules)
+"""
+
+
+def test_an_uncompiled_start_imports_no_compiler(train, tmp_path):
+    script = tmp_path / "lean.py"
+    script.write_text(LEAN.format(repo=str(REPO)))
+    result = train("--num-iterations", 1, script=script)
+    assert result.code == 0 and "compiler: False" in result.output, result.output
+
+
 @pytest.mark.slow
 def test_memory_that_only_compiling_takes_halves_no_batch(train, tmp_path):
     script = tmp_path / "tuning.py"
