@@ -411,11 +411,12 @@ def weight_decay_multiplier(progress, warmdown_ratio):
 class Timetable:
     """
     Progress by the clock, for a run that may take `span` seconds from its first step to its last: the share
-    of them that has passed. All times are seconds on one clock that never goes back.
+    of them that has passed, or of the run's `last_step`, whichever is larger. All times are seconds on one
+    clock that never goes back.
     """
 
-    def __init__(self, now, span, progress=0.0):
-        self.span, self.progress = span, progress
+    def __init__(self, now, span, progress=0.0, last_step=math.inf):
+        self.span, self.progress, self.last_step = span, progress, last_step
         self.start, self.last, self.expected, self.last_dt = now - progress * span, now, 0.0, math.inf
 
     def left(self, now):
@@ -426,10 +427,11 @@ class Timetable:
         """Progress at a time."""
         return min(1.0, max(self.progress, 1 - self.left(now) / self.span))
 
-    def window(self, now, dt, most):
+    def window(self, now, dt, most, step=0):
         """
-        Plan a window of at most `most` steps that take `dt` each -> (progress of its first step, increment
-        per step, number of steps; 0: the run is over, seconds by which the deadline had to be put off).
+        Plan a window of at most `most` steps that take `dt` each, after `step` steps -> (progress of its
+        first step, increment per step, number of steps; 0: the run is over, seconds by which the deadline had
+        to be put off).
 
         Progress never falls: where it is ahead of the clock it waits for it. A window is planned for at most
         a sixth of the time left and a twentieth of all, so that no change of speed leads beyond the
@@ -441,11 +443,12 @@ class Timetable:
         dt, self.last_dt = min(dt, self.last_dt), dt  # the better of two windows: a short stall is no speed
         left = self.left(now)
         steps = min(most, max(1, int(min(left / 6, self.span / 20) / dt))) if left >= dt / 2 else 0
+        steps = max(0, min(steps, self.last_step - step))
         self.expected = steps * dt
-        first = self.progress = self.at(now)
         if steps == 0:
             return 1.0, 0.0, 0, stall
-        end = min(1.0, 1 - (left - steps * dt) / self.span)
+        first = self.progress = min(1.0, max(self.at(now), step / self.last_step))
+        end = min(1.0, max(1 - (left - steps * dt) / self.span, (step + steps) / self.last_step))
         increment = max(0.0, end - first) / steps
         self.progress += (steps - 1) * increment  # that of the window's last step
         return first, increment, steps, stall
@@ -465,8 +468,8 @@ def largest_vocab(minutes):
     return 2 ** min(15, max(9, 11 + round(math.log2(minutes) / 2)))
 
 
-# About so often a timed run reads a text; after that it is learnt by heart. Depth 2 on 237 kB came to 1.58
-# bits per byte in 3 epochs, to 1.48 in 5, to 1.59 in 8
+# So often a timed run reads a text, and then ends: it would be learnt by heart. Depth 2 on 237 kB came to
+# 1.58 bits per byte in 3 epochs, to 1.48 in 5, to 1.59 in 8
 MOST_EPOCHS = 5
 
 

@@ -478,7 +478,6 @@ if minutes:
 
 # a small text is soon learnt by heart: a timed run ends before
 most_tokens = rules.MOST_EPOCHS * unique_tokens if minutes else math.inf
-ends_early = planned_tokens > most_tokens
 planned_tokens = min(planned_tokens, most_tokens)
 
 # 2) batch: 1.5e9 tokens -> 2^19; five minutes of a CPU, 4e6 -> 2^12
@@ -493,16 +492,17 @@ if not minutes:
     num_iterations = num_iterations or max(1, round(planned_tokens / total_batch_size))
 if not planned_iterations or new_horizon:
     planned_iterations = num_iterations or step + max(1, int(seconds_left / planned_dt))
-if planned_iterations * total_batch_size > most_tokens:
-    planned_iterations = max(step + 1, int(most_tokens / total_batch_size))
-    seconds_left = (planned_iterations - step) * planned_dt / 0.95  # the rest is for evaluations
-    span = span if resumed_from else seconds_left
+last_step = num_iterations or math.inf  # known of a timed run where it is the text that ends it
+if most_tokens < math.inf:
+    last_step = max(1, int(most_tokens / total_batch_size))
+    planned_iterations = min(planned_iterations, max(step + 1, last_step))
+ends_early = minutes and planned_iterations >= last_step
 planned_tokens = planned_iterations * total_batch_size
 horizon = f"{minutes:g} minutes, about " if minutes else ""
 horizon += f"{planned_iterations:,} steps, {report.short(planned_tokens)} tokens, "
 horizon += f"{num_flops_per_token * planned_tokens:.2g} FLOPs"
 horizon += f", about {report.duration(planned_iterations * planned_dt)}" if not minutes else ""
-horizon += f"; it ends early, after reading the text about {rules.MOST_EPOCHS} times" if ends_early else ""
+horizon += f"; it ends early, after reading the text {rules.MOST_EPOCHS} times" if ends_early else ""
 tell("plan", f"1) horizon: {horizon}")
 shape = f"{micro_steps} × {device_batch_size} × {max_seq_len:,}"
 tell("plan", f"2) batch: {total_batch_size:,} tokens ({shape})")
@@ -522,7 +522,8 @@ tell("plan", f"4) weight decay: {weight_decay:.3g}")
 
 # 5) evaluations: about ten, in a timed run for at most 5% of its time
 if eval_every is None:
-    evaluations = min(10.0, 0.05 * seconds_left / eval_seconds) if minutes else 10.0
+    training_seconds = planned_dt * (planned_iterations - step)
+    evaluations = min(10.0, 0.05 * training_seconds / eval_seconds) if minutes else 10.0
     eval_every = math.ceil(planned_iterations / evaluations) if evaluations >= 1 else -1
 between = f", and every {eval_every:,} steps" if eval_every > 0 else ""
 tell("plan", f"5) evaluations: at the start and the end{between}")
@@ -710,9 +711,9 @@ while True:
     if minutes and timetable is None:  # the clock of a timed run starts with its first step
         seconds_left = 60 * minutes - clock.elapsed("corpus") - eval_seconds - closing_seconds
         span = span or max(seconds_left, dt)
-        timetable = Timetable(time.monotonic(), span, progress)
+        timetable = Timetable(time.monotonic(), span, progress, last_step)
     if minutes:
-        window = timetable.window(time.monotonic(), dt, most)
+        window = timetable.window(time.monotonic(), dt, most, step)
     else:
         window = (min(1.0, step / num_iterations), 0.0, max(0, min(most, num_iterations - step)), 0.0)
     progress, increment, window_steps, stall = ranks.decide(*window)
@@ -797,7 +798,9 @@ while True:
         cursors = [place for place, skipped in zip(places, skips) if skipped]  # where those batches begin
         log.write("event", step=step, event="skipped_step", skipped_steps=skipped_steps, cursors=cursors)
     log.saves(saver.outcomes(), step)
-    seconds_left = timetable.left(time.monotonic()) if minutes else mean_dt * (num_iterations - step)
+    seconds_left = mean_dt * (last_step - step)
+    if minutes:
+        seconds_left = min(seconds_left, timetable.left(time.monotonic()))
     show(report.step_line(record, num_iterations, val_bpb, peak_source, seconds_left))
     if failure:
         culprit = optimizer.not_finite() or "the loss"

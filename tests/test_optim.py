@@ -834,21 +834,31 @@ NEVER = math.inf
 
 
 def timed_run(
-    span, step_time, rng, log_every=None, eval_every=0, eval_time=0, resume_at=NEVER, stop_at=NEVER, stop=0
+    span,
+    step_time,
+    rng,
+    log_every=None,
+    eval_every=0,
+    eval_time=0,
+    resume_at=NEVER,
+    stop_at=NEVER,
+    stop=0,
+    last_step=NEVER,
 ):
     """
     A run as train.py's loop makes it, on a clock of our own; step_time: seconds since the start -> of a step.
     -> (seconds beyond the deadline, [(progress, seconds) of each step], seconds it was put off).
     """
     now = begin = 1e6 * rng.random()
-    table, dt = Timetable(now, span), step_time(0.0) * rng.choice([0.5, 1, 2])  # the trial's figure is coarse
+    table = Timetable(now, span, last_step=last_step)
+    dt = step_time(0.0) * rng.choice([0.5, 1, 2])  # the trial's figure is coarse
     steps, put_off, set_up = [], 0.0, 0.0
     while True:
         most = log_every or (1 if len(steps) < 10 else min(10, max(1, int(0.5 / dt))))
         most = min(most, max(1, int(10 / dt)))
         if eval_every:
             most = min(most, eval_every - len(steps) % eval_every)
-        progress, increment, count, stall = table.window(now, dt, most)
+        progress, increment, count, stall = table.window(now, dt, most, len(steps))
         put_off += stall
         if count == 0:
             return now - begin - span - set_up, steps, put_off
@@ -864,7 +874,7 @@ def timed_run(
         if now - begin > resume_at:  # killed just after a save, and started again
             saved, resume_at = table.at(now), NEVER
             now, set_up = now + 30.0, 30.0
-            table = Timetable(now, span, saved)
+            table = Timetable(now, span, saved, last_step)
 
 
 def assert_in_time(late, steps, span):
@@ -901,6 +911,20 @@ def test_a_long_stall_moves_progress_by_a_fifth_and_is_added_to_the_deadline(sto
     assert late == pytest.approx(max(0.0, stop - 20), abs=2) and put_off == pytest.approx(late, abs=2)
     assert max(b - a for (a, _), (b, _) in zip(steps, steps[1:])) <= 0.21
     assert_in_time(late - put_off, steps, 100)
+
+
+@pytest.mark.parametrize("resume_at", [NEVER, 20.0])
+def test_a_run_that_its_text_ends_goes_by_steps(resume_at):
+    late, steps, _ = timed_run(100, lambda s: 0.1, random.Random(0), resume_at=resume_at, last_step=400)
+    assert len(steps) == 400 and late < -25
+    assert [p for p, _ in steps] == pytest.approx([step / 400 for step in range(400)], abs=0.01)
+
+
+def test_where_the_machine_becomes_too_slow_the_clock_ends_it():
+    slow = lambda seconds: 0.1 if seconds < 30 else 2.0  # noqa: E731
+    late, steps, _ = timed_run(100, slow, random.Random(0), last_step=400)
+    assert 300 < len(steps) < 400
+    assert_in_time(late, steps, 100)
 
 
 def test_one_step_always_runs_and_an_ended_run_stays_ended():
