@@ -5,6 +5,7 @@ schedulers send, and the clock that ends a hang.
 
 import ctypes
 import faulthandler
+import math
 import os
 import platform
 import re
@@ -181,6 +182,13 @@ def is_out_of_memory(error):
     words = ("out of memory", "ALLOC_FAILED", "can't allocate memory")
     told = any(word in str(error) for word in words)
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or told
+
+
+def free_memory(device):
+    """Bytes of a GPU that this process can have; of other devices that is unknown, infinity."""
+    if device.type != "cuda":
+        return math.inf
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
 
 
 def is_crowded(device, spare=0.05):

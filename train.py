@@ -251,8 +251,8 @@ checkpoints = run_folder / "checkpoints"
 # The model: everything follows from depth; and depth, where it is auto, from the time or the FLOPs
 
 
-def build_model():
-    """The model of this depth, without weights yet."""
+def build_model(depth):
+    """The model of a depth, without weights yet."""
     try:
         config = GPTConfig.of_depth(depth, vocab_size, max_seq_len, aspect_ratio, head_dim)
     except ValueError as error:
@@ -260,6 +260,22 @@ def build_model():
     with torch.device("meta"):
         # 1 GB of logits at once in bf16; on a CPU as many as its caches hold: twice as fast
         return GPT(config, compute_dtype, max_logits=2**20 if device_type == "cpu" else 2**29)
+
+
+def fits(model, rows):
+    """Whether training with so many rows at a time fits a GPU's memory, about; True where that is unknown."""
+    counts = model.num_params()
+    total = sum(counts.values())
+    moments = 8 * total - 4 * counts["matrix"]  # bytes: AdamW has two in fp32, Muon one; ranks share them
+    needed = 8 * total + moments / world_size + model.activation_bytes(rows * max_seq_len)
+    return needed < 0.95 * memory
+
+
+def refuse_depth():
+    """Say that not even one row of this depth fits, and of which depth it does."""
+    largest = max((d for d in DEPTHS if d < depth and fits(build_model(d), 1)), default=1)
+    advice = f"Try --depth {largest}" if memory < math.inf else "Try a smaller --depth"
+    raise SettingError(f"depth {depth}: not even one row of {max_seq_len} tokens fits.\n{advice}.")
 
 
 def affordable_tokens():
@@ -280,18 +296,21 @@ def affordable_tokens():
     return seconds * world_size * 4 * max_seq_len / min(times)
 
 
+memory = -ranks.agree(-machine.free_memory(device))[0]  # bytes, of the device that has the least
 unique_tokens = corpus.counts["train"]["tokens"] if corpus.more is None else math.inf
 from_budget = depth is None and bool(minutes or target_flops)
 if from_budget:
     for candidate in DEPTHS:  # the deepest whose parameters see enough tokens
         depth, shallower = candidate, depth
-        model = build_model()
+        model = build_model(depth)
         needed = rules.needed_tokens(model.num_scaling_params(), unique_tokens)
-        if shallower and ranks.first(affordable_tokens()) < needed:
+        if shallower and (not fits(model, 1) or ranks.first(affordable_tokens()) < needed):
             depth = shallower
             break
 depth = depth or (12 if on_gpu else 4)
-model = build_model()
+model = build_model(depth)
+if not fits(model, 1):
+    refuse_depth()
 model.init_weights(device, seed)
 config = model.config
 aspect_ratio, head_dim = aspect_ratio or config.n_embd // depth, config.head_dim
@@ -420,6 +439,8 @@ def update():
 micro_rows = device_batch_size or rules.whole_rows(65_536 if on_gpu else 2_048, max_seq_len) // max_seq_len
 if total_batch_size:
     *_, micro_rows = dataloader.split_batch(total_batch_size, max_seq_len, world_size, micro_rows)
+while not (device_batch_size or micro_rows == 1 or fits(model, micro_rows)):
+    micro_rows = dataloader.largest_divisor(micro_rows, micro_rows - 1)
 optimizer = build_optimizer()
 what = "compiling, which can take a minute the first time, and " if compile else ""
 tell("trial", f"{what}measuring steps of {micro_rows} × {max_seq_len} tokens")
@@ -444,8 +465,7 @@ while len(timings) < 4:
         torch.compiler.set_stance("force_eager")
         compile = False
     elif micro_rows == 1:
-        advice = "Try a smaller --depth or --max-seq-len."
-        raise SettingError(f"not even one row of {max_seq_len} tokens fits.\n{advice}")
+        refuse_depth()
     elif device_batch_size:
         advice = f"Try --device-batch-size {smaller}."
         raise SettingError(f"{micro_rows} rows of {max_seq_len} do not fit.\n{advice}")

@@ -285,6 +285,13 @@ def test_a_gpu_without_memory_to_spare_is_crowded(monkeypatch):
     assert not machine.is_crowded(CPU) and not machine.is_crowded(MPS)
 
 
+def test_the_memory_to_be_had_is_what_is_free_and_what_the_process_has(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 5)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60, 100))
+    assert machine.free_memory(CUDA) == 65
+    assert machine.free_memory(CPU) == machine.free_memory(MPS) == float("inf")
+
+
 def test_only_a_gpu_s_memory_is_given_back(monkeypatch):
     calls = []
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("empty"))

@@ -177,6 +177,16 @@ def test_every_parameter_has_exactly_one_role(n_layer):
     assert model.num_params()["embedding"] == 320 * 64
 
 
+@pytest.mark.parametrize(
+    "depth, rows, vocab_size, gigabytes",
+    [(12, 32, 50_257, 16.70), (12, 16, 50_257, 9.26), (12, 4, 50_257, 4.49), (20, 16, 32_768, 22.74)],
+)
+def test_the_memory_of_activations_is_what_pytorch_plans_for_an_h100(depth, rows, vocab_size, gigabytes):
+    with torch.device("meta"):
+        model = GPT(GPTConfig.of_depth(depth, vocab_size, 2048), torch.bfloat16)
+    assert model.activation_bytes(rows * 2048) == pytest.approx(gigabytes * 1e9, rel=0.03)
+
+
 @pytest.mark.parametrize("n_layer", [1, 2, 3])
 def test_every_parameter_gets_a_gradient(n_layer):
     model = wake(build(n_layer=n_layer))

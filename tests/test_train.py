@@ -444,6 +444,21 @@ def test_memory_that_only_compiling_takes_halves_no_batch(train, tmp_path):
     assert result.code == 0 and "(1 × 8 × 64)" in result.output, result.output
 
 
+@pytest.mark.parametrize(
+    "memory, flags, code, told",
+    [
+        (9e6, ["--num-iterations", 1], 0, "(2 × 4 × 64)"),
+        (3e6, ["--num-iterations", 1], 2, "depth 2: not even one row of 64 tokens fits.\nTry --depth 1."),
+        (3e6, ["--target-flops", 1e10, "--depth", "auto"], 0, "depth 1,"),
+    ],
+)
+def test_a_small_gpu_gets_at_once_what_fits_it(train, tmp_path, memory, flags, code, told):
+    """No batch is found by compiling twice; a depth that is too large is answered with one that is not."""
+    place = "memory = -ranks.agree(-machine.free_memory(device))[0]"
+    result = train(*flags, script=edited_copy(tmp_path, place, f"memory = {memory}"))
+    assert result.code == code and told in result.output and "Traceback" not in result.output, result.output
+
+
 # a train.py whose first optimizer step, that of the trial, ends in an error
 BROKEN = """
 import runpy, sys
