@@ -17,6 +17,7 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -229,22 +230,63 @@ def open_console():
             stream.reconfigure(errors="similar")
 
 
-def show(line):
-    """Print a line. Where nobody can read it any more (a closed pipe, a full disk), that stops no run."""
+class Live:
+    """What the console knows of the line that tells how far a run is."""
+
+    row = ""  # what a terminal shows of it now, below all other lines
+    waiting = ""  # the whole line, where it has not been printed
+    count, printed = 0, -math.inf  # how often it has been printed, and when
+
+
+def put(text):
+    """Print text, above the live row. That nobody reads it (a closed pipe, a full disk) stops no run."""
     try:
-        print(line, flush=True)
+        print(f"\r\033[K{text}{Live.row}" if Live.row else text, end="", flush=True)
     except Exception:
         sys.stdout = open(os.devnull, "w")
 
 
+def show(line):
+    """Print a line that stays."""
+    put(f"{line}\n")
+
+
+def is_lively():
+    """Whether standard output can rewrite a line, and may: NO_COLOR (no-color.org) asks for plain text."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def show_step(record, total, val_bpb, mfu_source, eta):
+    """
+    Tell how far a run is, by its newest step record: on a terminal in one row that rewrites itself; elsewhere
+    in a line for each of the first ten records, and then one about every ten seconds.
+    """
+    Live.waiting = step_line(record, total, val_bpb, mfu_source, eta)
+    if is_lively():
+        Live.row = bar_line(record, total, val_bpb, eta, shutil.get_terminal_size().columns)
+        put("")
+    elif Live.count < 10 or time.monotonic() - Live.printed >= 10:
+        Live.count, Live.printed = Live.count + 1, time.monotonic()
+        end_live()
+
+
+def end_live():
+    """Print the line of the newest step record for good, if it has not been."""
+    line, Live.waiting = Live.waiting, ""
+    erase, Live.row = "\r\033[K" if Live.row else "", ""
+    if line:
+        put(f"{erase}{line}\n")
+
+
 def tell(label, text):
-    """Print a line of the story, "label    text", on rows of 120 columns; a path is never broken."""
+    """Print a line of the story, "label    text", in rows; a path is never broken."""
     show(wrap(f"{label:<9}{text}", break_long_words=False))
 
 
 def wrap(line, **options):
-    """A line on as many rows of 120 columns as it needs."""
-    return textwrap.fill(line, 120, subsequent_indent=" " * 9, break_on_hyphens=False, **options)
+    """A line on as many rows as it needs, of 120 columns or those of a narrower terminal."""
+    columns = max(40, min(120, shutil.get_terminal_size().columns)) if is_lively() else 120
+    return textwrap.fill(line, columns, subsequent_indent=" " * 9, break_on_hyphens=False, **options)
 
 
 def attempt(what, action, *arguments):
@@ -288,11 +330,23 @@ def step_line(record, total, val_bpb, mfu_source, eta):
     )[:120]
 
 
+def bar_line(record, total, val_bpb, eta, columns):
+    """A step record as a row of a terminal of so many columns, with a bar as long as there is room for it."""
+    facts = [f"{record['progress']:6.1%}", f"loss {record['train_loss_ema']:.4f}", f"val {val_bpb:.4f}"]
+    facts += [f"{short(record['tok_per_sec'])} tok/s", f"mfu {record['mfu']:.0%}", f"eta {duration(eta)}"]
+    if columns >= 110:
+        facts.insert(1, f"step {record['step']:,}" + (f" of {total:,}" if total else ""))
+    room = columns - len("  ".join(facts)) - 3  # the last column stays free: a full row would wrap
+    width = max(0, min(30, room))
+    done = round(width * record["progress"])
+    return f"{'█' * done}{'·' * (width - done)}  {'  '.join(facts)}".strip()[: columns - 1]
+
+
 def val_line(record):
     """The console's line for a val record, bold on a terminal unless NO_COLOR (no-color.org) is set."""
     line = f"val      {record['val_bpb']:.4f} bits per byte at step {record['step']:,}, "
     line += f"the lowest so far is {record['min_val_bpb']:.4f}"
-    return f"\033[1m{line}\033[0m" if sys.stdout.isatty() and not os.environ.get("NO_COLOR") else line
+    return f"\033[1m{line}\033[0m" if is_lively() else line
 
 
 def quoted(value):

@@ -104,7 +104,9 @@ LIMITS = {  # lowest and highest value; all other numbers need only be above 0
 # Flags: one for each setting above, read as its type says
 
 report.open_console()
-tell, show = (report.tell, report.show) if rank == 0 else (lambda *words: None,) * 2  # rank 0 alone prints
+tell, show, show_step = report.tell, report.show, report.show_step
+if rank > 0:  # rank 0 alone prints
+    tell = show = show_step = lambda *words: None
 new_folder = None  # what this start has made, and takes away again if it ends before its first step
 
 
@@ -114,6 +116,7 @@ class SettingError(Exception):
 
 def end_with_error(kind, error, trace):
     """What a person can mend is told in two lines, with status 2; anything else shows its trace, status 1."""
+    report.end_live()
     mendable = (SettingError, machine.MachineError, dataloader.DataError, checkpoint.CheckpointError)
     if machine.is_out_of_memory(error):
         advice = "Try a smaller --depth or --device-batch-size."
@@ -740,6 +743,7 @@ while True:
     if stall:
         tell("time", f"the run stood still: its deadline is put off by {stall:.1f} s")
     if window_steps == 0:  # what the end needs, then out
+        report.end_live()
         finished = evaluation_due = save_due = sample_due = True
         continue
 
@@ -821,7 +825,7 @@ while True:
     seconds_left = mean_dt * (last_step - step)
     if minutes:
         seconds_left = min(seconds_left, timetable.left(time.monotonic()))
-    show(report.step_line(record, num_iterations, val_bpb, peak_source, seconds_left))
+    show_step(record, num_iterations, val_bpb, peak_source, seconds_left)
     if failure:
         culprit = optimizer.not_finite() or "the loss"
         failure = f"{failure}, first in {culprit}"
@@ -848,6 +852,7 @@ while True:
 # -----------------------------------------------------------------------------
 # The end: what was trained is safe before anything is shown
 
+report.end_live()
 ranks.end()
 saver.wait()
 save_error = log.saves(saver.outcomes(), step, "the last one failed")

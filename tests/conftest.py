@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +12,9 @@ import pytest
 
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
+
+import report  # noqa: E402
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: more threads only wait for each other
 
 TINY = (
@@ -95,8 +99,16 @@ def edited_copy(folder, old, new, file="train.py"):
     return folder / "train.py"
 
 
-def wait_for(process, start, percent=0.0):
-    """Read a run's output up to a line that starts so; of a step: when so much of the run is done -> it."""
+def wait_for(process, start):
+    """Read a run's output up to a line that starts so -> it."""
     for line in process.stdout:
-        if line.startswith(start) and (not percent or float(line.split("%")[0].split()[-1]) > percent):
+        if line.startswith(start):
             return line
+
+
+def wait_for_progress(folder, share):
+    """Wait until the log of a run in `folder` says that more than this share of it is done."""
+    deadline = time.monotonic() + 120
+    while not any(record.get("progress", 0) > share for record in report.read_log(folder)):
+        assert time.monotonic() < deadline, "the run has not come so far"
+        time.sleep(0.05)

@@ -182,6 +182,77 @@ def test_what_is_told_and_samples_fit_too(capsys):
     assert not any(row.endswith("-") for row in rows)  # no flag is cut in two
 
 
+class Terminal:
+    """A standard output that shows what a terminal would: rows, of which \\r and \\033[K rewrite the last."""
+
+    def __init__(self, columns):
+        self.rows, self.columns = [""], columns
+
+    def write(self, text):
+        for part in re.split(r"(\n|\r\033\[K)", text):
+            if part == "\n":
+                self.rows.append("")
+            elif part == "\r\033[K":
+                self.rows[-1] = ""
+            elif part:
+                self.rows[-1] += part
+                assert len(self.rows[-1]) < self.columns, "the row would wrap"
+
+    def flush(self):
+        pass
+
+    def isatty(self):
+        return True
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    monkeypatch.setattr(report, "Live", type("Live", (report.Live,), {}))
+    for name in ("NO_COLOR", "TERM"):
+        monkeypatch.delenv(name, raising=False)
+    screen = Terminal(120)
+    size = types.SimpleNamespace
+    monkeypatch.setattr(report.shutil, "get_terminal_size", lambda: size(columns=screen.columns))
+    return screen
+
+
+def tell_steps(count, first=1):
+    for step in range(first, first + count):
+        record = RECORD | {"step": step, "progress": step / 100}
+        report.show_step(record, 100, 1.2931, "published", 100 - step)
+
+
+def test_on_a_terminal_one_row_rewrites_itself_below_what_stays(terminal, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", terminal)
+    report.show("plan     1) horizon")
+    tell_steps(30)
+    assert terminal.rows[0] == "plan     1) horizon" and len(terminal.rows) == 2
+    assert re.match(r"█{9}·{21}   30.0%  step 30 of 100  loss 4.2310  val 1.2931  512k", terminal.rows[1])
+    report.show("val      1.2 bits per byte")
+    assert terminal.rows[1] == "val      1.2 bits per byte" and terminal.rows[2].startswith("█" * 9 + "·")
+    terminal.columns = 100  # it was made narrower
+    tell_steps(1, first=100)
+    assert len(terminal.rows) == 3 and re.match(r"█{5,}  100.0%  loss 4.2310  val", terminal.rows[2])
+    assert terminal.rows[2].endswith("eta 0s") and len(terminal.rows[2]) < 100
+    report.end_live()
+    report.show("---")
+    assert terminal.rows[2].startswith("step 100/100 100.0%") and terminal.rows[3:] == ["---", ""]
+
+
+@pytest.mark.parametrize("name, value", [("NO_COLOR", "1"), ("TERM", "dumb")])
+def test_elsewhere_ten_lines_and_then_one_in_ten_seconds(terminal, monkeypatch, name, value):
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setenv(name, value)
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    for step in range(1, 101):
+        now += 1.0
+        tell_steps(1, first=step)
+    report.end_live()
+    steps = [int(re.match(r"step +(\d+)/100 ", row)[1]) for row in terminal.rows[:-1]]
+    assert steps == [*range(1, 11), *range(20, 101, 10)]
+
+
 def test_what_only_shows_something_stops_nothing(capsys):
     assert report.attempt("counting", lambda *words: len(words), "a", "b") == 2
     assert capsys.readouterr().out == ""
@@ -282,7 +353,8 @@ def test_a_console_that_has_gone_stops_nothing(monkeypatch, tmp_path):
     def gone(text):
         raise ValueError("I/O operation on closed file")
 
-    monkeypatch.setattr(sys, "stdout", types.SimpleNamespace(write=gone, flush=lambda: None))
+    closed = types.SimpleNamespace(write=gone, flush=lambda: None, isatty=lambda: False)
+    monkeypatch.setattr(sys, "stdout", closed)
     report.tell("plan", "4 × 512")
     assert sys.stdout.name == os.devnull
     report.tell("plan", "4 × 512")
@@ -775,7 +847,8 @@ def test_a_console_that_has_gone_costs_neither_summary_nor_report(ended, monkeyp
         raise BrokenPipeError
 
     monkeypatch.setattr(report, "show_curves", lambda runs, folder: "")
-    monkeypatch.setattr(sys, "stdout", types.SimpleNamespace(write=gone, flush=lambda: None))
+    closed = types.SimpleNamespace(write=gone, flush=lambda: None, isatty=lambda: False)
+    monkeypatch.setattr(sys, "stdout", closed)
     folder, summary = ended
     assert report.finish(folder, summary) is True
     assert (folder / "summary.json").exists() and (folder / "report.md").exists()

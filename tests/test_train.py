@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPO, TINY, edited_copy, losses, wait_for
+from conftest import REPO, TINY, edited_copy, losses, wait_for, wait_for_progress
 
 STEP_FIELDS = (
     "kind step train_loss train_loss_ema progress lrm muon_momentum weight_decay grad_norm dt tok_per_sec "
@@ -190,7 +190,7 @@ def test_minutes_end_in_time_also_after_a_resume(train):
 @pytest.mark.slow
 def test_a_timed_run_is_continued_where_its_clock_stood(train):
     process = train.start("--minutes", 0.35)
-    wait_for(process, "step", percent=40)
+    wait_for_progress(train.out / "a", 0.4)
     process.send_signal(signal.SIGTERM)
     first = train.finish(process)
     assert first.code == 128 + signal.SIGTERM, first.output
@@ -209,7 +209,7 @@ def test_a_timed_run_is_continued_where_its_clock_stood(train):
 @pytest.mark.parametrize("seconds", [1.5, 8.0])
 def test_a_stopped_process_ends_in_time_or_says_how_much_later(train, seconds):
     process = train.start("--minutes", 0.3)
-    wait_for(process, "step", percent=40)
+    wait_for_progress(train.out / "a", 0.4)
     process.send_signal(signal.SIGSTOP)
     time.sleep(seconds)
     process.send_signal(signal.SIGCONT)
