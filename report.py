@@ -3,6 +3,7 @@ Honest numbers: measure them without disturbing the run, write them down, show t
 
 log.jsonl, config.json and summary.json are the record; the console line, report.md and wandb only show it.
 
+    python report.py out           # its runs at a glance, newest first
     python report.py out/a         # out/a/report.md anew, also of a run still going or cut off
     python report.py out/a out/b   # out/compare-a-b/compare.md; runs that differ only in seed are one group
 """
@@ -23,6 +24,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -408,6 +410,7 @@ class Run:
         self.steps = [record for record in self.records if record["kind"] == "step"]
         self.numbers = {"event": None, "progress": 0.0}
         for record in self.records:
+            record["tokens"] = record["step"] * self.config["settings"]["total_batch_size"]
             self.numbers |= record
         self.numbers["steps"] = max((record["step"] for record in self.records), default=0)
         path = self.folder / "summary.json"
@@ -427,7 +430,9 @@ class Run:
         edited = self.config["versions"].get("edited_settings", "").split()
         own = dict.fromkeys((*self.config["given"], *edited))
         self.chosen = {name: self.config["settings"].get(name) for name in own}
-        finished = self.numbers["event"] == "finished"
+        ended = self.numbers["event"] in ("finished", "interrupted", "failed")
+        self.state = self.numbers["event"] if ended else "still going, or cut off"
+        finished = self.state == "finished"
         self.kind = [finished, {**self.chosen, **self.facts, "seed": None}]  # equal if only the seed differs
 
 
@@ -542,7 +547,7 @@ PANELS = (  # title, x, what is drawn over it, options of the axes
     ("train loss of a step (faint) and on average, nats per token", "step", "train_loss train_loss_ema", {}),
     ("val_bpb over steps", "step", "val_bpb", {}),
     ("val_bpb over training FLOPs", "total_training_flops", "val_bpb", {"xscale": "log"}),
-    ("val_bpb over seconds of training", "total_training_time", "val_bpb", {}),
+    ("val_bpb over seconds of training", "total_training_time", "val_bpb", {"xscale": "log"}),
     ("lrm ──, momentum – –, weight decay ···· over steps", "step", "lrm muon_momentum weight_decay", {}),
     ("gradient norm over steps", "step", "grad_norm", {"yscale": "log"}),
     ("tokens per second over steps", "step", "tok_per_sec", {"ylim": (0, None)}),
@@ -560,7 +565,7 @@ def mean_curve(runs, x, y, start):
     if not curves:
         return np.zeros((3, 0))
     low, high = max(xs[0] for xs, _ in curves), min(xs[-1] for xs, _ in curves)
-    places = [place for place in curves[0][0] if low <= place <= high]
+    places = np.array([place for place in curves[0][0] if low <= place <= high])
     values = np.array([np.interp(places, xs, ys) for xs, ys in curves])
     return places, values.mean(axis=0), values.std(axis=0, ddof=len(curves) > 1)
 
@@ -581,6 +586,9 @@ def draw(groups, path):
                 axes.plot(xs, ys, color=colour, **LOOKS.get(name, {}))
                 if len(group.runs) > 1:
                     axes.fill_between(xs, ys - spread, ys + spread, color=colour, alpha=0.2, linewidth=0)
+        if names == "val_bpb" and x != "step" and len(groups) > 1:
+            axes.plot(*frontier([val_curve(group, x) for group in groups]), "k:", label="the best so far")
+            axes.legend(frameon=False)
         axes.set(**options)
         axes.set_title(title, loc="left", fontsize=10)
         axes.grid(alpha=0.25)
@@ -592,6 +600,133 @@ def draw(groups, path):
                 axis.set_minor_formatter(NullFormatter())
     names = [group.name for group in groups]
     figure.legend(axes.lines, names, loc="outside upper left", ncols=3, frameon=False)
+    figure.savefig(path, dpi=110)
+
+
+# -----------------------------------------------------------------------------
+# At equal cost, and over sizes. Between two points a curve is a power of the cost: straight in logarithms
+
+COSTS = {"steps": "step", "tokens": "tokens"}
+COSTS |= {"FLOPs": "total_training_flops", "seconds": "total_training_time"}
+EQUAL = "Two groups at the largest cost that both have paid; then the share of one's cost at which the other "
+EQUAL += "has come as low as it did in the end."
+
+
+def val_curve(group, cost):
+    """-> (what a group has paid, its mean val_bpb then), of the evaluations that have cost something."""
+    xs, ys, _ = mean_curve(group.runs, cost, "val_bpb", 0)
+    return xs[xs > 0], ys[xs > 0]
+
+
+def value_at(curve, cost):
+    """val_bpb at a cost, nan where the curve has not begun."""
+    xs, ys = curve
+    return math.exp(np.interp(math.log(cost), np.log(xs), np.log(ys), left=math.nan))
+
+
+def cost_of(curve, goal):
+    """The cost at which a curve first comes down to a val_bpb, None if it never does."""
+    xs, ys = curve
+    below = np.flatnonzero(ys <= goal)
+    if not len(below):
+        return None
+    last = below[0]
+    if last == 0:  # at the latest
+        return xs[0]
+    two = slice(last - 1, last + 1)
+    return math.exp(np.interp(-math.log(goal), -np.log(ys[two]), np.log(xs[two])))
+
+
+def frontier(curves):
+    """-> (costs, the lowest val_bpb that any curve has reached for as much)"""
+    costs = np.unique(np.concatenate([xs for xs, _ in curves]))
+    lowest = [min((ys[xs <= cost].min() for xs, ys in curves if xs[0] <= cost)) for cost in costs]
+    return costs, lowest
+
+
+def equal_costs(groups):
+    """A table: for each two groups val_bpb at equal cost, and what one had to pay for the other's last."""
+    rows = []
+    for pair in itertools.combinations(groups, 2):
+        curves = {cost: [val_curve(group, name) for group in pair] for cost, name in COSTS.items()}
+        if any(len(xs) == 0 for two in curves.values() for xs, _ in two):
+            continue
+        cells = []
+        for two in curves.values():
+            first, second = (value_at(curve, min(xs[-1] for xs, _ in two)) for curve in two)
+            cells.append(f"{first:.4f}, {second:.4f} ({second / first - 1:+.1%})")
+        rows.append([f"val_bpb of {pair[0].name}, {pair[1].name}", *cells])
+        for one, other in ((0, 1), (1, 0)):
+            cells = []
+            for two in curves.values():
+                (xs, ys), paid = two[one], cost_of(two[other], two[one][1][-1])
+                cells.append(f"{paid / xs[-1]:.2f}" if paid else "never")
+            rows.append([f"{pair[other].name} comes to {pair[one].name}'s {ys[-1]:.4f}", *cells])
+    return table(["at equal", *COSTS], rows) if rows else ""
+
+
+def power_law(flops, losses, irreducible):
+    """
+    Fit losses = E + a · (flops / their geometric mean)^-b by least squares of logarithms (arXiv 2001.08361; E
+    as in 2203.15556) -> (E, a, b, the geometric mean); E is 0 unless `irreducible`.
+    """
+    middle = math.exp(np.log(flops).mean())
+    x = np.log(np.asarray(flops) / middle)
+    E = min(losses) * (np.linspace(0, 1, 4000, endpoint=False) if irreducible else np.zeros(1))
+    y = np.log(np.asarray(losses) - E[:, None])  # (candidates of E, sizes)
+    b = -(y @ x) / (x @ x)
+    log_a = y.mean(axis=1)
+    fitted = E[:, None] + np.exp(log_a[:, None] - b[:, None] * x)
+    best = np.argmin(np.square(np.log(fitted) - np.log(losses)).sum(axis=1))
+    return E[best], math.exp(log_a[best]), b[best], middle
+
+
+def scaling_law(groups, path):
+    """The markdown of a power law over models of at least three sizes, and its picture; else nothing."""
+    groups = [group for group in groups if group.values("total_training_flops") and group.values("val_bpb")]
+    sizes = {tuple(group.config["model"].values()) for group in groups}
+    if len(sizes) < 3 or len(sizes) < len(groups):
+        return []
+    flops = [statistics.mean(group.values("total_training_flops")) for group in groups]
+    losses = [statistics.mean(group.values("val_bpb")) for group in groups]
+    irreducible, beyond = len(groups) >= 5, 10 * max(flops)
+    law = lambda x, fit: fit[0] + fit[1] * (x / fit[3]) ** -fit[2]  # noqa: E731
+    fit = power_law(flops, losses, irreducible)
+    text = f"val_bpb = {fit[0]:.4f} + " if irreducible else "val_bpb = "
+    text += f"{fit[1]:.4f} · (FLOPs / {fit[3]:.3g})^-{fit[2]:.4f}"
+    text += "" if irreducible else ": a plain power law, for an irreducible term takes five sizes"
+    forecast = f"{law(beyond, fit):.4f}"
+    if all(len(group.values("val_bpb")) > 1 for group in groups):
+        random, fits = np.random.RandomState(0), []
+        for _ in range(1000):
+            drawn = [random.choice(group.values("val_bpb"), len(group.runs)).mean() for group in groups]
+            fits.append(power_law(flops, drawn, irreducible))
+        low, high = np.quantile([f[2] for f in fits], [0.025, 0.975])
+        text += f". Exponent {low:.4f} to {high:.4f} by bootstrap over seeds, 95%"
+        low, high = np.quantile([law(beyond, f) for f in fits], [0.025, 0.975])
+        forecast += f", {low:.4f} to {high:.4f}"
+    rows = []
+    for group, x, y in sorted(zip(groups, flops, losses), key=lambda row: row[1]):
+        rows.append([group.name, f"{x:.3g}", f"{y:.4f}", f"{law(x, fit):.4f}", f"{y / law(x, fit) - 1:+.2%}"])
+    rows.append(["ten times as many FLOPs", f"{beyond:.3g}", "", forecast, ""])
+    parts = [f"{text}.", table(["group", "FLOPs", "val_bpb", "the law", "residual"], rows)]
+    with contextlib.suppress(Exception):  # no matplotlib, or a broken one
+        draw_law(flops, losses, partial(law, fit=fit), path)
+        parts.append(f"![scaling law]({path.name})")
+    return parts
+
+
+def draw_law(flops, losses, law, path):
+    """Each size as a point, the law through them as a line, dashed beyond them for a decade."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    known, beyond = np.geomspace(min(flops), max(flops)), np.geomspace(max(flops), 10 * max(flops))
+    axes.plot(known, law(known), color=COLOURS[0])
+    axes.plot(beyond, law(beyond), "--", color=COLOURS[0])
+    axes.plot(flops, losses, "o", color=COLOURS[1])
+    axes.set(xscale="log", xlabel="training FLOPs", ylabel="val_bpb")
     figure.savefig(path, dpi=110)
 
 
@@ -657,13 +792,12 @@ def write_report(folder):
     """report.md, from log.jsonl, config.json and, if the run came to an end, summary.json -> its path."""
     run = Run(folder)
     config, numbers, params = run.config, run.numbers, run.config["num_params"]
-    ended = numbers["event"] in ("finished", "interrupted", "failed")
-    state = numbers["event"] if ended else "still going, or cut off"
     counts = {**params, "all parameters": sum(params.values())}
     counts["FLOPs per token, PaLM convention"] = config["num_flops_per_token"]
     counts["FLOPs per token, exact causal"] = config["num_flops_per_token_causal"]
     counts = [[name, f"{count:,.0f}"] for name, count in counts.items()]
-    parts = [f"# {run.name}", f"{state}: {numbers['steps']:,} steps, {numbers['progress']:.1%} of the run"]
+    state = f"{run.state}: {numbers['steps']:,} steps, {numbers['progress']:.1%} of the run"
+    parts = [f"# {run.name}", state]
     parts += rise(run)
     alone = [Group([run])]
     parts += [results(alone), show_curves(alone, run.folder)] if run.steps else ["The log holds no step yet."]
@@ -693,13 +827,34 @@ def compare(folders):
     rows = [[key, *(group.facts(key) for group in groups)] for key in keys]
     differing = [row for row in rows if any(cell != row[1] for cell in row[1:])]
     parts = ["# " + ", ".join(names), COMPARED, results(groups), show_curves(groups, target)]
+    if equal := equal_costs(groups):
+        parts += ["## At equal cost", EQUAL, equal]
+    if law := scaling_law(groups, target / "scaling.png"):
+        parts += ["## Scaling law", *law]
     parts += ["## Settings that differ", table(["setting", *names], differing)]
     replace(target / "compare.md", "\n\n".join(parts) + "\n")
     return target / "compare.md"
 
 
+def glance(folder):
+    """The runs in a folder as a table of plain text, newest first."""
+    rows = []
+    for path in Path(folder).iterdir():
+        if (path / "config.json").exists() and (run := attempt(f"reading {path}", Run, path)):
+            changed = max(file.stat().st_mtime for file in path.glob("*.json*"))
+            when = time.strftime("%Y-%m-%d %H:%M", time.localtime(changed))
+            depth, steps = run.config["settings"]["depth"], run.numbers["steps"]
+            val = f"{run.numbers['val_bpb']:.4f}" if run.numbers.get("val_bpb") else ""
+            rows.append([when, run.name, str(depth), f"{steps:,}", val, run.state])
+    rows = [["last change", "run", "depth", "steps", "val_bpb", "state"], *sorted(rows, reverse=True)]
+    widths = [max(len(row[i]) for row in rows) for i in range(6)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
 def report_on(folders):
-    """The report of the one run among these folders, or the comparison of several -> its path."""
+    """-> what to show: the runs of a folder, or the path of a run's report or of several runs' comparison."""
+    if len(folders) == 1 and list(Path(folders[0]).glob("*/config.json")):
+        return glance(folders[0])
     runs = [folder for folder in folders if (Path(folder) / "config.json").exists()]
     for folder in sorted({*folders} - {*runs}) if runs else ():
         tell("skipped", f"{folder}, which is no run")

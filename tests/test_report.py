@@ -745,6 +745,130 @@ def test_runs_that_differ_only_in_seed_are_one_group(make, config):
     assert (path.parent / "curves.png").stat().st_size > 20_000
 
 
+# -----------------------------------------------------------------------------
+# At equal cost, and over sizes
+
+
+@pytest.fixture
+def by_law(make, config):
+    """by_law(name, val_bpb of a step, …) -> the folder of a run with an evaluation in 100 steps."""
+
+    def folder(name, law, steps=1000, seconds=0.1, flops=1e6, depth=2):
+        changes = {"settings": config["settings"] | {"depth": depth}, "given": {"depth": depth}}
+        path = make(name, steps=0, ending=None, model=config["model"] | {"n_layer": depth}, **changes)
+        records = []
+        for step in range(0, steps + 1, 100):
+            costs = {"total_training_flops": flops * step, "total_training_time": seconds * step}
+            records.append({"kind": "val", "step": step, **costs, "val_bpb": law(step) if step else 9.0})
+        records.append({"kind": "event", "step": steps, "event": "finished"})
+        (path / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        return path
+
+    return folder
+
+
+def compared(*folders):
+    return tables(report.compare(folders).read_text())
+
+
+def test_costs_for_the_same_loss_are_those_of_the_known_laws(by_law):
+    """a: 3 · step^-0.1 in 1,000 steps of 0.1 s; b: a tenth above it, in 2,000 steps of 0.02 s."""
+    a = by_law("a", lambda step: 3 * step**-0.1)
+    b = by_law("b", lambda step: 3.3 * step**-0.1, 2000, 0.02, depth=3)
+    found = compared(a, b)
+    steps, tokens, flops, seconds = found["val_bpb of a, b"]
+    at_1000 = f"{3 * 1000**-0.1:.4f}, {3.3 * 1000**-0.1:.4f} (+10.0%)"
+    assert steps == tokens == flops == at_1000
+    at_40_seconds = 3 * 400**-0.1, 3.3 * 2000**-0.1
+    change = at_40_seconds[1] / at_40_seconds[0] - 1
+    assert seconds == f"{at_40_seconds[0]:.4f}, {at_40_seconds[1]:.4f} ({change:+.1%})"
+    needed = 1000 * 1.1**10  # steps of b for a's last val_bpb: more than it has made
+    assert needed > 2000 and found[f"b comes to a's {3 * 1000**-0.1:.4f}"] == ["never"] * 4
+    needed = 2000 / 1.1**10  # steps of a for b's last one
+    *shares, seconds = found[f"a comes to b's {3.3 * 2000**-0.1:.4f}"]
+    assert shares == [f"{needed / 2000:.2f}"] * 3 and seconds == f"{needed * 0.1 / 40:.2f}"
+
+
+def test_equal_runs_cost_the_same_and_groups_are_compared_by_their_means(by_law):
+    a, b = (by_law(name, lambda step: 2 * step**-0.2, depth=d) for name, d in (("a", 2), ("b", 3)))
+    found = compared(a, b)
+    last = f"{2 * 1000**-0.2:.4f}"
+    assert found["val_bpb of a, b"] == [f"{last}, {last} (+0.0%)"] * 4
+    assert found[f"b comes to a's {last}"] == found[f"a comes to b's {last}"] == ["1.00"] * 4
+    seeds = [by_law(f"c-{i}", lambda step, i=i: (1.9 + i / 5) * step**-0.2, depth=4) for i in range(2)]
+    assert compared(a, *seeds)["val_bpb of a, c"] == [f"{last}, {last} (+0.0%)"] * 4
+
+
+def test_a_run_that_is_going_or_damaged_is_compared_as_far_as_it_is_known(by_law, make):
+    a = by_law("a", lambda step: 3 * step**-0.1)
+    b = by_law("b", lambda step: None if step == 300 else 3 * step**-0.1, 500, depth=3)
+    with (b / "log.jsonl").open("a") as log:
+        log.write('{"kind": "val", "step": 60')
+    found = compared(a, b)
+    assert found["val_bpb of a, b"] == [f"{3 * 500**-0.1:.4f}, {3 * 500**-0.1:.4f} (+0.0%)"] * 4
+    assert found[f"a comes to b's {3 * 500**-0.1:.4f}"] == ["1.00"] * 4
+    assert found[f"b comes to a's {3 * 1000**-0.1:.4f}"] == ["never"] * 4
+    nothing = make("nothing", steps=0, ending=None, depth=4)
+    assert not any("nothing" in name and "comes to" in name for name in compared(a, nothing))
+
+
+def test_the_frontier_is_the_best_so_far_for_the_money():
+    curves = [(np.array([1.0, 4.0]), np.array([3.0, 2.0])), (np.array([2.0, 8.0]), np.array([2.5, 2.2]))]
+    costs, lowest = report.frontier(curves)
+    assert costs.tolist() == [1, 2, 4, 8] and lowest == [3.0, 2.5, 2.0, 2.0]
+
+
+@pytest.mark.parametrize("E, a, b", [(0.0, 1.3, 0.12), (0.6, 0.5, 0.3), (0.55, 0.9, 0.08)])
+def test_a_power_law_is_found_again(E, a, b):
+    flops = np.geomspace(1e12, 1e15, 7)
+    losses = E + a * (flops / 3.2e13) ** -b
+    fit = report.power_law(flops, losses, irreducible=bool(E))
+    assert fit[0] == pytest.approx(E, abs=0.01) and fit[2] == pytest.approx(b, rel=0.05)
+    predicted = fit[0] + fit[1] * (1e16 / fit[3]) ** -fit[2]
+    assert predicted == pytest.approx(E + a * (1e16 / 3.2e13) ** -b, rel=0.003)
+
+
+def sizes(by_law, count, seeds=1):
+    """Runs of models of 1, 2, … layers, each at the end of its own horizon: 1.2 · (FLOPs / 1e12)^-0.1."""
+    random = np.random.RandomState(1)
+    for layers in range(1, count + 1):
+        for seed in range(seeds):
+            noise = 1 + 0.002 * random.randn() if seeds > 1 else 1.0
+            law = lambda step, layers=layers, noise=noise: noise * 1.2 * (layers**2) ** -0.1  # noqa: E731
+            yield by_law(f"d{layers}-{seed}", law, flops=1e9 * layers**2, depth=layers)
+
+
+def test_a_scaling_law_over_sizes_has_residuals_and_a_decade_of_forecast(by_law):
+    folders = list(sizes(by_law, 4))
+    text = report.compare(folders).read_text()
+    assert "^-0.1000: a plain power law" in text and "bootstrap" not in text
+    law = tables(text.split("## Scaling law")[1])
+    assert law["d3-0"][:3] == ["9e+12", *[f"{1.2 * 9**-0.1:.4f}"] * 2] and float(law["d3-0"][3][:-1]) == 0
+    assert law["ten times as many FLOPs"][2] == f"{1.2 * 160**-0.1:.4f}"
+    assert "Scaling law" not in report.compare(folders[:2]).read_text()
+    picture = folders[0].parent / "compare-d1-0-d2-0-d3-0-d4-0" / "scaling.png"
+    assert picture.exists() and "![scaling law](scaling.png)" in text
+
+
+def test_with_seeds_the_exponent_has_an_interval_that_holds_the_truth(by_law):
+    text = report.compare(list(sizes(by_law, 5, seeds=3))).read_text()
+    exponent = float(re.search(r"\^-(\d\.\d+)", text)[1])
+    low, high = map(float, re.search(r"Exponent (\S+) to (\S+) by bootstrap", text).groups())
+    assert "val_bpb = 0." in text and low <= exponent <= high and low < 0.1 < high
+
+
+def test_runs_at_a_glance(make):
+    a = make("a")
+    make("b", ending=None)
+    make("broken")
+    (a.parent / "broken" / "config.json").write_text("{")
+    os.utime(a / "log.jsonl", (2e9, 2e9))
+    *_, head, first, second = report.report_on([str(a.parent)]).splitlines()
+    assert head.split() == ["last", "change", "run", "depth", "steps", "val_bpb", "state"]
+    assert re.match(r"2033-05-18 \d\d:33  a    2      100    1.2500   finished$", first)
+    assert re.search(r"  b    2      100    1.0198   still going, or cut off$", second)
+
+
 @pytest.mark.parametrize("freedom, t", [(1, 12.706), (4, 2.776), (5, 2.571), (8, 2.306), (30, 2.042)])
 def test_students_t(freedom, t):
     assert report.t_quantile(freedom) == pytest.approx(t, rel=1e-3)
