@@ -7,6 +7,7 @@ import re
 import runpy
 import shlex
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -490,19 +491,49 @@ def test_a_broken_wandb_stops_nothing(monkeypatch, tmp_path, capsys, broken):
     assert len(report.read_log(tmp_path)) == 3
 
 
+def wandb_records(path):
+    """What wandb has written while offline, record by record: LevelDB's log format in a file below 32 kB."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    content, place = path.read_bytes(), 7  # its own header
+    while place < len(content):
+        length, kind = struct.unpack("<HB", content[place + 4 : place + 7])
+        assert kind == 1  # whole
+        record = Record()
+        record.ParseFromString(content[place + 7 : place + 7 + length])
+        yield record
+        place += 7 + length
+
+
 @pytest.mark.slow
-def test_the_real_wandb_offline(tmp_path):
+def test_what_wandb_writes_offline_has_the_same_axes_numbers_and_summary(tmp_path):
     pytest.importorskip("wandb")
     code = (
         "import pathlib, report; log = report.Log(pathlib.Path('.'), True, {'depth': 2})\n"
-        "assert log.wandb; log.write('step', step=1, train_loss=2.0); log.close({'val_bpb': 1.5})"
+        "assert log.wandb; log.write('step', step=1, train_loss=2.0, total_training_time=0.5)\n"
+        "log.write('val', step=1, val_bpb=1.5); log.close({'val_bpb': 1.25, 'mfu': 0.5})"
     )
     env = {**os.environ, "WANDB_MODE": "offline", "WANDB_SILENT": "true", "PYTHONPATH": str(REPO)}
     command = [sys.executable, "-c", code]
     run = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert run.returncode == 0 and "is off" not in run.stdout, run.stdout + run.stderr
     (written,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
-    assert b"train_loss" in written.read_bytes() and b"val_bpb" in written.read_bytes()
+    told, summary, axes = [], {}, {}
+    for record in wandb_records(written):
+        history, update = (
+            {(item.nested_key or [item.key])[0]: json.loads(item.value_json) for item in items}
+            for items in (record.history.item, record.summary.update)
+        )
+        told.append({name: value for name, value in history.items() if name[0] != "_"})
+        summary |= update
+        if record.HasField("metric"):
+            axes[record.metric.name or record.metric.glob_name] = record.metric.step_metric
+    assert list(filter(None, told)) == [
+        {"step": 1, "train_loss": 2.0, "total_training_time": 0.5},
+        {"step": 1, "val_bpb": 1.5},
+    ]
+    assert axes["*"] == "step" and {"step", "total_training_time", "total_training_flops"} <= axes.keys()
+    assert summary["val_bpb"] == 1.25 and summary["mfu"] == 0.5
 
 
 # -----------------------------------------------------------------------------
