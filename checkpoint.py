@@ -198,14 +198,20 @@ def write(root, name, tensors, state, keep):
     folder, temporary = root / name, root / f".tmp-{name}"
     clean_up(root)  # what a killed run has left
     temporary.mkdir()  # if root has vanished, that is an error and no reason to make another one
-    for part, content in tensors.items():
-        with open(temporary / f"{part}.pt", "wb") as file:  # a file of Python's names the disk's error
-            torch.save(content, file)
-    (temporary / "state.json").write_text(json.dumps(state, indent=2))
-    manifest = {}
-    for file in sorted(temporary.iterdir()):
+
+    def write_part(part):  # disk and checksum take about as long: of several files at the same time
+        file = temporary / f"{part}.pt"
+        with open(file, "wb") as handle:  # a file of Python's names the disk's error
+            torch.save(tensors[part], handle)
         sync(file)
-        manifest[file.name] = entry(file)
+        return entry(file)
+
+    with ThreadPoolExecutor() as threads:
+        entries = threads.map(write_part, tensors)
+    manifest = {f"{part}.pt": found for part, found in zip(tensors, entries)}
+    (temporary / "state.json").write_text(json.dumps(state, indent=2))
+    sync(temporary / "state.json")
+    manifest["state.json"] = entry(temporary / "state.json")
     manifest["manifest.json"] = own_entry(manifest)
     (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2))
     sync(temporary / "manifest.json")
