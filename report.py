@@ -570,10 +570,23 @@ def mean_curve(runs, x, y, start):
     return places, values.mean(axis=0), values.std(axis=0, ddof=len(curves) > 1)
 
 
+def make_up(axes, title):
+    """The title and frame of a panel; labels at each 1, 2, 5 of a logarithm, which may span less than 10."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axes.set_title(title, loc="left", fontsize=10)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    for axis in (axes.xaxis, axes.yaxis):
+        if axis.get_scale() == "log":
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter("{x:.3g}")
+            axis.set_minor_formatter(NullFormatter())
+
+
 def draw(groups, path):
     """All PANELS: a colour for each group, a look for each number; a mean of several runs in its band."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, NullFormatter
 
     figure = Figure(figsize=(10, 13), layout="constrained")
     for axes, (title, x, names, options) in zip(figure.subplots(4, 2).flat, PANELS):
@@ -587,17 +600,11 @@ def draw(groups, path):
                 if len(group.runs) > 1:
                     axes.fill_between(xs, ys - spread, ys + spread, color=colour, alpha=0.2, linewidth=0)
         if names == "val_bpb" and x != "step" and len(groups) > 1:
-            axes.plot(*frontier([val_curve(group, x) for group in groups]), "k:", label="the best so far")
+            lowest = frontier([val_curve(group, x) for group in groups])
+            axes.plot(*lowest, "k:", drawstyle="steps-post", label="the lowest for so much")
             axes.legend(frameon=False)
         axes.set(**options)
-        axes.set_title(title, loc="left", fontsize=10)
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-        for axis in (axes.xaxis, axes.yaxis):
-            if axis.get_scale() == "log":  # with a label at each 1, 2, 5: it may span less than a decade
-                axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-                axis.set_major_formatter("{x:.3g}")
-                axis.set_minor_formatter(NullFormatter())
+        make_up(axes, title)
     names = [group.name for group in groups]
     figure.legend(axes.lines, names, loc="outside upper left", ncols=3, frameon=False)
     figure.savefig(path, dpi=110)
@@ -683,7 +690,7 @@ def power_law(flops, losses, irreducible):
 
 def scaling_law(groups, path):
     """The markdown of a power law over models of at least three sizes, and its picture; else nothing."""
-    groups = [group for group in groups if group.values("total_training_flops") and group.values("val_bpb")]
+    groups = [group for group in groups if group.runs[0].state == "finished" and group.values("val_bpb")]
     sizes = {tuple(group.config["model"].values()) for group in groups}
     if len(sizes) < 3 or len(sizes) < len(groups):
         return []
@@ -726,7 +733,8 @@ def draw_law(flops, losses, law, path):
     axes.plot(known, law(known), color=COLOURS[0])
     axes.plot(beyond, law(beyond), "--", color=COLOURS[0])
     axes.plot(flops, losses, "o", color=COLOURS[1])
-    axes.set(xscale="log", xlabel="training FLOPs", ylabel="val_bpb")
+    axes.set(xscale="log")
+    make_up(axes, "val_bpb over training FLOPs: the sizes, their law, and a decade more")
     figure.savefig(path, dpi=110)
 
 
