@@ -6,10 +6,11 @@ What differs from GPT-2, each with its source: rotary positions (arXiv 2104.0986
 logits (arXiv 2408.00118), keys that look back (arXiv 2209.11895), value embeddings, residual scalars, smear,
 backout (modded-nanogpt, nanochat).
 
-`python model.py out/RUN "def main("` writes a continuation, `python model.py out/RUN --score FILE` prints the
-bits per byte of a text.
+`python model.py out/RUN "def main("` writes a continuation, `--score FILE` prints the bits per byte of a text,
+`--export DIR` makes a folder for Hugging Face's transformers.
 """
 
+import codecs
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -120,6 +121,28 @@ class RotaryAttention(nn.Module):
         return causal_attention(q, k, v)  # (B, T, n_head, head_dim)
 
 
+class CachedAttention:
+    """
+    What RotaryAttention does, for a layer that reads its rows piece by piece, first several tokens and then
+    one at a time: the keys and values of the earlier pieces are kept. Of `rows` rows, on a device.
+    """
+
+    def __init__(self, config, rows, dtype, device):
+        shape = (rows, config.max_seq_len, config.n_head, config.head_dim)
+        self.n_look_back, self.length = config.n_look_back, 0
+        self.keys, self.values = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
+        self.last_key = torch.zeros_like(self.keys[:, :1])  # as it was before look_back and positions
+
+    def __call__(self, q, k, v, cos, sin):
+        start, end = self.length, self.length + q.size(1)
+        with_last = torch.cat([self.last_key, k], dim=1)
+        self.last_key, self.length = k[:, -1:], end
+        k = look_back(with_last, self.n_look_back)[:, 1:]
+        q, self.keys[:, start:end] = norm(apply_rotary(q, cos, sin)), norm(apply_rotary(k, cos, sin))
+        self.values[:, start:end] = v
+        return causal_attention(q, self.keys[:, :end], self.values[:, :end])  # (B, T, n_head, head_dim)
+
+
 class CausalSelfAttention(nn.Module):
     def __init__(self, config, has_value_embedding):
         super().__init__()
@@ -127,31 +150,30 @@ class CausalSelfAttention(nn.Module):
         self.c_q = Linear(config.n_embd, config.n_embd)
         self.c_k = Linear(config.n_embd, config.n_embd)
         self.c_v = Linear(config.n_embd, config.n_embd)
-        self.attention = RotaryAttention(config.n_look_back)
         self.c_proj = Linear(config.n_embd, config.n_embd)
         self.value_gate = Linear(VALUE_GATE_CHANNELS, config.n_head) if has_value_embedding else None
 
-    def forward(self, x, value_embedding, cos, sin):
+    def forward(self, x, value_embedding, cos, sin, attention):
         B, T, C = x.shape
         y = norm(x)
         q, k, v = (c(y).view(B, T, self.n_head, -1) for c in (self.c_q, self.c_k, self.c_v))
         if self.value_gate is not None:
             gate = 3 * torch.sigmoid(self.value_gate(y[..., :VALUE_GATE_CHANNELS]))  # (B, T, n_head)
             v = v + gate[..., None] * value_embedding.view_as(v)
-        return x + self.c_proj(self.attention(q, k, v, cos, sin).reshape(B, T, C))
+        return x + self.c_proj(attention(q, k, v, cos, sin).reshape(B, T, C))
 
 
 def causal_attention(q, k, v):
     """
     Each position attends to itself and to what came before, with normed q and k and scale 1.2² / √head_dim.
-    q, k, v and the result: (B, T, n_head, head_dim), one dtype.
+    q, k, v and the result: (B, T, n_head, head_dim), one dtype. Of q there may be the last position alone.
     """
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, n_head, T, head_dim)
     scale = QK_SCALE**2 / math.sqrt(q.size(-1))
     if q.device.type == "cpu" and torch.compiler.is_compiling() and q.size(2) <= CPU_LENGTH:
         y = blocked_attention(q, k, v, scale)
     else:  # by cuDNN on Hopper, by flash attention on other cards: PyTorch knows which is faster
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=q.size(2) > 1, scale=scale)
     return y.transpose(1, 2)
 
 
@@ -171,8 +193,8 @@ class Block(nn.Module):
         self.attn = CausalSelfAttention(config, has_value_embedding)
         self.mlp = MLP(config)
 
-    def forward(self, x, value_embedding, cos, sin):
-        return self.mlp(self.attn(x, value_embedding, cos, sin))
+    def forward(self, x, value_embedding, cos, sin, attention):
+        return self.mlp(self.attn(x, value_embedding, cos, sin, attention))
 
 
 class Head(Linear):
@@ -228,6 +250,7 @@ class GPT(nn.Module):
         self.embedding = table()
         self.value_embeddings = nn.ModuleDict({str(i): table() for i in value_layers})
         self.blocks = nn.ModuleList(Block(config, i in value_layers) for i in range(config.n_layer))
+        self.attention = RotaryAttention(config.n_look_back)  # of all layers
         self.head = Head(config, max_logits)
         self.resid_lambdas = nn.Parameter(torch.empty(config.n_layer))  # weight of the stream, per layer
         self.x0_lambdas = nn.Parameter(torch.empty(config.n_layer))  # weight of the embedding, per layer
@@ -271,22 +294,28 @@ class GPT(nn.Module):
         tokens: (B, T) integers, T ≤ max_seq_len. Without targets: fp32 logits (B, T, vocab_size).
         With targets (B, T), int64: the sum of -ln p over targets ≥ 0, in nats, a 0-D fp32 tensor.
         """
-        T = tokens.size(1)
-        cos, sin = self.cos[:T], self.sin[:T]
-        x = norm(self.embedding(tokens).to(self.compute_dtype))  # (B, T, C)
+        T, attentions = tokens.size(1), [self.attention] * self.config.n_layer
+        x = self.run_blocks(self.embed(tokens), tokens, self.cos[:T], self.sin[:T], attentions)
+        return self.head(x, targets)
+
+    def embed(self, tokens):
+        """(B, T) integers -> what enters the blocks, (B, T, C) in the compute dtype."""
+        x = norm(self.embedding(tokens).to(self.compute_dtype))
         smear = self.smear_lambda.to(x.dtype) * torch.sigmoid(self.smear_gate(x[:, 1:, :SMEAR_GATE_CHANNELS]))
-        x = torch.cat([x[:, :1], x[:, 1:] + smear * x[:, :-1]], dim=1)  # a little of the previous token
+        return torch.cat([x[:, :1], x[:, 1:] + smear * x[:, :-1]], dim=1)  # a little of the previous token
+
+    def run_blocks(self, x, tokens, cos, sin, attentions):
+        """From what `embed` made of tokens to what the head reads, (B, T, C); each layer has its attention."""
         x0 = x
         resid_lambdas, x0_lambdas = self.resid_lambdas.to(x.dtype), self.x0_lambdas.to(x.dtype)
-        for i, block in enumerate(self.blocks):
+        for i, (block, attention) in enumerate(zip(self.blocks, attentions)):
             x = resid_lambdas[i] * x + x0_lambdas[i] * x0
             has_values = str(i) in self.value_embeddings
             values = self.value_embeddings[str(i)](tokens).to(x.dtype) if has_values else None
-            x = block(x, values, cos, sin)
+            x = block(x, values, cos, sin, attention)
             if i == (self.config.n_layer - 1) // 2:
                 middle = x
-        x = x - self.backout_lambda.to(x.dtype) * middle  # the head need not see what fed later layers
-        return self.head(x, targets)
+        return x - self.backout_lambda.to(x.dtype) * middle  # the head need not see what fed later layers
 
     def compile_parts(self):
         """
@@ -355,32 +384,51 @@ class GPT(nn.Module):
         return values * self.compute_dtype.itemsize
 
     @torch.inference_mode()
-    def generate(self, tokens, max_new_tokens, temperature=0.8, top_k=50, seed=0, bos=None):
+    def read(self, tokens, caches):
         """
-        Continue `tokens` (a list of ids) by max_new_tokens sampled ids; returns the new ids as a list.
-        temperature 0 takes the likeliest; top_k None samples from all. Past max_seq_len the oldest tokens
-        fall out, and each row starts with `bos`, as the training rows do.
+        The fp32 logits (B, vocab_size) of what follows `tokens` (B, T), of which the `caches`, one
+        CachedAttention a layer, have read the beginning; the rest is read now.
         """
-        device = self.head.weight.device
-        generator = torch.Generator(device=device).manual_seed(seed)
-        ids = list(tokens)
+        start, T = caches[0].length, tokens.size(1)
+        x = self.embed(tokens[:, max(0, start - 1) :])[:, -(T - start) :]  # smear takes the token before
         # each new length would compile anew
         uncompiled = torch.compiler.set_stance("force_eager") if self.has_compiled_parts else nullcontext()
         with uncompiled, sdpa_kernel(GENERATION_BACKENDS):
-            for _ in range(max_new_tokens):
-                row = ids[-self.config.max_seq_len :]
-                if bos is not None and row[0] != bos:
-                    row = [bos, *row[-(self.config.max_seq_len - 1) :]]
-                logits = self.forward(torch.tensor([row], device=device))[0, -1]
-                if temperature == 0:
-                    ids.append(int(logits.argmax()))
-                    continue
-                if top_k is not None:
-                    floor = logits.topk(min(top_k, logits.numel())).values[-1]
-                    logits = logits.masked_fill(logits < floor, -torch.inf)
-                p = torch.softmax(logits / temperature, dim=-1)
-                ids.append(int(torch.multinomial(p, 1, generator=generator)))
-        return ids[len(tokens) :]
+            x = self.run_blocks(x, tokens[:, start:], self.cos[start:T], self.sin[start:T], caches)
+            return self.head(x[:, -1:])[:, 0]
+
+    def generate(self, rows, bos, max_new_tokens, temperature=0.8, top_k=50, top_p=1.0, seed=0):
+        """
+        Continue B rows of ids, all of one length: yields max_new_tokens times a list of B new ids, drawn by
+        `sample`. A row longer than max_seq_len goes on as `bos` and its last max_seq_len / 2 ids, which are
+        read anew.
+        """
+        device, T = self.head.weight.device, self.config.max_seq_len
+        generator = torch.Generator(device=device).manual_seed(seed)
+        tokens, caches = torch.tensor(rows, device=device), None
+        for _ in range(max_new_tokens):
+            if tokens.size(1) > T:
+                tokens, caches = F.pad(tokens[:, -(T // 2) :], (1, 0), value=bos), None
+            if caches is None:
+                sizes = self.config, len(tokens), self.compute_dtype, device
+                caches = [CachedAttention(*sizes) for _ in self.blocks]
+            ids = sample(self.read(tokens, caches), temperature, top_k, top_p, generator)
+            tokens = torch.cat([tokens, ids[:, None]], dim=1)
+            yield ids.tolist()
+
+
+def sample(logits, temperature, top_k, top_p, generator):
+    """
+    One id for each row of logits (B, V) -> (B,): drawn from the top_k likeliest, or from all for 0, and of
+    these from the fewest that hold top_p of the probability (arXiv 1904.09751). Temperature 0 takes the
+    likeliest.
+    """
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    logits, ids = logits.topk(min(top_k or logits.size(-1), logits.size(-1)))  # the likeliest first
+    p = torch.softmax((logits - logits[:, :1]) / temperature, dim=-1)
+    p = p.masked_fill(p.cumsum(dim=-1) - p >= top_p, 0.0)
+    return ids.gather(1, torch.multinomial(p, 1, generator=generator))[:, 0]
 
 
 # -----------------------------------------------------------------------------
