@@ -680,12 +680,10 @@ def validation_tokens(corpus, eval_bytes):
     return np.concatenate([documents[i * len(starts) // count] for i in range(count)])
 
 
-def encode_held_out(encoding, data):
-    """All text in `data`, a file or folder, as tokens (uint16), in the way that held-out text is kept."""
-    texts = (text for file in find_files(data)[1] for text in read_documents(file))
-    if not (pieces := list(cut_into_pieces(texts, VAL_PIECE_CHARS))):
-        raise DataError(f"{data}: there is no text in it.\nGive a file or a folder of text.")
-    return encode_pieces(encoding, pieces, "val")
+def encode_held_out(encoding, texts, whole=False):
+    """Texts as tokens (uint16): in pieces, as held-out text is kept, or whole, each with one bos."""
+    size, split = (PIECE_CHARS, "train") if whole else (VAL_PIECE_CHARS, "val")
+    return encode_pieces(encoding, cut_into_pieces(texts, size), split)
 
 
 def token_bytes(encoding):
@@ -709,10 +707,19 @@ class ValidationRows:
     def __len__(self):
         return math.ceil(len(self.tokens) / self.T)
 
-    def prompt(self, length):
-        """The bos and the first tokens of the text, a list of `length` ids to sample from."""
-        start = self.tokens[:length].tolist()
-        return start if start[0] == self.bos else [self.bos, *start[: length - 1]]
+    def beginnings(self, count, length, more):
+        """
+        At most `count` documents from all over the text, to sample from: [(the bos and its first tokens,
+        `length` ids; the `more` ids that follow)]. Where none is so long, the beginning of the text.
+        """
+        starts = np.flatnonzero(self.tokens == self.bos)
+        starts = starts[np.diff(starts, append=len(self.tokens)) >= length + more]
+        starts = starts[:: max(1, len(starts) // count)][:count]
+        texts = [self.tokens[start : start + length + more].tolist() for start in starts]
+        if not texts:
+            text = self.tokens[: length + more].tolist()
+            texts = [text if text[0] == self.bos else [self.bos, *text[:-1]]]
+        return [(text[:length], text[length:]) for text in texts]
 
     def batches(self, batch_size, device, rank=0, world_size=1):
         """

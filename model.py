@@ -6,8 +6,8 @@ What differs from GPT-2, each with its source: rotary positions (arXiv 2104.0986
 logits (arXiv 2408.00118), keys that look back (arXiv 2209.11895), value embeddings, residual scalars, smear,
 backout (modded-nanogpt, nanochat).
 
-`python model.py out/RUN "def main("` writes a continuation, `--score FILE` prints the bits per byte of a text,
-`--export DIR` makes a folder for Hugging Face's transformers.
+`python model.py out/RUN "def main("` writes a continuation, `--score FILE` prints the bits per byte of a
+text, `--export DIR` makes a folder for Hugging Face's transformers.
 """
 
 import codecs
@@ -305,7 +305,7 @@ class GPT(nn.Module):
         return torch.cat([x[:, :1], x[:, 1:] + smear * x[:, :-1]], dim=1)  # a little of the previous token
 
     def run_blocks(self, x, tokens, cos, sin, attentions):
-        """From what `embed` made of tokens to what the head reads, (B, T, C); each layer has its attention."""
+        """From what `embed` made of tokens to what the head reads, (B, T, C); an attention for each layer."""
         x0 = x
         resid_lambdas, x0_lambdas = self.resid_lambdas.to(x.dtype), self.x0_lambdas.to(x.dtype)
         for i, (block, attention) in enumerate(zip(self.blocks, attentions)):
@@ -555,9 +555,39 @@ def attention_backend(config, dtype, device, compiled):
     return chosen.name.removesuffix("_ATTENTION").lower()
 
 
+# -----------------------------------------------------------------------------
+# The command line: write, score, export
+
+
+def letters(chunks):
+    """A stream of bytes -> a stream of strings; the bytes of an unfinished letter wait for the rest."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    for chunk in chunks:
+        yield decoder.decode(chunk)
+    yield decoder.decode(b"", final=True)
+
+
+def scoring_batches(tokens, token_bytes, T, stride, batch_size=8):
+    """
+    Yield (tokens, targets, bytes) as report.bits_per_byte takes them: a text, 1-D int64 from its bos on, in
+    rows of T, each `stride` tokens after the one before. Every token is a target once, in the first row that
+    has it: all but the first T with T - stride tokens or more before them. Bos and padding never count.
+    """
+    bos, count = tokens[0].item(), 1 + max(0, math.ceil((len(tokens) - T) / stride))
+    rows = F.pad(tokens, (0, T + (count - 1) * stride - len(tokens)), value=bos).unfold(0, T, stride)
+    for start in range(0, count, batch_size):
+        targets = rows[start : start + batch_size].clone()  # (B, T)
+        inputs = F.pad(targets[:, :-1], (1, 0), value=bos)
+        targets[int(start == 0) :, : T - stride] = bos  # of the very first row all
+        lengths = token_bytes[targets]
+        yield inputs, targets.masked_fill(lengths == 0, -1), int(lengths.sum())
+
+
 if __name__ == "__main__":
     import argparse
+    import contextlib
     import json
+    import os
     import sys
     from pathlib import Path
 
@@ -566,39 +596,206 @@ if __name__ == "__main__":
     import machine
     import report
 
-    report.open_console()
-    parser = argparse.ArgumentParser(description="Continue a prompt with a trained run, or score a text.")
-    parser.add_argument("run", type=Path, help="the run's folder, out/NAME")
-    parser.add_argument("prompt", nargs="?", default="", help="the text to continue")
-    parser.add_argument("--score", metavar="FILE", help="instead: bits per byte of a file or folder of text")
-    parser.add_argument("--tokens", type=int, default=200, help="how many to write [200]")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token [0.8]")
-    parser.add_argument("--top-k", type=int, default=50, help="sample from the k likeliest [50]")
-    parser.add_argument("--seed", type=int, default=0, help="another seed, another text [0]")
-    arguments = parser.parse_args()
-    try:
-        folder, reasons = checkpoint.best(arguments.run / "checkpoints")
+    def refuse(message):
+        """argparse's errors, told like all others."""
+        print(f"error: {message}.\n`python model.py --help` lists what can be given.", file=sys.stderr)
+        sys.exit(2)
+
+    def number(kind, low, high):
+        """The function that reads a number of that kind and range."""
+
+        def read(text):
+            if not low <= kind(text) <= high:
+                raise argparse.ArgumentTypeError(f"{text} is out of range, {low} to {high:,}")
+            return kind(text)
+
+        read.__name__ = kind.__name__  # argparse's errors name it
+        return read
+
+    def find_run(words):
+        """[RUN] [PROMPT] -> (the run's folder, by default of the one that saved last; the prompt or None)."""
+        first = words[0] if words else ""
+        is_path = os.path.isdir(first) or ("/" in first and os.path.isdir(os.path.dirname(first)))
+        if len(words) == 2 or is_path:
+            return Path(first), words[1] if len(words) == 2 else None
+        manifests = Path("out").glob("*/checkpoints/*/manifest.json")
+        newest = max(manifests, key=os.path.getmtime, default=None)
+        if newest is None:
+            what = "no run is given, and out/ holds none that has saved"
+            raise checkpoint.CheckpointError(f"{what}.\nTrain one with `python train.py`.")
+        return newest.parents[2], first if words else None
+
+    def load(run, device):
+        """The best checkpoint of a run -> (its model, its tokenizer, a line about them)."""
+        if not (run / "config.json").exists():
+            what = f"{run} is no run: it holds no config.json" if run.exists() else f"there is no run {run}"
+            raise checkpoint.CheckpointError(f"{what}.\nGive the folder of one, such as out/NAME.")
+        folder, faults = checkpoint.best(run / "checkpoints")
         if folder is None:
-            sys.exit("\n".join([f"error: {arguments.run} holds no valid checkpoint", *reasons]))
-        tokenizer = dataloader.load_tokenizer(arguments.run / "tokenizer")
-        bos = tokenizer.n_vocab - 1
-        run_config = json.loads((arguments.run / "config.json").read_text())
-        device = machine.find_device(None, local_rank=0, world_size=1)
-        dtype = run_config["settings"]["dtype"] if machine.has_fast_bf16(device) else "float32"
-        with torch.device("meta"):
-            model = GPT(GPTConfig(**run_config["model"]), machine.find_dtype(device, dtype))
-        model.init_weights(device, seed=0)
-        model.load_state_dict(checkpoint.load(folder, "model"))
-        if arguments.score is not None:
-            text = dataloader.encode_held_out(tokenizer, arguments.score)
-            rows = dataloader.ValidationRows(tokenizer, text, model.config.max_seq_len)
-            with torch.set_grad_enabled(device.type == "mps"):  # without, attention there has looked ahead
-                print(f"{report.bits_per_byte(model, rows.batches(8, device), device):.6f}")
+            what = f"{run} holds no valid checkpoint" + "".join(f"; {fault}" for fault in faults[:1])
+            raise checkpoint.CheckpointError(f"{what}.\nGive another run, or --resume its training.")
+        try:
+            config = json.loads((run / "config.json").read_text())
+            tokenizer = dataloader.load_tokenizer(run / "tokenizer")
+            dtype = config["settings"]["dtype"] if machine.has_fast_bf16(device) else "float32"
+            with torch.device("meta"):
+                model = GPT(GPTConfig(**config["model"]), machine.find_dtype(device, dtype))
+            model.init_weights(device, seed=0)
+            model.load_state_dict(checkpoint.load(folder, "model"))
+        except (OSError, ValueError, LookupError, TypeError, RuntimeError) as error:
+            if machine.is_out_of_memory(error):
+                raise
+            what = f"{run} is damaged: {type(error).__name__}: {str(error).splitlines()[0]}"
+            raise checkpoint.CheckpointError(f"{what}.\nPut its files back as they were.") from None
+        state, depth = checkpoint.load(folder, "state"), model.config.n_layer
+        about = f"{folder}, {state['val_bpb']:.4f} bits per byte · depth {depth} · {device.type} · {dtype}"
+        return model, tokenizer, about + "".join(f" · passed over: {fault}" for fault in faults)
+
+    def write(prompt, seed):
+        """Write continuations of a prompt: the first as it comes, then those that were made beside it."""
+        prompt = os.fsencode(prompt).decode("utf-8", "replace")
+        ids, texts = [bos, *tokenizer.encode_ordinary(prompt)], [[] for _ in range(given.num_samples)]
+        if len(ids) > model.config.max_seq_len:
+            print(f"the prompt has {len(ids):,} tokens: only its end is read", file=sys.stderr)
+        settings = {name: getattr(given, name) for name in ("temperature", "top_k", "top_p")}
+
+        def first_of(stream, ended=()):
+            """The bytes of the first text, while all are gathered in `texts`; a bos ends a text."""
+            for new in stream:
+                ended = {*ended, *(n for n, token in enumerate(new) if token == bos)}
+                for n, (text, token) in enumerate(zip(texts, new)):
+                    text.append(b"" if n in ended else tokenizer.decode_single_token_bytes(token))
+                if len(ended) == len(texts):
+                    return
+                yield texts[0][-1]
+
+        print(prompt, end="", flush=True)
+        stream = model.generate([ids] * len(texts), bos, given.tokens, seed=seed, **settings)
+        for part in letters(first_of(stream)):
+            print(part, end="", flush=True)
+        for n, text in enumerate(texts[1:], 2):
+            print(f"\n--- {n}\n{prompt}{b''.join(text).decode('utf-8', 'replace')}", end="")
+        print(flush=True)
+
+    def talk():
+        """Continue each line that is typed or piped in, with a seed of its own, until there is none."""
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  from now on input() has a history
+        by_hand, seed = sys.stdin.isatty(), given.seed
+        sys.stdin.reconfigure(errors="replace")
+        with contextlib.suppress(EOFError):
+            while True:
+                prompt = input("> " if by_hand else "")
+                try:
+                    write(prompt, seed)
+                except KeyboardInterrupt:
+                    if not by_hand:
+                        raise
+                    print()  # it ends the text; where nothing is written, it ends all
+                seed += 1
+        if by_hand:
+            print()
+
+    def texts_in(name):
+        """The documents in a file or folder, or for - in the standard input."""
+        if name == "-":
+            texts = [sys.stdin.buffer.read().decode("utf-8", "replace")]
         else:
-            prompt = [bos, *tokenizer.encode_ordinary(arguments.prompt)]
-            options = {name: getattr(arguments, name) for name in ("temperature", "top_k", "seed")}
-            new = model.generate(prompt, arguments.tokens, bos=bos, **options)
-            report.show(arguments.prompt + tokenizer.decode(new))
+            _, files = dataloader.find_files(name)
+            texts = [text for file in files for text in dataloader.read_documents(file)]
+        if not any(texts):
+            raise dataloader.DataError(f"{name}: there is no text in it.\nGive a file or a folder of text.")
+        return texts
+
+    def score(name, texts):
+        """Print the score of texts, and return what scores are added up from: (nats, tokens, bytes)."""
+        tokens = dataloader.encode_held_out(tokenizer, texts, whole=given.stride is not None)
+        tokens = torch.from_numpy(tokens.astype("int64")).to(device)
+        T, lengths = model.config.max_seq_len, token_bytes[tokens]
+        batches = scoring_batches(tokens, token_bytes, T, min(T, given.stride or T))
+        with torch.set_grad_enabled(device.type == "mps"):  # without, attention there has looked ahead
+            bpb = report.bits_per_byte(model, batches, device)
+        size = int(lengths.sum())
+        return tell_score(name, bpb * math.log(2) * size, int((lengths > 0).sum()), size)
+
+    def tell_score(name, nats, tokens, size):
+        bpb, perplexity = nats / (math.log(2) * size), math.exp(nats / tokens)
+        about = f"{perplexity:.2f} per token, {tokens:,} tokens, {size:,} bytes"
+        print(f"{bpb:.6f} bits per byte, perplexity {about}  {name}", flush=True)
+        return nats, tokens, size
+
+    def score_all(names):
+        """Score files, of a .jsonl each document too, and if there are several all together."""
+        total = []
+        for name in names:
+            texts = texts_in(name)
+            documents = texts if name.endswith(".jsonl") else []
+            scores = [score(f"{name}:{n}", [text]) for n, text in enumerate(documents, 1)]
+            if documents:
+                tell_score(name, *map(sum, zip(*scores)))
+            total += scores or [score(name, texts)]
+        if len(names) > 1:
+            tell_score("together", *map(sum, zip(*total)))
+
+    report.open_console()
+    usage = 'python model.py [out/RUN] ["PROMPT"] [--NAME VALUE ...]'
+    about = "Without a run it takes the one that saved last; without a prompt it asks for them, one a line."
+    parser = argparse.ArgumentParser(usage=usage, description=about, allow_abbrev=False)
+    parser.error = refuse
+    parser.add_argument("words", nargs="*", metavar="", help=argparse.SUPPRESS)
+    for name, kind, low, high, default, text in (
+        ("tokens", int, 1, 10**6, 200, "how many to write, at most"),
+        ("temperature", float, 0, 100, 0.8, "0 takes the likeliest token"),
+        ("top-k", int, 0, 10**6, 50, "sample from the k likeliest; 0: from all"),
+        ("top-p", float, 0, 1, 1.0, "sample from the fewest that hold this share of the probability"),
+        ("num-samples", int, 1, 1024, 1, "how many texts, made side by side"),
+        ("seed", int, 0, 2**31, 0, "another seed, another text"),
+    ):
+        options = {"type": number(kind, low, high), "default": default, "metavar": "N"}
+        parser.add_argument(f"--{name}", help=f"{text} [{default}]", **options)
+    text = "instead: bits per byte of files or folders of text, or - for the standard input"
+    parser.add_argument("--score", nargs="+", metavar="FILE", help=text)
+    text = "score whole documents, each token with max_seq_len - N or more before it"
+    parser.add_argument("--stride", type=number(int, 1, 10**6), metavar="N", help=text)
+    text = "instead: write a folder for Hugging Face's transformers"
+    parser.add_argument("--export", type=Path, metavar="DIR", help=text)
+    parser.add_argument("--device-type", help="cuda, mps or cpu [the first of them that is there]")
+    given = parser.parse_args()
+    if len(given.words) > 2:
+        refuse(f"there is more than a run and a prompt: {given.words[2]!r}. Put the prompt into quotes")
+    try:
+        run, prompt = find_run(given.words)
+        device = machine.find_device(given.device_type)
+        model, tokenizer, about = load(run, device)
+        print(about, file=sys.stderr, flush=True)
+        bos, token_bytes = tokenizer.n_vocab - 1, dataloader.token_bytes(tokenizer)
+        token_bytes = torch.from_numpy(token_bytes.astype("int64")).to(device)
+        if given.export is not None:
+            from runs.export import export
+
+            print(export(given.export, model, tokenizer, run))
+            sys.exit()
+        model.to(model.compute_dtype)  # once, and not in each layer for each token
+        if given.score is not None:
+            score_all(given.score)
+        elif prompt is not None:
+            write(prompt, given.seed)
+        elif sys.stdin is not None:
+            talk()
+    except KeyboardInterrupt:
+        print()
+        sys.exit(130)
     except (checkpoint.CheckpointError, dataloader.DataError, machine.MachineError) as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:  # of what is written: a closed pipe, as of `| head`, is no error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            where = error.filename or "the output"
+            print(f"error: {where} cannot be written: {error.strerror}.\nMake room.", file=sys.stderr)
+            sys.exit(2)
+    except (RuntimeError, MemoryError) as error:
+        if not machine.is_out_of_memory(error):
+            raise
+        print("error: the device has too little memory.\nGive fewer --num-samples.", file=sys.stderr)
         sys.exit(2)

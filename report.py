@@ -369,9 +369,9 @@ def command_line(start, settings):
 
 
 def show_samples(samples):
-    """[[prompt, continuation], …] as indented text."""
+    """[[prompt, continuation, …], …] as indented text."""
     lines = []
-    for prompt, text in samples:
+    for prompt, text, *_ in samples:
         lines += [f"sample   {prompt!r} ->", *(" " * 9 + line for line in text.splitlines())]
     return "\n".join(map(wrap, lines))
 
@@ -784,6 +784,16 @@ def rise(run):
     return [f"{line}. It has risen to {vals[-1]['val_bpb']:.4f} since."]
 
 
+def side_by_side(texts, width=56):
+    """{title: text} as an indented block of columns, each `width` letters wide."""
+    columns = []
+    for title, text in texts.items():
+        rows = (textwrap.wrap(line, width) or [""] for line in text.splitlines())
+        columns.append([title, "", *itertools.chain.from_iterable(rows)])
+    rows = itertools.zip_longest(*columns, fillvalue="")
+    return "\n".join("    " + "  ".join(f"{cell:<{width}}" for cell in row).rstrip() for row in rows)
+
+
 def how_to_repeat(run):
     """The shell commands that repeat a run, and how exactly they do."""
     commit, _, changed = (run.config["versions"]["git_commit"] or "unknown").partition("-")
@@ -813,8 +823,9 @@ def write_report(folder):
     parts += ["## Hardware and versions", table(["what", "value"], run.facts.items())]
     parts += ["## Time", time_table(run)] if run.steps else []
     parts += ["## Parameters and FLOPs", table(["what", "count"], counts)]
-    for prompt, text in numbers.get("samples", []):
-        parts += [f"## Sample from {prompt!r}", textwrap.indent(text, "    ")]
+    for prompt, text, *real in numbers.get("samples", []):
+        texts = {"The model writes:": text} | ({"The text goes on:": real[0]} if real else {})
+        parts += [f"## Sample from {prompt!r}", side_by_side(texts)]
     parts += ["## How to repeat it", how_to_repeat(run)]
     replace(run.folder / "report.md", "\n\n".join(parts) + "\n")
     return run.folder / "report.md"

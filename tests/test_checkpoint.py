@@ -565,7 +565,7 @@ def test_where_a_text_is_read_again_the_best_weights_are_kept_and_used(train, tm
 
     def score():
         command = [sys.executable, str(REPO / "model.py"), str(run.folder), "--score", str(text)]
-        return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0])
 
     with_best = score()
     shutil.rmtree(best)

@@ -293,7 +293,7 @@ def test_ready_shards(tmp_path, home):
     validation = held_out(corpus, 100, 601)
     assert validation.tokens.tolist() == tokens[2][: len(validation.tokens)].tolist()  # the shard's first
     assert 601 <= sum(lengths[: len(validation.tokens)]) <= 602
-    assert validation.prompt(5) == [50256, *tokens[2][:4]]
+    assert validation.beginnings(4, 5, 3) == [([50256, *tokens[2][:4]], tokens[2][4:7].tolist())]
     with pytest.raises(DataError, match="4096"):
         prepare(str(tmp_path / "d"), 4096)
     assert prepare(str(tmp_path / "d"), 50257).fingerprint == corpus.fingerprint  # as on --resume
@@ -751,7 +751,12 @@ def test_validation_rows_are_the_same_for_any_batch_and_world_size(corpus):
     for batch_size in (1, 3, 8, 30):
         for world_size in (1, 2, 3):
             assert everything(batch_size, world_size) == (expected, size)
-    assert validation.prompt(5) == stream[:5].tolist() and stream[0] == corpus.bos  # not twice
+    starts = [place for place, token in enumerate(stream) if token == corpus.bos]
+    beginnings = validation.beginnings(4, 5, 10)
+    assert 1 < len(beginnings) <= 4 and len({tuple(prompt) for prompt, _ in beginnings}) > 1
+    for prompt, more in beginnings:
+        (place,) = [place for place in starts if stream[place : place + 15].tolist() == prompt + more]
+        assert len(prompt) == 5 and corpus.bos not in more
 
 
 def test_what_is_evaluated_does_not_depend_on_the_vocabulary(text, monkeypatch):

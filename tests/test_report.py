@@ -173,7 +173,8 @@ def test_what_is_told_and_samples_fit_too(capsys):
     report.tell("device", "Intel(R) Xeon(R) with a name that does not end soon, " * 5)
     report.tell("error:", "--device-batch-size " * 9)
     report.tell("data", "folder/" * 40)
-    report.show(report.show_samples([["a" * 200, "x = 1\n    indented\n" + "word " * 60], ["", "\n"]]))
+    samples = [["a" * 200, "x = 1\n    indented\n" + "word " * 60], ["", "\n", "how it goes on"]]
+    report.show(report.show_samples(samples))
     rows = capsys.readouterr().out.splitlines()
     assert max(len(row) for row in rows if "folder/" not in row) <= 120
     assert any("folder/" * 40 in row for row in rows)  # a path can be copied
@@ -540,6 +541,10 @@ def test_what_wandb_writes_offline_has_the_same_axes_numbers_and_summary(tmp_pat
 # Report
 
 
+SAMPLES = [["say `", "```\nhi"]]  # as runs have them that are older than "how the text goes on"
+SAMPLES += [["def f(", "x):\n    return\n" + "z" * 100, "y):\n    pass\n1"]]
+
+
 @pytest.fixture
 def config():
     """A config.json as train.py writes it, of a run with --minutes on a CPU."""
@@ -592,7 +597,7 @@ def make(tmp_path, config):
             records.append({"kind": "event", "step": steps, "event": ending})
             spent = {"setup": 1.0, "corpus": 2.0, "trial": 3.0, "training": 10.5, "evaluation": 4.0}
             summary = {"steps": steps, "val_bpb": 1.25, "wall_time": 20.5, "time": spent, "mfu": 0.5}
-            summary |= {"progress": steps / 100, "tok_per_sec": 5120.0, "samples": [["say `", "```\nhi"]]}
+            summary |= {"progress": steps / 100, "tok_per_sec": 5120.0, "samples": SAMPLES}
             (path / "summary.json").write_text(json.dumps(summary))
         (path / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records) + tail)
         return path
@@ -622,6 +627,10 @@ def test_the_report_of_a_run(make):
     places = [text.index(mark) for mark in order]
     assert places == sorted(places)
     assert "    ```\n    hi" in text  # a sample cannot end its block
+    beside = text.split("## Sample from 'def f('")[1].splitlines()
+    assert beside[2] == "    The model writes:" + 41 * " " + "The text goes on:"
+    assert beside[4] == "    x):" + 55 * " " + "y):" and beside[5] == "        return" + 48 * " " + "    pass"
+    assert beside[6].split() == ["z" * 56, "1"] and beside[7].strip() == "z" * 44
     assert (folder / "curves.png").stat().st_size > 20_000
 
 
