@@ -2,6 +2,7 @@
 Benchmarks: figures to look at, not tests. Medians; what is compared takes turns in one process.
 
     python tests/bench.py train [FLAG ...]        train.py, and where its time goes; flags as of train.py
+    python tests/bench.py generate [DEPTH ...]    tokens per second with the cache, without, and at best
     python tests/bench.py attention               the attention kernels, forward and backward
     python tests/bench.py loss                    head and loss: whole, and in chunks
     python tests/bench.py optimizer [DEPTH ...]   the optimizer against PyTorch's own
@@ -200,6 +201,37 @@ def train(*flags):
     rate, passes = product_flops / products, rows * T * flops / both
     print(f"the passes' matrix products alone reach {rate / 1e12:,.3f} TFLOP/s; ", end="")
     print(f"the passes {passes / rate:.0%} of that, training {speed * flops / rate:.0%}\n")
+
+
+def generate(*depths):
+    """Tokens a second with the KV cache and without, and of a copy of all weights, read once a token."""
+    headline(str(dtype), "one row, to the end of a context of", f"{ROW} tokens")
+    for depth in [int(d) for d in depths] or [4, 8]:
+        model = model_of_depth(depth)
+        model.to(dtype)  # as model.py does: no cast for each token
+        matrices = [m.weight for m in model.modules() if isinstance(m, Linear)]
+        x = [torch.randn(1, weight.size(1), device=device, dtype=dtype) for weight in matrices]
+        prompt, count = [[0]], ROW - 1
+
+        def cached():
+            return [*model.generate(prompt, 0, count)]  # noqa: B023
+
+        @torch.inference_mode()
+        def uncached(length):
+            model(torch.zeros(1, length, dtype=torch.int64, device=device))  # noqa: B023
+
+        @torch.inference_mode()
+        def products():
+            for _ in range(16):
+                for weight, row in zip(matrices, x):  # noqa: B023
+                    row @ weight.T
+
+        lengths = range(16, ROW + 1, ROW // 8)
+        again = lambda: [uncached(length) for length in lengths]  # noqa: E731, B023
+        with_cache, products, again = medians([cached, products, again], seconds=10)
+        speed, bound, anew = count / with_cache, 16 / products, len(lengths) / again
+        print(f"depth {depth}: {speed:,.0f} tokens/s, {speed / anew:.1f} times as fast as without a cache; ", end="")
+        print(f"{speed / bound:.0%} of its matrix products, weights read once a token: {bound:,.0f}")
 
 
 def attention():
@@ -625,7 +657,7 @@ def gpu(path="bench-gpu.json"):
     print(f"{'in all':11}{time.monotonic() - begin:7.1f}  the figures are in {path}")
 
 
-BENCHMARKS = {f.__name__: f for f in (train, attention, loss, optimizer, checkpoint, logging, data, gpu)}
+BENCHMARKS = {f.__name__: f for f in (train, generate, attention, loss, optimizer, checkpoint, logging, data, gpu)}
 
 if __name__ == "__main__":
     name, *arguments = sys.argv[1:] or [""]

@@ -1,10 +1,25 @@
-"""Generation, against the same model read anew for every token."""
+"""After the training: generation against the model read anew for every token, the command line, export."""
 
+import json
+import math
+import os
+import pty
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import numpy as np
 import pytest
 import torch
+from conftest import REPO, TINY
 from test_model import build, wake
 
-from model import CachedAttention, sample
+import checkpoint
+import dataloader
+from model import GPT, CachedAttention, GPTConfig, letters, sample, scoring_batches
 
 BOS = 299
 
@@ -70,3 +85,309 @@ def test_what_is_drawn_is_as_likely_as_it_should_be():
     ):
         torch.testing.assert_close(found, expected, atol=0.01, rtol=0)
         assert (found[expected == 0] == 0).all()
+
+
+def test_a_letter_is_written_when_all_of_its_bytes_are_there():
+    text = "aé€😀 ende"
+    for size in (1, 2, 3, 5):
+        data = text.encode()
+        parts = [*letters(data[i : i + size] for i in range(0, len(data), size))]
+        assert "".join(parts) == text and len(parts) == math.ceil(len(data) / size) + 1
+    assert [*letters([b"x\xe2\x82"])] == ["x", "\ufffd"]  # at the end it is not held back
+    assert "".join(letters([b"x\xe2", b"y\xff\xc3", b"\xa9"])) == "x\ufffdy\ufffdé"
+
+
+@pytest.mark.parametrize("stride", [1, 5, 16])
+@pytest.mark.parametrize("length", [1, 2, 16, 17, 100, 150])
+def test_each_token_is_scored_once_and_with_a_stride_it_is_told_more(stride, length):
+    tokens = torch.randint(299, (length,), generator=torch.Generator().manual_seed(0))
+    tokens[0] = BOS
+    token_bytes = torch.arange(300) % 3 + 1
+    token_bytes[BOS] = 0
+    places, size = [], 0
+    for inputs, targets, count in scoring_batches(tokens, token_bytes, 16, stride):
+        size += count
+        for row, target in zip(inputs, targets):
+            found = [(t, row[: t + 1].tolist()) for t in range(16) if target[t] >= 0]
+            for t, context in found:
+                place = len(places) + 1  # in the text, whose first token is the bos
+                known = min(place, t)  # of the text before it
+                assert context == [BOS, *tokens[place - known : place].tolist()]
+                assert target[t] == tokens[place]
+                assert known >= min(place, 16 - stride)
+                places.append(place)
+    assert places == [*range(1, length)] and size == token_bytes[tokens].sum()
+
+
+def test_without_a_stride_rows_are_those_of_an_evaluation():
+    tokenizer = dataloader.train_tokenizer(["some text to learn from " * 9], 270)
+    texts = [(REPO / "model.py").read_text(), "x", "y" * 5000]
+    tokens = dataloader.encode_held_out(tokenizer, texts)
+    token_bytes = torch.from_numpy(dataloader.token_bytes(tokenizer).astype(np.int64))
+    ours = scoring_batches(torch.from_numpy(tokens.astype(np.int64)), token_bytes, 64, 64, 8)
+    theirs = [*dataloader.ValidationRows(tokenizer, tokens, 64).batches(8, "cpu")]
+    for (inputs, targets, size), (rows, wanted, bytes_) in zip(ours, theirs, strict=True):
+        padding = len(rows) - len(inputs)  # the last batch of an evaluation is filled up
+        assert torch.equal(torch.nn.functional.pad(inputs, (0, 0, 0, padding), value=rows[-1, -1]), rows)
+        assert torch.equal(torch.nn.functional.pad(targets, (0, 0, 0, padding), value=-1), wanted)
+        assert size == bytes_
+    whole = dataloader.encode_held_out(tokenizer, texts, whole=True)
+    assert (whole == tokenizer.n_vocab - 1).sum() == 3 < (tokens == tokenizer.n_vocab - 1).sum()
+
+
+# -----------------------------------------------------------------------------
+# The command line
+
+# model.py once for each list of arguments, without importing torch anew
+CALLS = """
+import contextlib, io, json, os, runpy, sys
+calls = json.load(sys.stdin)
+results = []
+for arguments, written in calls:
+    sys.argv = ["model.py", *arguments]
+    contents = (b"", b"", written.encode())
+    out, error, sys.stdin = (io.TextIOWrapper(io.BytesIO(text), "utf-8") for text in contents)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
+        try:
+            status = runpy.run_path(SCRIPT, run_name="__main__") and 0
+        except SystemExit as end:
+            status = end.code or 0
+    results.append((status, *(stream.detach().getvalue().decode() for stream in (out, error))))
+os.write(3, json.dumps(results).encode())
+"""
+
+
+@pytest.fixture(scope="module")
+def out(home, tmp_path_factory):
+    """A folder with the run out/a of 12 steps."""
+    folder = tmp_path_factory.mktemp("out")
+    flags = ["--data", home / "text", "--num-iterations", 12, "--run-name", "a"]
+    command = [str(word) for word in (sys.executable, REPO / "train.py", *TINY, *flags)]
+    env = {**os.environ, "ONEDIAL_HOME": str(home / "cache"), "PYTHONPATH": str(home / "hidden")}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def call(folder, *calls, written=""):
+    """`python model.py ARGUMENTS` in that folder for each list of arguments -> [(status, output, errors)]."""
+    read, write = os.pipe()
+    script = CALLS.replace("SCRIPT", repr(str(REPO / "model.py")))
+    script = script.replace("os.write(3", f"os.write({write}")
+    calls = json.dumps([(["--device-type", "cpu", *map(str, arguments)], written) for arguments in calls])
+    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(REPO)!r}){script}"]
+    done = subprocess.run(command, input=calls.encode(), pass_fds=[write], capture_output=True, cwd=folder)
+    os.close(write)
+    with open(read, "rb") as pipe:
+        assert done.returncode == 0, done.stderr.decode()
+        return json.load(pipe)
+
+
+def test_what_cannot_be_is_told_in_two_lines(out, tmp_path):
+    shutil.copytree(out / "out", tmp_path / "out")
+    for name in ("flipped", "unreadable", "other", "no-tokenizer", "not-saved"):
+        shutil.copytree(tmp_path / "out" / "a", tmp_path / name)
+    weights = tmp_path / "flipped" / "checkpoints" / "step_000012" / "model.pt"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    (tmp_path / "unreadable" / "config.json").write_text("{")
+    config = json.loads((tmp_path / "other" / "config.json").read_text())
+    config["model"]["n_layer"] += 1
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "no-tokenizer" / "tokenizer" / "tokenizer.tiktoken").write_text("nonsense")
+    shutil.rmtree(tmp_path / "not-saved" / "checkpoints")
+    (tmp_path / "empty").mkdir()
+    cases = {
+        ("out/a", "x", "--tokens", "-1"): "--tokens: -1 is out of range",
+        ("out/a", "x", "--tokens", "many"): "invalid int value: 'many'",
+        ("out/a", "x", "--temperature", "-1"): "--temperature: -1 is out of range",
+        ("out/a", "x", "--temperature", "nan"): "--temperature: nan is out of range",
+        ("out/a", "x", "--top-k", "-1"): "--top-k: -1 is out of range",
+        ("out/a", "x", "--top-p", "1.1"): "--top-p: 1.1 is out of range",
+        ("out/a", "x", "--num-samples", "0"): "--num-samples: 0 is out of range",
+        ("out/a", "def", "main("): "Put the prompt into quotes",
+        ("out/a", "x", "--device-type", "abacus"): "abacus is unknown",
+        ("out/b", "x"): "there is no run out/b",
+        ("out/b",): "there is no run out/b",  # no prompt for the newest run
+        ("empty", "x"): "empty is no run",
+        ("flipped", "x"): "model.pt is damaged: its sha256 has changed",
+        ("unreadable", "x"): "unreadable is damaged: JSONDecodeError",
+        ("other", "x"): "other is damaged: RuntimeError",
+        ("no-tokenizer", "x"): "no-tokenizer is damaged: ValueError",
+        ("not-saved", "x"): "not-saved holds no valid checkpoint",
+        ("out/a", "--score", "empty"): "empty: there is no text in it",
+        ("out/a", "--score", "nowhere"): "nowhere: there is no such file",
+        ("out/a", "--export", "empty"): "empty exists",
+    }
+    results = call(tmp_path, *cases)
+    for (arguments, told), (status, written, error) in zip(cases.items(), results, strict=True):
+        *loaded, first, advice = error.splitlines()
+        assert status == 2 and not written, arguments
+        assert first.startswith("error: ") and told in first, (arguments, error)
+        assert advice.endswith(".") and len(loaded) <= 1, (arguments, error)
+    ((status, _, error),) = call(tmp_path / "empty", ["x"])
+    assert status == 2 and "out/ holds none that has saved" in error and len(error.splitlines()) == 2
+
+
+def test_odd_prompts_and_settings_have_a_clean_end(out):
+    long = (REPO / "model.py").read_text()
+    prompts = ["", "def main(", "<|bos|>", os.fsdecode(b"caf\xe9"), long]
+    calls = [["out/a", prompt, "--tokens", 8] for prompt in prompts]
+    calls += [["out/a", "x", "--top-k", 0], ["out/a", "x", "--top-k", 1], ["out/a", "x", "--temperature", 0]]
+    calls += [["out/a", "x", "--num-samples", 3, "--tokens", 9], ["x", "--top-p", 0.5]]
+    results = call(out, *calls)
+    for (_, prompt, *_), (status, _, error) in zip(calls, results):
+        assert status == 0 and error.startswith("out/a/checkpoints/step_000012, "), error
+        notes = 2 if prompt == long else 1
+        assert len(error.splitlines()) == notes, error
+    shown = [*prompts[:3], "caf\ufffd", long]
+    assert all(written.startswith(text) for (_, written, _), text in zip(results, shown))
+    assert results[6][1] == results[7][1] != results[5][1]
+    first, *others = re.split(r"\n--- \d\n", results[8][1])
+    assert len({first.rstrip("\n"), *others}) == 3 and all(text.startswith("x") for text in others)
+
+
+@pytest.mark.slow
+def test_prompts_that_are_piped_in_and_the_newest_run(out, tmp_path):
+    shutil.copytree(out / "out", tmp_path / "out")
+    shutil.copytree(out / "out" / "a", tmp_path / "out" / "b")
+    (tmp_path / "out" / "b" / "checkpoints" / "step_000012" / "manifest.json").touch()
+    lines = "import os\n\nclass A\n"
+    ((status, written, error),) = call(tmp_path, ["--tokens", 5], written=lines)
+    assert status == 0 and error.startswith("out/b/checkpoints/step_000012, ") and ">" not in written[:2]
+    assert written.startswith("import os") and "\nclass A" in written
+    best = tmp_path / "out" / "b" / "checkpoints" / "best_000006"
+    shutil.copytree(best.parent / "step_000012", best)
+    state = json.loads((best / "state.json").read_text())
+    (best / "state.json").write_text(json.dumps({**state, "val_bpb": 0.5}))
+    entries = {file.name: checkpoint.entry(file) for file in best.iterdir() if file.name != "manifest.json"}
+    entries["manifest.json"] = checkpoint.own_entry(entries)
+    (best / "manifest.json").write_text(json.dumps(entries))
+    ((_, _, error),) = call(tmp_path, ["--tokens", 5], written="x")
+    assert error.startswith("out/b/checkpoints/best_000006, 0.5000 bits per byte")
+
+
+def test_scores_of_documents_files_and_the_standard_input(out, tmp_path):
+    texts = ["def main():\n    pass\n" * 40, "", "x = 1"]
+    (tmp_path / "two.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (tmp_path / "one.txt").write_text(texts[0])
+    files = [tmp_path / "two.jsonl", tmp_path / "one.txt"]
+    calls = [["out/a", "--score", *more] for more in (files, ["-"], [*files, "--stride", 8])]
+    plain, alone, strided = call(out, *calls, written=texts[0])
+    pattern = r"([\d.]+) bits per byte, perplexity ([\d.]+) per token, ([\d,]+) tokens, ([\d,]+) bytes  (.+)"
+    rows = [re.fullmatch(pattern, line).groups() for line in plain[1].splitlines()]
+    names = [f"{files[0]}:1", f"{files[0]}:2", str(files[0]), str(files[1]), "together"]
+    sizes = [int(row[3].replace(",", "")) for row in rows]
+    assert [row[4] for row in rows] == names and sizes == [840, 5, 845, 840, 1685]
+    bits = [float(row[0]) * size for row, size in zip(rows, sizes)]
+    assert bits[0] + bits[1] == pytest.approx(bits[2]) and bits[2] + bits[3] == pytest.approx(bits[4])
+    for (_, perplexity, tokens, *_), total in zip(rows, bits):
+        assert float(perplexity) == pytest.approx(2 ** (total / int(tokens.replace(",", ""))), rel=1e-3)
+    assert alone[1].split()[:9] == plain[1].splitlines()[3].split()[:9]
+    assert strided[1].count("\n") == 5 and strided[1].split()[0] != plain[1].split()[0]
+
+
+@pytest.mark.slow
+def test_ctrl_c_and_a_full_disk_while_it_writes(out):
+    command = [sys.executable, str(REPO / "model.py"), "out/a", "x", "--tokens", "100000"]
+    process = subprocess.Popen(command, cwd=out, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.read(20)  # streamed: long before the end
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130 and len(error.splitlines()) == 1, error
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, cwd=out, stdout=full, stderr=subprocess.PIPE)
+    assert done.returncode == 2 and b"No space left on device" in done.stderr
+    assert len(done.stderr.splitlines()) == 3
+
+
+def test_a_terminal_asks_for_prompts_until_ctrl_d(out):
+    ours, theirs = pty.openpty()
+    command = [sys.executable, str(REPO / "model.py"), "--tokens", "100000"]
+    process = subprocess.Popen(command, cwd=out, stdin=theirs, stdout=theirs, stderr=subprocess.PIPE)
+    os.close(theirs)
+    screen = b""
+
+    def read(until):
+        nonlocal screen
+        while until not in screen:
+            screen += os.read(ours, 1000)
+        screen = screen.split(until, 1)[1]
+
+    read(b"> ")
+    os.write(ours, b"def one(\n")
+    read(b"def one(")  # typed
+    read(b"def one(")  # and written
+    process.send_signal(signal.SIGINT)  # ends the text only
+    read(b"> ")
+    os.write(ours, b"\x04")
+    assert process.wait(timeout=60) == 0 and len(process.stderr.read().splitlines()) == 1
+    os.close(ours)
+
+
+# -----------------------------------------------------------------------------
+# Export
+
+# what a stranger does with the folder, somewhere else
+ELSEWHERE = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+texts = json.load(sys.stdin)
+tokenizer = AutoTokenizer.from_pretrained("taken", trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained("taken", trust_remote_code=True)
+ids = tokenizer(texts)["input_ids"]
+rows = torch.tensor([row[:40] for row in ids if len(row) >= 40][:3])
+result = model(rows, labels=rows)
+greedy = model.generate(rows, max_new_tokens=90, do_sample=False)
+sampled = model.generate(rows[:, :5])
+torch.save({"rows": rows, "logits": result.logits, "loss": result.loss, "greedy": greedy}, "results.pt")
+json.dump([ids, sampled.shape[1]], open("results.json", "w"))
+"""
+
+
+@pytest.mark.slow
+def test_an_export_is_the_same_model_without_this_repository(out, tmp_path):
+    pytest.importorskip("transformers")
+    ((status, written, error),) = call(out, ["out/a", "--export", tmp_path / "taken"])
+    assert status == 0 and written.strip() == str(tmp_path / "taken"), error
+    names = {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "README.md"}
+    names |= {"modeling_onedial.py", "model.py", "tokenizer_config.json"}
+    found = {file.name for file in (tmp_path / "taken").iterdir()}
+    assert names <= found and not [*tmp_path.glob(".tmp*")]
+    card = (tmp_path / "taken" / "README.md").read_text()
+    assert "| val_bpb | " in card and ("curves.png" in found) == ("(curves.png)" in card)
+    assert len((REPO / "runs" / "modeling_onedial.py").read_text().splitlines()) <= 60
+    code = (tmp_path / "taken" / "model.py").read_text()
+    assert not re.search(r"^ *import (checkpoint|dataloader|machine|report)", code, re.MULTILINE)
+
+    random_ = random.Random(0)
+    pools = [list(" \n\t\r\x0b\x85\xa0\u2028\u3000"), list("0123456789²٣Ⅷ"), list("aaab' ")]
+    pools += [["'s", "'LL", "'ſ", "<|bos|>"], [*map(chr, range(32, 127))], [*map(chr, range(0x80, 0x2000))]]
+    pools += [[chr(random_.randrange(0xE000, 0x110000)) for _ in range(500)]]
+    texts = [(REPO / name).read_text() for name in ("model.py", "train.py", "README.md")]
+    for _ in range(3000):
+        chosen = random_.sample(pools, random_.randint(1, 3))
+        texts.append("".join(random_.choice(random_.choice(chosen)) for _ in range(random_.randint(0, 30))))
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    options = {"input": json.dumps(texts).encode(), "capture_output": True, "cwd": tmp_path, "env": env}
+    done = subprocess.run([sys.executable, "-c", ELSEWHERE], **options)
+    assert done.returncode == 0, done.stderr.decode()
+
+    tokenizer = dataloader.load_tokenizer(out / "out" / "a" / "tokenizer")
+    bos = tokenizer.n_vocab - 1
+    ids, length = json.loads((tmp_path / "results.json").read_text())
+    for text, theirs in zip(texts, ids, strict=True):
+        assert theirs == [bos, *tokenizer.encode(text, allowed_special="all")], text
+    results = torch.load(tmp_path / "results.pt")
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**json.loads((out / "out" / "a" / "config.json").read_text())["model"]))
+    model.init_weights("cpu", 0)
+    model.load_state_dict(checkpoint.load(out / "out" / "a" / "checkpoints" / "step_000012", "model"))
+    rows = results["rows"]
+    torch.testing.assert_close(results["logits"], model(rows), atol=1e-5, rtol=0)
+    nats = model(rows[:, :-1], rows[:, 1:]).item() / rows[:, 1:].numel()
+    assert results["loss"].item() == pytest.approx(nats, rel=1e-5)
+    ours = [*zip(*model.generate(rows.tolist(), bos, 90, temperature=0))]  # over the end of the context
+    for new, theirs in zip(ours, results["greedy"][:, 40:].tolist(), strict=True):
+        end = theirs.index(bos) if bos in theirs else 90  # there a text ends
+        assert list(new[:end]) == theirs[:end]
+    assert 5 < length <= 205
