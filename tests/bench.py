@@ -204,34 +204,25 @@ def train(*flags):
 
 
 def generate(*depths):
-    """Tokens a second with the KV cache and without, and of a copy of all weights, read once a token."""
-    headline(str(dtype), "one row, to the end of a context of", f"{ROW} tokens")
-    for depth in [int(d) for d in depths] or [4, 8]:
-        model = model_of_depth(depth)
-        model.to(dtype)  # as model.py does: no cast for each token
-        matrices = [m.weight for m in model.modules() if isinstance(m, Linear)]
-        x = [torch.randn(1, weight.size(1), device=device, dtype=dtype) for weight in matrices]
-        prompt, count = [[0]], ROW - 1
-
-        def cached():
-            return [*model.generate(prompt, 0, count)]  # noqa: B023
-
-        @torch.inference_mode()
-        def uncached(length):
-            model(torch.zeros(1, length, dtype=torch.int64, device=device))  # noqa: B023
-
-        @torch.inference_mode()
-        def products():
-            for _ in range(16):
-                for weight, row in zip(matrices, x):  # noqa: B023
-                    row @ weight.T
-
-        lengths = range(16, ROW + 1, ROW // 8)
-        again = lambda: [uncached(length) for length in lengths]  # noqa: E731, B023
-        with_cache, products, again = medians([cached, products, again], seconds=10)
-        speed, bound, anew = count / with_cache, 16 / products, len(lengths) / again
-        print(f"depth {depth}: {speed:,.0f} tokens/s, {speed / anew:.1f} times as fast as without a cache; ", end="")
-        print(f"{speed / bound:.0%} of its matrix products, weights read once a token: {bound:,.0f}")
+    """Tokens a second with the KV cache and without, and how near that is to reading the weights alone."""
+    kind = dtype if on_gpu else torch.float32  # as in model.py
+    headline(f"{kind}, one row from its first token to its {ROW}th")
+    for depth in [int(depth) for depth in depths] or [4, 8]:
+        model = build_model(GPTConfig.of_depth(depth, VOCAB, ROW), kind).to(kind)
+        weights = [module.weight for module in model.modules() if isinstance(module, Linear)]
+        rows = [torch.randn(1, weight.size(1), device=device, dtype=kind) for weight in weights]
+        lengths = range(ROW // 32, ROW, ROW // 16)  # 16, from all over the row
+        with torch.inference_mode():
+            cached, products, uncached = medians(
+                [
+                    lambda: [*model.generate([[0]], 0, ROW)],  # noqa: B023
+                    lambda: [row @ weight.T for row, weight in zip(rows, weights)],  # noqa: B023
+                    lambda: [model(torch.zeros(1, n, dtype=torch.int64, device=device)) for n in lengths],  # noqa: B023
+                ]
+            )
+        cached, uncached = cached / ROW, uncached / len(lengths)
+        print(f"depth {depth}: {1 / cached:,.0f} tokens/s, {uncached / cached:.1f} times those without a cache")
+        print(f"         {products / cached:.0%} of what reading the weights for the matrix products would allow")
 
 
 def attention():
@@ -657,7 +648,8 @@ def gpu(path="bench-gpu.json"):
     print(f"{'in all':11}{time.monotonic() - begin:7.1f}  the figures are in {path}")
 
 
-BENCHMARKS = {f.__name__: f for f in (train, generate, attention, loss, optimizer, checkpoint, logging, data, gpu)}
+BENCHMARKS = (train, generate, attention, loss, optimizer, checkpoint, logging, data, gpu)
+BENCHMARKS = {function.__name__: function for function in BENCHMARKS}
 
 if __name__ == "__main__":
     name, *arguments = sys.argv[1:] or [""]
