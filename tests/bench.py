@@ -221,8 +221,8 @@ def generate(*depths):
                 ]
             )
         cached, uncached = cached / ROW, uncached / len(lengths)
-        print(f"depth {depth}: {1 / cached:,.0f} tokens/s, {uncached / cached:.1f} times those without a cache")
-        print(f"         {products / cached:.0%} of what reading the weights for the matrix products would allow")
+        print(f"depth {depth}: {1 / cached:,.0f} tokens/s, without the cache {1 / uncached:,.1f};", end=" ")
+        print(f"{products / cached:.0%} of what reading the weights would allow, {1 / products:,.0f}")
 
 
 def attention():

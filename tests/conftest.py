@@ -47,11 +47,11 @@ def train(home, tmp_path):
     Without draw=True matplotlib seems not to be there: two seconds less.
     """
 
-    def start(*flags, processes=1, tiny=True, script=REPO / "train.py", threads=1, draw=False):
+    def start(*flags, processes=1, tiny=True, script=REPO / "train.py", threads=1, draw=False, nodes=()):
         command = [sys.executable, str(script)]
-        if processes > 1:
-            torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-            command = [sys.executable, *torchrun, str(script)]
+        if processes > 1 or nodes:
+            torchrun = ["-m", "torch.distributed.run", *(nodes or ["--standalone"])]
+            command = [sys.executable, *torchrun, f"--nproc_per_node={processes}", str(script)]
         flags = [str(f) for f in flags]
         if tiny:
             flags = [*TINY, "--data", str(home / "text"), "--out-dir", str(tmp_path / "out"), *flags]

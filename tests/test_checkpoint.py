@@ -258,6 +258,61 @@ def test_a_signal_saves_on_both_of_two_ranks_at_one_step(train, target, sent):
     assert result.output.count("stopped  by") == 1
 
 
+@pytest.mark.slow
+def test_two_nodes_train_one_is_lost_and_both_go_on_from_the_checkpoint(train):
+    """As in the README: the same line on each of two nodes, here two torchruns of one process each."""
+
+    def start(*flags):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            endpoint = f"localhost:{free.getsockname()[1]}"
+        nodes = ["--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint={endpoint}"]
+        flags = ["--save-every", 10, "--eval-every", -1, *flags]
+        return [train.start(*flags, nodes=nodes) for _ in range(2)]
+
+    agents = start("--num-iterations", 100_000)
+    deadline = time.monotonic() + 60
+    while not [*train.out.glob("a/checkpoints/step_*/manifest.json")]:
+        assert time.monotonic() < deadline and all(agent.poll() is None for agent in agents)
+        time.sleep(0.1)
+    found = subprocess.run(["pgrep", "-P", str(agents[1].pid)], capture_output=True, text=True)
+    for pid in (agents[1].pid, *map(int, found.stdout.split())):  # the node is gone, with all that ran there
+        os.kill(pid, signal.SIGKILL)
+    lost, left = train.finish(agents[1]), train.finish(agents[0])
+    assert lost.code == -signal.SIGKILL and left.code == 1
+    saved, faults = checkpoint.newest_valid(left.folder / "checkpoints")
+    step = int(saved.name[-6:])
+    assert step >= 10 and not faults
+    agents = start("--run-name", "a", "--resume", "--num-iterations", step + 10)
+    results = [train.finish(agent) for agent in agents]
+    assert [result.code for result in results] == [0, 0], results[0].output + results[1].output
+    assert [f"step_{step:06d}" in result.output for result in results].count(True) == 1  # rank 0 alone prints
+    assert results[0].summary["steps"] == step + 10 and results[0].summary["world_size"] == 2
+    seen = [r["step"] for r in results[0].log if r["kind"] == "step"]
+    assert seen == sorted(set(seen)) and seen[-1] == step + 10
+
+
+@pytest.mark.parametrize("event, requeued", [("interrupted", True), ("failed", False), ("finished", False)])
+def test_a_slurm_job_goes_back_into_the_queue_only_if_it_was_interrupted(tmp_path, event, requeued):
+    status = 0 if event == "finished" else 1
+    record = json.dumps({"kind": "event", "step": 3, "event": event})
+    commands = {  # what a cluster has; each writes down how it was called
+        "srun": f"mkdir -p out/mine; echo '{record}' >> out/mine/log.jsonl; exit {status}",
+        "scontrol": "if [ $1 = show ]; then echo node7; echo node8; fi",
+    }
+    for name, does in commands.items():
+        (tmp_path / name).write_text(f'#!/bin/sh\necho {name} "$@" >> calls\n{does}\n')
+        (tmp_path / name).chmod(0o755)
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "77", "SLURM_JOB_NUM_NODES": "2"}
+    command = ["bash", str(REPO / "runs" / "slurm.sh"), "mine", "--depth", "20"]
+    assert subprocess.run(command, cwd=tmp_path, env=env).returncode == status
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert ("scontrol requeue 77" in calls) == requeued
+    (line,) = [call for call in calls if call.startswith("srun ")]
+    assert "--rdzv_endpoint=node7:29500" in line and "--nnodes=2" in line
+    assert line.endswith("train.py --run-name mine --resume --depth 20")
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """small_disk("3m") mounts a disk of that size -> its folder."""
