@@ -55,6 +55,8 @@ compile: bool | None = None  # torch.compile (auto: where the run is long enough
 seed: int = 42  # of weights, data order and samples
 # data
 data: str | None = None  # stdlib, fineweb, climbmix, or a path to text (auto: fineweb on CUDA, else stdlib)
+text_field: str | None = None  # field or column with the text (auto: text, content, story, … if a string)
+document_separator: str | None = None  # what parts documents in a file (auto: <|endoftext|>, in .txt files)
 vocab_size: int | None = None  # of the BPE trained on the corpus (auto: by its bytes and the time)
 # model
 depth: int | None = None  # layers, the dial for all the rest (auto: from the time; else 12, 4 without CUDA)
@@ -237,7 +239,10 @@ largest_vocab = rules.largest_vocab(minutes) if minutes and not on_gpu else 2**1
 max_seq_len = max_seq_len or (2048 if on_gpu else 512)
 eval_bytes = eval_bytes or (50_000_000 if on_gpu else 131_072)
 tell_data = partial(report.tell, "data")  # whichever rank prepares the corpus tells of it
-corpus = dataloader.prepare(data, vocab_size, tell_data, largest_vocab)
+reading = {"text_field": text_field, "separator": document_separator}
+corpus = dataloader.prepare(data, vocab_size, tell_data, largest_vocab, **reading)
+for note in corpus.notes:
+    tell("data", note)
 vocab_size = corpus.tokenizer.n_vocab
 held_out = dataloader.validation_tokens(corpus, eval_bytes)
 validation = dataloader.ValidationRows(corpus.tokenizer, held_out, max_seq_len)

@@ -137,7 +137,7 @@ def test_default_is_the_standard_library(monkeypatch, tmp_path):
     assert "mine.py" not in found and "notes" not in found
 
 
-@pytest.mark.parametrize("name", ["val/a.txt", "b_val.txt", "val.md", "my-VAL-2.txt", "sub/x.val.jsonl"])
+@pytest.mark.parametrize("name", ["val/a.txt", "b_val.txt", "my-VAL-2.txt", "sub/x.val.jsonl"])
 def test_val_as_a_word_makes_the_validation_split(text, name):
     held_out = "held out " * 300
     (text / name).parent.mkdir(exist_ok=True)
@@ -203,14 +203,11 @@ def test_hard_documents_survive(tmp_path):
     assert corpus.counts["train"]["documents"] == len(documents_in)
 
 
-def test_what_is_not_unicode_is_replaced(tmp_path):
-    (tmp_path / "a.txt").write_bytes(b"caf\xe9 \xff\xfe " + b"text " * 400)
-    lines = b'{"text": "half \\ud83d a pair, whole \\ud83d\\ude00"}\n{"text": "\xff"}'
+def test_half_a_surrogate_pair_is_replaced(tmp_path):
+    lines = b'{"text": "half \\ud83d a pair, whole \\ud83d\\ude00"}'
     (tmp_path / "b.jsonl").write_bytes(lines)
     (tmp_path / "val.txt").write_text("x" * 900)
-    found = documents(prepare(str(tmp_path)), "train")
-    assert found[0].startswith("caf\ufffd \ufffd\ufffd text")
-    assert found[1:] == ["half ? a pair, whole 😀", "\ufffd"]
+    assert documents(prepare(str(tmp_path)), "train") == ["half ? a pair, whole 😀"]
 
 
 def test_a_document_longer_than_a_shard_runs_on(tmp_path, monkeypatch):
@@ -226,11 +223,11 @@ def test_a_document_longer_than_a_shard_runs_on(tmp_path, monkeypatch):
 
 def test_parquet(tmp_path):
     parquet, arrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
-    texts = [prose(n, 20) for n in range(50)] + ["", None]
+    texts = [prose(n, 20) for n in range(120)] + ["", None]
     (tmp_path / "d").mkdir()
-    parquet.write_table(arrow.table({"id": range(52), "text": texts}), tmp_path / "d" / "a.parquet")
+    parquet.write_table(arrow.table({"id": range(122), "text": texts}), tmp_path / "d" / "a.parquet")
     corpus = prepare(str(tmp_path / "d"))
-    assert Counter(documents(corpus, "train") + documents(corpus, "val")) == Counter(texts[:50])
+    assert Counter(documents(corpus, "train") + documents(corpus, "val")) == Counter(texts[:120])
     parquet.write_table(arrow.table({"words": texts}), tmp_path / "d" / "b.parquet")
     with pytest.raises(DataError) as error:
         prepare(str(tmp_path / "d"))
@@ -364,10 +361,23 @@ def test_vocabulary_follows_the_size(text, tmp_path):
     assert prepare(str(text)).tokenizer.n_vocab == 2048
 
 
-def test_tokenizer_stops_reading_at_its_limit(monkeypatch):
-    monkeypatch.setattr(dataloader, "TOKENIZER_CHARS", 5000)
-    seen = dataloader.train_tokenizer([prose(0, 200), "zyzzyva " * 1000], 400)
-    assert seen._mergeable_ranks == dataloader.train_tokenizer([prose(0, 200)], 400)._mergeable_ranks
+def test_tokenizer_reads_so_much_from_all_over_the_corpus(text, monkeypatch):
+    seen, said = [], []
+
+    class Listener:
+        def train_from_iterator(self, pieces, *arguments, **options):
+            seen.extend(pieces)
+
+        def get_mergeable_ranks(self):
+            return [(bytes([b]), b) for b in range(256)]
+
+    monkeypatch.setattr(dataloader, "TOKENIZER_BYTES", 30_000)
+    monkeypatch.setattr(dataloader.rustbpe, "Tokenizer", Listener)
+    train = documents(prepare(str(text), 400, said.append), "train")
+    size = len("".join(train))
+    assert 30_000 <= len("".join(seen)) < 34_000 < size / 2 and "400 tokens on 0.0 MB" in "".join(said)
+    places = [train.index(document) / len(train) for document in seen]
+    assert places == sorted(places) and max(np.diff([0.0, *places, 1.0])) < 0.1
 
 
 # -----------------------------------------------------------------------------
@@ -450,7 +460,7 @@ def test_a_shard_shows_at_once_that_it_is_none(tmp_path):
 
 def test_a_damaged_manifest_is_named(text, home):
     use(text)
-    (manifest,) = home.rglob("manifest.json")
+    (manifest,) = home.glob("corpora/*/manifest.json")
     manifest.write_text(manifest.read_text()[:-20])
     with pytest.raises(DataError, match="manifest.json is damaged"):
         use(text)
@@ -492,7 +502,7 @@ def test_a_kill_leaves_nothing_that_is_trusted(text, home, tmp_path, monkeypatch
         process.communicate()
         assert process.returncode == -signal.SIGKILL
         assert list(home.rglob(".tmp-*"))  # it did die at work
-        assert not [path for path in home.rglob("manifest.json") if ".tmp-" not in str(path)]
+        assert not [path for path in home.glob("corpora/*/manifest.json") if ".tmp-" not in str(path)]
     process = build(text)
     output = process.communicate()[0]
     assert not list(home.rglob(".tmp-*"))
@@ -532,7 +542,8 @@ def test_full_disk(small_disk, tmp_path):
     with pytest.raises(DataError) as error:
         prepare(str(tmp_path / "book.txt"), 300)
     assert "No space left" in two_lines(error) and "ONEDIAL_HOME" in str(error.value)
-    assert not [path for path in small_disk.folder.rglob("*") if path.is_file() and path.stat().st_size]
+    corpora = small_disk.folder / "home" / "corpora"
+    assert not [path for path in corpora.rglob("*") if path.is_file() and path.stat().st_size]
     assert small_disk("remount", "size=8m")
     assert sum(prepare(str(tmp_path / "book.txt"), 300).rows("train", 64)) > 1000
 
@@ -971,7 +982,7 @@ def test_climbmix_is_tokenized_file_by_file(hub, climbmix, home):
     assert hub.log == ["shard_00000.parquet", "shard_06542.parquet"]
     assert documents(corpus, "train") == climbmix["shard_00000.parquet"]
     assert documents(corpus, "val") == climbmix["shard_06542.parquet"]
-    only_first = dataloader.train_tokenizer(climbmix["shard_00000.parquet"], 500)
+    only_first = dataloader.train_tokenizer([(True, text) for text in climbmix["shard_00000.parquet"]], 500)
     assert corpus.tokenizer._mergeable_ranks == only_first._mergeable_ranks
     rows = take(DataLoader(corpus, 32, 4, 0, "cpu"), 20)
     first, have = corpus.fingerprint, sum(corpus.rows("train", 32))
