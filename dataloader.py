@@ -414,7 +414,8 @@ class TextReader:
     """
 
     def __init__(self, text_field=None, separator=None, plain=False):
-        self.text_field, self.separator, self.plain = text_field, separator, plain
+        self.text_field, self.plain = text_field, plain
+        self.separator = separator.replace("\\n", "\n") if separator else None  # as a shell gives it
         self.left_out, self.notes = [], {}
 
     def note(self, what, file, count=1):
@@ -788,8 +789,8 @@ class Corpus:
 def prepare(data, vocab_size=None, say=lambda line: None, largest_vocab=2**15, **reading):
     """
     Find, split, tokenize and cache the text of `data` ("stdlib", a name in PUBLIC, or a path) -> a Corpus.
-    Where vocab_size is None it follows from the size of the text, up to largest_vocab; reading: text_field and
-    separator for TextReader. The work is done once, by whichever process comes first; the others wait. Of a
+    Where vocab_size is None it follows from the size of the text, up to largest_vocab; reading: text_field
+    and separator of TextReader. The work is done once, by whichever process comes first; others wait. Of a
     public data set only the first training file is taken, fetch_more takes the next ones. Raises DataError.
     """
     try:
@@ -806,9 +807,8 @@ def prepare(data, vocab_size=None, say=lambda line: None, largest_vocab=2**15, *
         else:
             reader = TextReader(**reading, plain=data == "stdlib")
             corpus = prepare_text(data, found, reader, vocab_size, say, largest_vocab)
-        if data != "stdlib":
-            corpus.left_out += found.left_out
-            corpus.notes[:0] = describe_split(found, corpus)
+        corpus.left_out += found.left_out
+        corpus.notes[:0] = describe_split(found, corpus)
         return corpus
     except OSError as error:
         raise DataError(f"{error.filename or data} cannot be read: {error.strerror}.\nMend that.") from None
