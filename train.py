@@ -23,10 +23,12 @@ import gc
 import inspect
 import json
 import math
+import os
 import re
 import shutil
 import signal
 import sys
+import tempfile
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -178,6 +180,8 @@ if given.get("resume", resume):
     saved, given_before, source = checkpoint.saved_settings(run_folder)
     if source and source != "config.json":
         tell("resume", f"config.json cannot be read: the settings are taken from {source}")
+    if not source and (run_folder / "config.json").exists():
+        tell("resume", f"{run_folder / 'config.json'} is damaged: nothing is taken from it")
     saved_device = saved.get("device_type")
     found_anew = [name for name in MACHINE if name not in given_before]
     if any(given.get(name) is not None for name in HORIZONS):  # a new horizon takes the place of the old one
@@ -251,6 +255,10 @@ ranks.start(device)
 peak, peak_source = machine.find_peak(device, compute_dtype, peak_tflops)
 run_folder = Path(ranks.first(str(run_folder)))
 checkpoints = run_folder / "checkpoints"
+try:
+    tempfile.gettempdir()
+except OSError:  # none can be written to: then torch.compile and others shall use the run's own folder
+    tempfile.tempdir = os.environ["TMPDIR"] = str(run_folder)
 
 # -----------------------------------------------------------------------------
 # The model: everything follows from depth; and depth, where it is auto, from the time or the FLOPs
@@ -444,7 +452,7 @@ while len(timings) < 4:
     if outcome == machine.FAILS and (must_compile or not compile):
         raise error or RuntimeError("another rank failed")
     if outcome == machine.FAILS:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200] if error else "on another rank"
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200] if error else "on another rank"
         tell("trial", f"going on without torch.compile, which does not work here: {reason}")
         torch.compiler.set_stance("force_eager")
         compile = False
