@@ -4,9 +4,10 @@ processes read it.
 
 A corpus is prepared once: documents found and split, a BPE trained on the training split (rustbpe), all of
 it encoded by all cores (tiktoken), and kept in a cache folder as uint16 shards in the public GPT-2 layout.
-`python dataloader.py PATH` prepares a corpus and says what it found.
+`python dataloader.py PATH` prepares a corpus and says what it found and left out; --cache lists what is kept.
 """
 
+import argparse
 import base64
 import bz2
 import codecs
@@ -42,7 +43,7 @@ MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256  # the header of the public GPT-2
 SHARD_TOKENS = 100_000_000
 PIECE_CHARS = 2**16  # longer documents are encoded in pieces: the regex engines fail on a million blanks
 VAL_PIECE_CHARS = 2**12  # held-out text becomes documents of this size: what is evaluated is a choice of them
-LAYOUT = 4  # of what is kept in the cache; another number: all is made anew
+LAYOUT = 3  # of what is kept in the cache; another number: all is made anew
 BLOCK = 2**20  # letters or bytes that are read at once: bounds the memory
 TOKENIZER_BYTES = 200_000_000  # text that a BPE is trained on, at most, from all over the corpus
 THREADS = min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
@@ -1160,9 +1161,9 @@ class ValidationRows:
             yield torch.from_numpy(rows).to(device)[:, :-1], masked[:, 1:], int(lengths.sum(dtype=np.int64))
 
 
-def describe(data):
+def describe(data, **reading):
     """Prepare a corpus and print what it holds."""
-    corpus = prepare(data, say=lambda line: print(line, file=sys.stderr))
+    corpus = prepare(data, say=lambda line: print(line, file=sys.stderr), **reading)
     for split, count in corpus.counts.items():
         facts = [f"{value:,} {key}" for key, value in count.items()]
         facts.append(f"{sum(corpus.rows(split, 128)):,} rows of 128")
@@ -1176,9 +1177,32 @@ def describe(data):
     print(f"an example row:\n{corpus.tokenizer.decode(row.tolist())}", flush=True)
 
 
+def list_cache():
+    """Print what the cache folder holds, the largest first: what is deleted is made or fetched anew."""
+    kept = []
+    for folder in cache_folder().glob("*/*"):
+        files = [file.stat() for file in (folder, *folder.rglob("*")) if file.is_file()]
+        if not folder.name.startswith("."):
+            day = time.strftime("%Y-%m-%d", time.localtime(folder.stat().st_mtime))
+            kept.append((sum(file.st_size for file in files), day, folder))
+    for size, day, folder in sorted(kept, reverse=True):
+        print(f"{size / 1e6:10,.1f} MB  {day}  {folder}")
+    print(f"{sum(size for size, *_ in kept) / 1e6:10,.1f} MB in all; any of it may be deleted", flush=True)
+
+
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description="Prepare a corpus, and say what it holds and what is left out."
+    )
+    parser.add_argument("data", nargs="?", default="stdlib", help="as of train.py [stdlib]")
+    parser.add_argument("--text-field", help="field or column with the text [auto]")
+    parser.add_argument(
+        "--document-separator", dest="separator", help="what parts documents in a file [auto]"
+    )
+    parser.add_argument("--cache", action="store_true", help="list what the cache holds instead")
+    options = vars(parser.parse_args())
     try:
-        describe(sys.argv[1] if len(sys.argv) > 1 else "stdlib")
+        list_cache() if options.pop("cache") else describe(**options)
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

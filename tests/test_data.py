@@ -1352,6 +1352,14 @@ def test_command_line_describes_a_corpus(text, home):
     assert row[7:].split("<|bos|>")[0].strip() in "".join(documents(corpus, "train"))
 
 
+def test_command_line_lists_the_cache(text, home):
+    prepare(str(text))
+    (corpus,) = home.glob("corpora/text-*")
+    (line,) = [line for line in command("--cache").stdout.splitlines() if str(corpus) in line]
+    size = sum(file.stat().st_size for file in corpus.rglob("*") if file.is_file())
+    assert line.split()[0] == f"{size / 1e6:,.1f}" and time.strftime("%Y-%m-%d") in line
+
+
 def test_command_line_fails_politely(tmp_path, text):
     result = command(tmp_path / "nothing")
     assert result.returncode == 2 and not result.stdout
