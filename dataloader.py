@@ -73,17 +73,45 @@ BYTE_ORDER_MARKS = {  # UTF-32's before UTF-16's, which it begins with
 ENCODINGS = """
     cp1252 cp1250 cp1251 cp1253 cp1254 cp1255 cp1256 cp1257 koi8_r mac_roman cp437 cp850 cp866
     cp932 euc_jp gb18030 big5 cp949""".split()
-FINE, MIX = "kjj0/fineweb10B-gpt2", "karpathy/climbmix-400b-shuffle"
-PUBLIC = {  # name: (repository, MB in a file, validation file, training files in the order of epoch 0)
-    "fineweb": (FINE, 200, "fineweb_val_000000.bin", [f"fineweb_train_{n:06}.bin" for n in range(1, 104)]),
-    "climbmix": (MIX, 90, "shard_06542.parquet", [f"shard_{n:05}.parquet" for n in range(6542)]),
-}
-REVISION = "main"
 INSTEAD = "or train now with --data stdlib or --data PATH."
 
 
 class DataError(Exception):
     """Something about the data that a person must mend; the message says what and how."""
+
+
+@dataclass
+class PublicSet:
+    """A data set of the Hugging Face hub: its training files, {name: MB}, in the order of epoch 0."""
+
+    name: str  # of its folder in the cache
+    repository: str
+    train: dict
+    val: str | None  # None: the one training file is split like any text
+    revision: str = "main"
+    inside: str = ""  # the folder or file that was asked for
+
+
+PUBLIC = {
+    "fineweb": PublicSet(
+        name="fineweb",
+        repository="kjj0/fineweb10B-gpt2",
+        train={f"fineweb_train_{n:06}.bin": 200 for n in range(1, 104)},
+        val="fineweb_val_000000.bin",
+    ),
+    "climbmix": PublicSet(
+        name="climbmix",
+        repository="karpathy/climbmix-400b-shuffle",
+        train={f"shard_{n:05}.parquet": 90 for n in range(6542)},
+        val="shard_06542.parquet",
+    ),
+}
+SHORT_NAMES = {"tinystories": "hf:roneneldan/TinyStories/data"}
+
+
+def is_public(data):
+    """Whether `data` names a public data set and no path."""
+    return data in PUBLIC or data in SHORT_NAMES or data.startswith("hf:")
 
 
 # -----------------------------------------------------------------------------
@@ -231,6 +259,21 @@ def list_sources(root):
     return sorted(file for file in files if file.suffix.lower() == ".py" and file.is_file())
 
 
+def part_by_name(data, root, files):
+    """
+    Part files under root by what their names say -> [to train on, to validate on, unused]: the first kind of
+    HELD_OUT that is there is the validation split. DataError where nothing is left to train on.
+    """
+    kinds = {}  # {kind of HELD_OUT, or -1: files}
+    for file in files:
+        kinds.setdefault(HELD_OUT.get(held_out_word(root, file), -1), []).append(file)
+    if len(kinds) > 1 and -1 not in kinds:
+        what = f"--data {data}: all its files are held out by their names, as {kinds[min(kinds)][0].name}"
+        raise DataError(f"{what}.\nGive the path of the one to train on, or rename it.")
+    train, val, *unused = [kinds[kind] for kind in sorted(kinds)] + [[], []]
+    return train, val, sum(unused, [])
+
+
 def find_files(data):
     """
     `stdlib` or a path -> its text files, or else its .bin shards, as Found. A data file whose name marks it
@@ -240,7 +283,8 @@ def find_files(data):
     if data == "stdlib":
         return Found(root, list_sources(root))
     if not root.exists():
-        advice = f"Give a text file, a folder of text, or one of: stdlib, {', '.join(PUBLIC)}."
+        names = ", ".join(["stdlib", *PUBLIC, *SHORT_NAMES, "hf:OWNER/NAME"])
+        advice = f"Give a text file, a folder of text, or one of: {names}."
         raise DataError(f"{data}: there is no such file or folder.\n{advice}")
     if root.is_file():
         return Found(root.parent, [root])
@@ -249,17 +293,10 @@ def find_files(data):
     shards = [file for file in files if file.suffix == ".bin"]
     if not any(MAGIC in np.fromfile(file, dtype="<i4", count=1) for file in shards):
         shards = []
-    kinds = {}  # {kind of HELD_OUT, or -1: files}
-    for file in files:
-        if file not in shards if shards else suffix_of(file) not in SUFFIXES:
-            found.left_out.append((file, "no kind of text that is known"))
-        else:
-            kinds.setdefault(HELD_OUT.get(held_out_word(root, file), -1), []).append(file)
-    if len(kinds) > 1 and -1 not in kinds:
-        what = f"--data {data}: all its files are held out by their names, as {kinds[min(kinds)][0].name}"
-        raise DataError(f"{what}.\nGive the path of the one to train on, or rename it.")
-    found.train, found.val, *unused = [kinds[kind] for kind in sorted(kinds)] + [[], []]
-    found.unused = sum(unused, [])
+    known = set(shards or [file for file in files if suffix_of(file) in SUFFIXES])
+    found.left_out += [(file, "no kind of text that is known") for file in files if file not in known]
+    files = [file for file in files if file in known]
+    found.train, found.val, found.unused = part_by_name(data, root, files)
     return found
 
 
@@ -753,8 +790,8 @@ class Corpus:
     """
     A tokenized corpus. fingerprint: names its content; split: how train and val were told apart; shards:
     {"train" or "val": [(path, sha256)]}; counts: {"train" or "val": {"tokens": …}}; spread_val: validation
-    rows are from all over; more: training files of a public data set not yet in use; else None; notes: what
-    a person should know of it, a line each; left_out: the files that are not read, [(path, why)].
+    rows are from all over; more: the training files of `public` that are not yet in use; else None; reader:
+    how those are read; notes: what a person should know of it, a line each; left_out: [(path, why)].
     """
 
     name: str
@@ -763,6 +800,8 @@ class Corpus:
     split: str = "files"
     spread_val: bool = False
     more: list | None = None
+    public: PublicSet | None = None
+    reader: TextReader = field(default_factory=TextReader)
     notes: list = field(default_factory=list)
     left_out: list = field(default_factory=list)
     shards: dict = field(default_factory=lambda: {"train": [], "val": []})
@@ -772,6 +811,12 @@ class Corpus:
     def bos(self):
         """The token that starts each document and each row."""
         return self.tokenizer.n_vocab - 1
+
+    @property
+    def data(self):
+        """What names the same commit of a data set of the hub another time; None for all others."""
+        if self.public and self.public.revision != "main":
+            return f"hf:{self.public.repository}@{self.public.revision}/{self.public.inside}".rstrip("/")
 
     def add(self, root, split, entry):
         """Take in a manifest's entry for a split: its counts, and its shards, which lie in root."""
@@ -795,9 +840,10 @@ def prepare(data, vocab_size=None, say=lambda line: None, largest_vocab=2**15, *
     public data set only the first training file is taken, fetch_more takes the next ones. Raises DataError.
     """
     try:
-        if data in PUBLIC:
-            return prepare_public(data, vocab_size, say)
-        found = find_files(data)
+        public = find_public(SHORT_NAMES.get(data, data)) if is_public(data) else None
+        if public and public.val:
+            return prepare_public(public, vocab_size, say, TextReader(**reading))
+        found = fetch_one(public, say) if public else find_files(data)
         if found.train and found.train[0].suffix == ".bin":
             corpus = Corpus(Path(data).resolve().stem, "", gpt2_tokenizer(vocab_size))
             for part, files in (("train", found.train), ("val", found.val)):
@@ -808,7 +854,7 @@ def prepare(data, vocab_size=None, say=lambda line: None, largest_vocab=2**15, *
         else:
             reader = TextReader(**reading, plain=data == "stdlib")
             corpus = prepare_text(data, found, reader, vocab_size, say, largest_vocab)
-        corpus.left_out += found.left_out
+        corpus.public, corpus.left_out = public, corpus.left_out + found.left_out
         corpus.notes[:0] = describe_split(found, corpus)
         return corpus
     except OSError as error:
@@ -816,6 +862,11 @@ def prepare(data, vocab_size=None, say=lambda line: None, largest_vocab=2**15, *
     except MemoryError:
         advice = "Cut the largest files or rows into smaller ones."
         raise DataError(f"{data} takes more memory than there is.\n{advice}") from None
+
+
+def fitting_vocab(size):
+    """The vocabulary for so many bytes of text: √bytes, to a power of two; 20 MB: 4,096, 1 GB: 32,768."""
+    return int(2 ** max(9, round(np.log2(max(1, size)) / 2)))
 
 
 def identify(name, found):
@@ -840,8 +891,7 @@ def prepare_text(data, found, reader, vocab_size, say, largest_vocab):
     name = Path(data).resolve().stem
     sources = identify(name, found)
     total = sum(size * (4 if Path(name).suffix.lower() in PACKED else 1) for name, size, _ in sources)
-    # √bytes to the nearest power of two: 4,096 for 20 MB, 32,768 for 1 GB
-    vocab_size = vocab_size or min(largest_vocab, int(2 ** max(9, round(np.log2(max(1, total)) / 2))))
+    vocab_size = vocab_size or min(largest_vocab, fitting_vocab(total))
 
     def make(temporary):
         sizes = write_text(found, reader, temporary, say)
@@ -890,27 +940,114 @@ def describe_split(found, corpus):
         yield f"left out: {summary([path for path, _ in corpus.left_out])}, as {Path(path).name}: {why}"
 
 
-def prepare_public(name, vocab_size, say):
+# -----------------------------------------------------------------------------
+# Public data sets: listed once, fetched file by file as far as the horizon needs
+
+
+def find_public(data):
+    """
+    A name in PUBLIC, or hf:OWNER/NAME[@COMMIT][/FOLDER-OR-FILE] -> its PublicSet. Which commit is the newest
+    is asked once, then kept. DataError if it cannot be listed, or holds no text, or several data sets.
+    """
+    if data in PUBLIC:
+        return PUBLIC[data]
+    if not (match := re.fullmatch(r"hf:([^/@]+/[^/@]+)(@[^/]+)?(/.+)?", data.rstrip("/"))):
+        raise DataError(f"--data {data} is no name of a data set.\nGive hf:OWNER/NAME[/FOLDER-OR-FILE].")
+    repository, commit, inside = (part.strip("@/") for part in match.groups(""))
+    name = repository.replace("/", "--")
+
+    def make(temporary):
+        import huggingface_hub  # slow to import, and seldom needed
+
+        try:
+            info = huggingface_hub.HfApi().dataset_info(
+                repository, revision=commit or None, files_metadata=True
+            )
+        except Exception as error:  # the hub lets any error of the network through
+            advice = "Look at its name; log in with `hf auth login` if it is private"
+            raise DataError(f"{data} cannot be listed: {why_not(error)}.\n{advice}, {INSTEAD}") from None
+        sizes = {file.rfilename: (file.size or 0) / 1e6 for file in info.siblings}
+        train, val = choose_files(data, inside, sizes)
+        return {"commit": info.sha, "train": {name: sizes[name] for name in train}, "val": val}
+
+    def keep(commit, make):
+        return make_once(
+            cache_folder() / "listed" / f"{name}-{fingerprint(repository, commit, inside)}", make
+        )
+
+    listed = keep(commit, make)
+    keep(listed["commit"], lambda temporary: listed)  # for a run that is resumed
+    commit = listed["commit"]
+    return PublicSet(f"{name}-{commit[:12]}", repository, listed["train"], listed["val"], commit, inside)
+
+
+def choose_files(data, inside, sizes):
+    """Of {file: MB} on the hub -> (those to train on, the one to validate on or None). DataError."""
+    kinds = {}  # {suffix: files}
+    for name in sorted(sizes):
+        if f"{name}/".startswith(f"{inside}/" if inside else "") and suffix_of(Path(name)) in DATA_FILES:
+            kinds.setdefault(suffix_of(Path(name)), []).append(Path(name))
+    kinds.pop(".bin", None)
+    if not kinds:
+        what = f"{data} holds no parquet, JSONL or text files, but {summary(sizes)}"
+        raise DataError(f"{what}.\nChoose another data set, or another folder of it.")
+    files = kinds.get(".parquet") or max(
+        kinds.values(), key=lambda kind: sum(sizes[str(file)] for file in kind)
+    )
+    folders = {file.parts[0] for file in files if len(file.parts) > 1} - {"train", *HELD_OUT}
+    if len(folders) > 1:
+        what = f"{data} holds several data sets: {', '.join(sorted(folders)[:9])}"
+        raise DataError(f"{what}.\nGive one of them, as {data}/{min(folders)}.")
+    train, val, _ = part_by_name(data, Path(inside).parent if inside in sizes else Path(inside), files)
+    if not val and len(train) > 1:
+        val = [train.pop()]
+    return [str(file) for file in train], str(val[0]) if val else None
+
+
+def why_not(error):
+    """Why the hub did not do what was asked, in a few words."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status in (401, 403):
+        return f"{status}, it is private or not there, or this login may not read it"
+    return str(error.__cause__ or error).split("\n")[0].rstrip(".") or type(error).__name__
+
+
+def fetch_one(public, say):
+    """Fetch the one file of a public data set that has no other -> Found, to be split like any text."""
+    (name,) = public.train
+    path = cache_folder() / public.name / name
+    folder = cache_folder() / "checked" / f"{path.stem}-{fingerprint(public.name, name)}"
+    if not path.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+    make_once(folder, lambda temporary: fetch(public, name, temporary, say))
+    return Found(path.parent, [path])
+
+
+def prepare_public(public, vocab_size, say, reader):
     """A public data set: its validation file and its first training file."""
-    repository, _, val, train = PUBLIC[name]
-    folder = cache_folder() / name
-    if val.endswith(".bin"):
+    first = next(iter(public.train))
+    if first.endswith(".bin"):
         encoding, identity = gpt2_tokenizer(vocab_size), "gpt2"
     else:
-        vocab_size = vocab_size or 32_768
+        vocab_size = vocab_size or min(32_768, fitting_vocab(1e6 * sum(public.train.values())))
 
         def make(temporary):
-            fetch(folder / train[0], temporary, say)
-            say(f"training a BPE of {vocab_size:,} tokens on {train[0]}")
-            blocks = TextReader().read(folder / train[0])
+            fetch(public, first, temporary, say)
+            say(f"training a BPE of {vocab_size:,} tokens on {first}")
+            blocks = reader.read(cache_folder() / public.name / first)
             return save_tokenizer(train_tokenizer(blocks, vocab_size), temporary)
 
-        tokenizer = cache_folder() / "tokens" / f"{name}-tokenizer-{vocab_size}"
+        tokenizer = (
+            cache_folder() / "tokens" / f"{public.name}-tokenizer-{vocab_size}{reader.text_field or ''}"
+        )
         identity = make_once(tokenizer, make)
         encoding = load_tokenizer(tokenizer, identity)
-    corpus = Corpus(name, fingerprint(name, repository, REVISION, identity), encoding, more=list(train))
-    take(corpus, "val", folder / val, say)
-    take(corpus, "train", folder / corpus.more.pop(0), say)
+    content = fingerprint(public.name, public.repository, public.revision, identity)
+    more = list(public.train)
+    corpus = Corpus(public.name, content, encoding, more=more, public=public, reader=reader)
+    take(corpus, "val", cache_folder() / public.name / public.val, say)
+    take(corpus, "train", cache_folder() / public.name / corpus.more.pop(0), say)
+    corpus.notes = [f"held out: {public.val}", *reader.told()]
     return corpus
 
 
@@ -922,7 +1059,7 @@ def fetch_more(corpus, rows, T, say=lambda line: None):
     have = corpus.rows("train", T)
     if corpus.more and sum(have) < rows:
         files = min(len(corpus.more), math.ceil((rows - sum(have)) * len(have) / sum(have)))
-        size = files * PUBLIC[corpus.name][1] / 1000
+        size = sum(corpus.public.train[name] for name in corpus.more[:files]) / 1000
         say(f"{files} more files of {corpus.name} are needed, {size:.1f} GB in all")
     while corpus.more and sum(corpus.rows("train", T)) < rows:
         take(corpus, "train", cache_folder() / corpus.name / corpus.more.pop(0), say)
@@ -938,11 +1075,11 @@ def take(corpus, split, path, say):
         shutil.rmtree(folder, ignore_errors=True)
 
     def make(temporary):
-        if corpus.more is not None:
-            fetch(path, temporary, say)
+        if corpus.public:
+            fetch(corpus.public, str(path.relative_to(cache_folder() / corpus.name)), temporary, say)
         if not ready:
             say(f"tokenizing {path.name}")
-            return encode_texts(corpus.tokenizer, TextReader().read(path), temporary, split, say)
+            return encode_texts(corpus.tokenizer, corpus.reader.read(path), temporary, split, say)
         say(f"checking {path.name}")
         tokens, digest = open_shard(path), sha256(path)
         if len(tokens) and tokens.max() > corpus.bos:
@@ -952,24 +1089,30 @@ def take(corpus, split, path, say):
     corpus.add(path.parent if ready else folder, split, make_once(folder, make))
 
 
-def fetch(path, temporary, say):
-    """Have `path`, a file of a public data set, in the cache: whole, its header valid, or not at all."""
+def fetch(public, name, temporary, say):
+    """Have a file of a public data set in the cache: whole, its header valid, or not at all."""
+    path = cache_folder() / public.name / name
     if path.exists():
         return
     import huggingface_hub  # slow to import, and seldom needed
 
-    repository, megabytes, *_ = PUBLIC[path.parent.name]
-    say(f"fetching {path.name} of {repository}, about {megabytes} MB")
+    megabytes = public.train.get(name) or max(public.train.values())
+    free = shutil.disk_usage(temporary).free / 1e6
+    say(f"fetching {name} of {public.repository}, about {megabytes:,.0f} MB")
+    if public.revision != "main" and megabytes > free:  # a size that was asked for, and no estimate
+        advice = "Make room there, or set ONEDIAL_HOME to another folder."
+        raise DataError(f"{path} takes {megabytes:,.0f} MB, and {free:,.0f} MB are free.\n{advice}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    options = {"repo_type": "dataset", "revision": REVISION, "local_dir": temporary / "fetched"}
+    options = {"repo_type": "dataset", "revision": public.revision, "local_dir": temporary / "fetched"}
     try:
-        fetched = Path(huggingface_hub.hf_hub_download(repository, path.name, **options))  # checks the size
+        fetched = Path(huggingface_hub.hf_hub_download(public.repository, name, **options))  # checks the size
     except Exception as error:  # the hub lets any error of the network through
         if type(error) in (OSError, PermissionError) and error.errno:
             raise  # the disk failed
-        reason = str(error.__cause__ or error).split("\n")[0].rstrip(".") or type(error).__name__
         advice = f"Put it (and those after it, for a long run) into {path.parent} by hand, {INSTEAD}"
-        raise DataError(f"{path.name} of {repository} cannot be fetched: {reason}.\n{advice}") from None
+        raise DataError(
+            f"{name} of {public.repository} cannot be fetched: {why_not(error)}.\n{advice}"
+        ) from None
     if path.suffix == ".bin":
         open_shard(fetched)
     os.rename(fetched, path)

@@ -56,7 +56,7 @@ dtype: str | None = None  # of activations: bfloat16 or float32 (auto: bfloat16 
 compile: bool | None = None  # torch.compile (auto: where the run is long enough to win the time back)
 seed: int = 42  # of weights, data order and samples
 # data
-data: str | None = None  # stdlib, fineweb, climbmix, or a path to text (auto: fineweb on CUDA, else stdlib)
+data: str | None = None  # stdlib, fineweb, climbmix, tinystories, hf:OWNER/NAME, a path (auto: fineweb or stdlib)
 text_field: str | None = None  # field or column with the text (auto: text, content, story, … if a string)
 document_separator: str | None = None  # what parts documents in a file (auto: <|endoftext|>, in .txt files)
 vocab_size: int | None = None  # of the BPE trained on the corpus (auto: by its bytes and the time)
@@ -235,7 +235,7 @@ clock.lap("setup")
 # The data: prepared before the ranks are connected, so that no collective call waits for a tokenizer
 
 data = data or ("fineweb" if on_gpu else "stdlib")
-if data != "stdlib" and data not in dataloader.PUBLIC:
+if data != "stdlib" and not dataloader.is_public(data):
     data = str(Path(data).expanduser().absolute())  # so that the run can be resumed from any folder
 if not horizons:
     minutes, target_param_data_ratio = (None, 12.0) if on_gpu else (5.0, None)
@@ -247,7 +247,7 @@ reading = {"text_field": text_field, "separator": document_separator}
 corpus = dataloader.prepare(data, vocab_size, tell_data, largest_vocab, **reading)
 for note in corpus.notes:
     tell("data", note)
-vocab_size = corpus.tokenizer.n_vocab
+vocab_size, data = corpus.tokenizer.n_vocab, corpus.data or data  # a data set of the hub by its commit
 held_out = dataloader.validation_tokens(corpus, eval_bytes)
 validation = dataloader.ValidationRows(corpus.tokenizer, held_out, max_seq_len)
 clock.lap("corpus")

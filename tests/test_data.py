@@ -18,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from collections import Counter
 from pathlib import Path
 
@@ -1153,9 +1154,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         name, get = self.path.split("/")[-1].split("?")[0], self.command == "GET"
-        repository = "/".join(self.path.split("/")[2:4])
+        repository = "/".join(self.path.removeprefix("/datasets").split("/")[1:3])
         public = "kjj0/fineweb10B-gpt2", "karpathy/climbmix-400b-shuffle"
-        known = name in self.files and repository in public
+        known = name in self.files and (repository in public or repository.startswith("some/"))
         if get and known:
             self.log.append(name)
         if self.mode == "drops":
@@ -1324,6 +1325,112 @@ def test_climbmix_is_tokenized_file_by_file(hub, climbmix, home):
     with pytest.raises(DataError) as error:
         take(DataLoader(corpus, 32, 4, 0, "cpu"), 1)
     assert f"{path} is damaged" in two_lines(error) and f"delete {path.parent}" in str(error.value)
+
+
+COMMIT = "c0ffee" + "0" * 34
+
+
+@pytest.fixture
+def dataset(hub, monkeypatch):
+    """dataset({file: content}): what the hub holds as hf:some/set, listed and fetched like any public one."""
+    import huggingface_hub
+    from huggingface_hub import HfApi, constants
+
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.address + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    asked = []
+
+    def dataset_info(self, repository, revision=None, files_metadata=False):
+        asked.append(revision)
+        if hub.mode[:3].isdigit():
+            response = types.SimpleNamespace(status_code=int(hub.mode[:3]), headers={}, request=None)
+            error = huggingface_hub.errors.HfHubHTTPError.__new__(huggingface_hub.errors.HfHubHTTPError)
+            error.response = response
+            raise error
+        files = [types.SimpleNamespace(rfilename=name, size=len(content)) for name, content in held.items()]
+        return types.SimpleNamespace(sha=COMMIT, siblings=files)
+
+    monkeypatch.setattr(HfApi, "dataset_info", dataset_info)
+    held = {}
+
+    def hold(files):
+        held.clear()
+        held.update(files)
+        hub.files.update({name.split("/")[-1]: content for name, content in files.items()})
+        return asked
+
+    return hold
+
+
+def parts(names, count=150):
+    return {
+        name: json_lines([f"{name} {text}" for text in rows_of(count, n)]) for n, name in enumerate(names)
+    }
+
+
+def first_words(corpus, split):
+    return sorted({text.split()[0] for text in documents(corpus, split)})
+
+
+def test_any_data_set_of_the_hub_by_its_name(dataset, hub, home):
+    asked = dataset(
+        {"README.md": b"x" * 99_000, "dataset_infos.json": b"{}"}
+        | parts(
+            [
+                "data/train-00000-of-00002.jsonl",
+                "data/train-00001-of-00002.jsonl",
+                "data/test.jsonl",
+                "data/validation.jsonl",
+            ]
+        )
+    )
+    said = []
+    corpus = prepare("hf:some/set", say=said.append)
+    assert hub.log == ["train-00000-of-00002.jsonl", "validation.jsonl"] and asked == [None]
+    assert first_words(corpus, "train") == ["data/train-00000-of-00002.jsonl"]
+    assert first_words(corpus, "val") == ["data/validation.jsonl"] and "validation.jsonl" in corpus.notes[0]
+    assert any("fetching data/train-0" in line and "MB" in line for line in said)
+    dataloader.fetch_more(corpus, sum(corpus.rows("train", 32)) + 1, 32)
+    assert first_words(corpus, "train")[1] == "data/train-00001-of-00002.jsonl" and not corpus.more
+    assert corpus.data == f"hf:some/set@{COMMIT}"
+    hub.mode = "500"  # the commit and the files are known
+    assert prepare("hf:some/set").fingerprint == prepare(corpus.data).fingerprint == corpus.fingerprint
+
+
+def test_a_data_set_without_a_validation_split(dataset, home):
+    dataset(parts(["a.txt", "b.txt", "c.txt"]))
+    corpus = prepare("hf:some/set")
+    assert (first_words(corpus, "train")[0], first_words(corpus, "val")[0]) == ('{"id":', '{"id":')
+    assert corpus.public.val == "c.txt" and list(corpus.public.train) == ["a.txt", "b.txt"]
+    dataset(parts(["only/one.jsonl"]))
+    corpus = prepare("hf:some/other/only")
+    assert corpus.split == "hash" and corpus.more is None and corpus.data == f"hf:some/other@{COMMIT}/only"
+    assert everything(corpus).total() == 150
+
+
+def test_a_data_set_that_cannot_be_had_is_told_in_two_lines(dataset, hub, home, monkeypatch):
+    def refused(data, *words):
+        with pytest.raises(DataError) as error:
+            prepare(data)
+        message = two_lines(error)
+        assert all(word in message for word in words), message
+
+    for hub.mode in ("401", "404"):
+        refused(
+            "hf:some/set", "hf:some/set cannot be listed", hub.mode if hub.mode == "401" else "", "auth login"
+        )
+    hub.mode = "good"
+    dataset({"README.md": b"x", "a.png": b"y"})
+    refused("hf:some/set", "no parquet, JSONL or text files", "1 .png")
+    dataset(parts(["en/train.jsonl", "fr/train.jsonl"]))
+    refused("hf:some/set", "several data sets: en, fr", "hf:some/set/en")
+    refused("hf:nothing", "OWNER/NAME")
+    dataset(parts(["a.jsonl", "b.jsonl"]))
+    usage = types.SimpleNamespace(free=1000)
+    monkeypatch.setattr(dataloader.shutil, "disk_usage", lambda path: usage)
+    refused("hf:some/set", "are free", "ONEDIAL_HOME")
+    assert not hub.log
 
 
 # -----------------------------------------------------------------------------
