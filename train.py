@@ -56,7 +56,7 @@ dtype: str | None = None  # of activations: bfloat16 or float32 (auto: bfloat16 
 compile: bool | None = None  # torch.compile (auto: where the run is long enough to win the time back)
 seed: int = 42  # of weights, data order and samples
 # data
-data: str | None = None  # stdlib, fineweb, climbmix, tinystories, hf:OWNER/NAME, a path (auto: fineweb or stdlib)
+data: str | None = None  # a path, stdlib, fineweb, climbmix, tinystories, hf:OWNER/NAME (auto: by the device)
 text_field: str | None = None  # field or column with the text (auto: text, content, story, … if a string)
 document_separator: str | None = None  # what parts documents in a file (auto: <|endoftext|>, in .txt files)
 vocab_size: int | None = None  # of the BPE trained on the corpus (auto: by its bytes and the time)
