@@ -234,6 +234,8 @@ def list_files(root, left_out):
     def failed(error):
         left_out.append((Path(error.filename), error.strerror))
 
+    for folder in (root.resolve(), *root.resolve().parents):
+        is_new(folder)  # a link to one of these is a loop
     for folder, subfolders, names in os.walk(root, onerror=failed, followlinks=True):
         left_out += [(Path(folder, name), "hidden") for name in subfolders + names if name.startswith(".")]
         files += [Path(folder, name) for name in names if not name.startswith(".")]
@@ -482,8 +484,7 @@ class TextReader:
         except (DataError, MemoryError):
             raise
         except ImportError as error:
-            extra = "zstd" if error.name == "zstandard" else "parquet"
-            raise DataError(f'{file} takes {error.name} to read.\npip install "onedial[{extra}]"') from None
+            raise DataError(f"{file} takes {error.name} to read.\npip install {error.name}") from None
         except Exception as error:  # whatever the libraries that read it raise
             reason = getattr(error, "strerror", None) or str(error).split("\n")[0] or type(error).__name__
             raise DataError(f"{file} cannot be read: {reason.rstrip('.')}.\n{MEND}") from None
@@ -578,9 +579,9 @@ def write_text(found, reader, folder, say):
                 content = block.encode()
                 digest.update(content)
                 end += text.write(content)
-            if time.monotonic() - said > 2:
-                said = time.monotonic()
-                say(f"{end / 1e6:,.0f} MB are read")
+                if time.monotonic() - said > 2:
+                    said = time.monotonic()
+                    say(f"{end / 1e6:,.0f} MB are read")
     return sizes
 
 

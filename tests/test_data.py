@@ -517,7 +517,7 @@ HELD_OUT_NAMES = """
     validation-00000-of-00001.jsonl  wiki-valid.txt  dev.tsv  test-00000-of-00002-2d5a14.jsonl.gz  eval_3.json
     x.test.txt  heldout.txt  held-out/a.txt  Test/deep/a.jsonl  corpus_val_000001.txt  VAL.txt""".split()
 OTHER_NAMES = """
-    valéry.txt  vale\u0301ry.txt  values.txt  interval.txt  contest.txt  developer.txt  latest.jsonl
+    valéry.txt  val\u0301ka.txt  values.txt  interval.txt  contest.txt  developer.txt  latest.jsonl
     testament.txt  my_test_set.txt  test.py  test/a.py  val/notes.md  tests/a.txt  evaluation.rs""".split()
 
 
@@ -585,6 +585,8 @@ def test_links_are_followed_without_loops_and_nothing_is_read_twice(tmp_path):
     (corpus / "books").symlink_to("../disk")
     (corpus / "again").symlink_to("../disk/deep")
     (disk / "deep" / "up").symlink_to("../..")
+    (corpus / "parent").symlink_to("..")
+    (tmp_path / "no part of it.txt").write_text("outside " * 99)
     (corpus / "one.txt").symlink_to("books/deep/1.txt")
     (corpus / "nowhere.txt").symlink_to("gone.txt")
     found = prepare(str(corpus))
