@@ -4,24 +4,33 @@ processes read it.
 
 A corpus is prepared once: documents found and split, a BPE trained on the training split (rustbpe), all of
 it encoded by all cores (tiktoken), and kept in a cache folder as uint16 shards in the public GPT-2 layout.
-`python dataloader.py PATH` prepares a corpus and says what it found.
+`python dataloader.py PATH` prepares a corpus and says what it found and left out; --cache lists what is kept.
 """
 
+import argparse
 import base64
+import bz2
+import codecs
+import csv
+import gzip
 import hashlib
+import io
 import json
+import lzma
 import math
 import os
 import re
 import shutil
+import struct
 import sys
 import sysconfig
 import time
+import unicodedata
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import filelock
@@ -35,7 +44,9 @@ SHARD_TOKENS = 100_000_000
 PIECE_CHARS = 2**16  # longer documents are encoded in pieces: the regex engines fail on a million blanks
 VAL_PIECE_CHARS = 2**12  # held-out text becomes documents of this size: what is evaluated is a choice of them
 LAYOUT = 3  # of what is kept in the cache; another number: all is made anew
-TOKENIZER_CHARS = 2_000_000_000  # text that a BPE is trained on, at most
+BLOCK = 2**20  # letters or bytes that are read at once: bounds the memory
+TOKENIZER_BYTES = 200_000_000  # text that a BPE is trained on, at most, from all over the corpus
+THREADS = min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 VAL_SHARE = 0.05
 # GPT-4's split pattern, but numbers of at most 2 digits: that suits vocabularies below 100,000 (nanochat)
 SPLIT_PATTERN = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}|"
@@ -45,18 +56,62 @@ SUFFIXES = """
     .txt .text .md .rst .org .tex .adoc .bib .log .csv .tsv .json .xml .html .htm .css .yaml .yml .toml .py
     .pyi .c .h .cc .cpp .cxx .hpp .cu .java .js .jsx .ts .tsx .go .rs .rb .php .pl .sh .bash .sql .swift .kt
     .scala .hs .ml .lua .r .jl .m .lisp .el .clj .ex .erl .f90 .cs .vb .dart .zig .nim .proto
-    .jsonl .parquet .bin""".split()
-FINE, MIX = "kjj0/fineweb10B-gpt2", "karpathy/climbmix-400b-shuffle"
-PUBLIC = {  # name: (repository, MB in a file, validation file, training files in the order of epoch 0)
-    "fineweb": (FINE, 200, "fineweb_val_000000.bin", [f"fineweb_train_{n:06}.bin" for n in range(1, 104)]),
-    "climbmix": (MIX, 90, "shard_06542.parquet", [f"shard_{n:05}.parquet" for n in range(6542)]),
+    .jsonl .ndjson .parquet""".split()
+PACKED = (".gz", ".bz2", ".xz", ".zst")  # may follow a suffix
+DATA_FILES = (".txt", ".text", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".bin")
+# what marks a data file as held out; the first kind that is there is the validation split
+HELD_OUT = {"val": 0, "valid": 0, "validation": 0, "dev": 1, "test": 2, "eval": 3, "heldout": 4}
+TEXT_FIELDS = "text content story document body article passage page_content raw_content contents".split()
+STRINGS = re.compile("(large_)?string|dictionary<values=string")  # as pyarrow names the types
+MEND = "Mend it, or take it out."
+NAME_IT = "Name the field that is the text, a string, with --text-field NAME, or take the file out."
+BYTE_ORDER_MARKS = {  # UTF-32's before UTF-16's, which it begins with
+    codecs.BOM_UTF8: "utf-8-sig",
+    **{codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"},
+    **{codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"},
 }
-REVISION = "main"
+ENCODINGS = """
+    cp1252 cp1250 cp1251 cp1253 cp1254 cp1255 cp1256 cp1257 koi8_r mac_roman cp437 cp850 cp866
+    cp932 euc_jp gb18030 big5 cp949""".split()
 INSTEAD = "or train now with --data stdlib or --data PATH."
 
 
 class DataError(Exception):
     """Something about the data that a person must mend; the message says what and how."""
+
+
+@dataclass
+class PublicSet:
+    """A data set of the Hugging Face hub: its training files, {name: MB}, in the order of epoch 0."""
+
+    name: str  # of its folder in the cache
+    repository: str
+    train: dict
+    val: str | None  # None: the one training file is split like any text
+    revision: str = "main"
+    inside: str = ""  # the folder or file that was asked for
+
+
+PUBLIC = {
+    "fineweb": PublicSet(
+        name="fineweb",
+        repository="kjj0/fineweb10B-gpt2",
+        train={f"fineweb_train_{n:06}.bin": 200 for n in range(1, 104)},
+        val="fineweb_val_000000.bin",
+    ),
+    "climbmix": PublicSet(
+        name="climbmix",
+        repository="karpathy/climbmix-400b-shuffle",
+        train={f"shard_{n:05}.parquet": 90 for n in range(6542)},
+        val="shard_06542.parquet",
+    ),
+}
+SHORT_NAMES = {"tinystories": "hf:roneneldan/TinyStories/data"}
+
+
+def is_public(data):
+    """Whether `data` names a public data set and no path."""
+    return data in PUBLIC or data in SHORT_NAMES or data.startswith("hf:")
 
 
 # -----------------------------------------------------------------------------
@@ -65,7 +120,10 @@ class DataError(Exception):
 
 def cache_folder():
     """Where prepared corpora live: $ONEDIAL_HOME, or ~/.cache/onedial."""
-    return Path(os.environ.get("ONEDIAL_HOME") or "~/.cache/onedial").expanduser()
+    try:
+        return Path(os.environ.get("ONEDIAL_HOME") or "~/.cache/onedial").expanduser()
+    except RuntimeError:
+        raise DataError("there is no home folder to keep a corpus in.\nSet ONEDIAL_HOME to one.") from None
 
 
 def fingerprint(*values):
@@ -127,134 +185,495 @@ def damaged(path, what):
 
 
 # -----------------------------------------------------------------------------
-# Documents: find them, read them, split them
+# Documents: find their files
 
 
-def find_files(data):
-    """`stdlib` or a path -> (root, its text files or else its .bin shards, in a fixed order)."""
-    root, suffixes, skip = Path(data).expanduser(), SUFFIXES, ()
-    if data == "stdlib":
-        root, suffixes, skip = Path(sysconfig.get_path("stdlib")), [".py"], ("site-packages", "dist-packages")
-    if not root.exists():
-        advice = f"Give a text file, a folder of text, or one of: stdlib, {', '.join(PUBLIC)}."
-        raise DataError(f"{data}: there is no such file or folder.\n{advice}")
-    if root.is_file():
-        return root.parent, [root]
-    files = []
+@dataclass
+class Found:
+    """
+    The files of text under a root: those to train on; those held out by name, to validate on or unused; and
+    what is left out, [(path, why)].
+    """
+
+    root: Path
+    train: list
+    val: list = field(default_factory=list)
+    unused: list = field(default_factory=list)
+    left_out: list = field(default_factory=list)
+
+
+def suffix_of(file):
+    """The suffix that says what is in a file, compressed or not: .jsonl of a.jsonl.gz."""
+    name = file.name.lower()
+    return Path(name[: -len(file.suffix)] if file.suffix.lower() in PACKED else name).suffix
+
+
+def held_out_word(root, file):
+    """
+    The word of HELD_OUT that marks a data file: the name of a folder below root, or the first or last word of
+    the file's own name before its numbers (test-00000-of-00007.parquet, wiki_val_000.txt.gz). None if none.
+    """
+    if (suffix := suffix_of(file)) not in DATA_FILES:
+        return None
+    path = unicodedata.normalize("NFC", str(file.relative_to(root)).casefold())
+    *folders, name = re.sub(r"held[-_ ]out", "heldout", path).split(os.sep)
+    stem = re.sub(r"\W\d+-of-\d+.*", "", name[: name.rindex(suffix)])
+    words = re.findall(r"[^\W_]+", re.sub(r"[\W\d_]+$", "", stem) or stem)
+    return next((word for word in (*folders, *words[:1], *words[-1:]) if word in HELD_OUT), None)
+
+
+def list_files(root, left_out):
+    """All files under root, sorted, links followed, each once; to left_out goes what is hidden or no file."""
+    files, seen = [], set()
+
+    def is_new(path):
+        status = os.stat(path)
+        place = (status.st_dev, status.st_ino)
+        return place not in seen and not seen.add(place)
+
+    def failed(error):
+        left_out.append((Path(error.filename), error.strerror))
+
+    for folder in (root.resolve(), *root.resolve().parents):
+        is_new(folder)  # a link to one of these is a loop
+    for folder, subfolders, names in os.walk(root, onerror=failed, followlinks=True):
+        left_out += [(Path(folder, name), "hidden") for name in subfolders + names if name.startswith(".")]
+        files += [Path(folder, name) for name in names if not name.startswith(".")]
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        subfolders[:] = [name for name in subfolders if is_new(Path(folder, name))]  # else a loop of links
+    kept = []
+    for file in sorted(files, key=lambda file: (file.is_symlink(), file)):  # a file before links to it
+        if not file.is_file():
+            left_out.append((file, "neither a file nor a link to one"))
+        elif not is_new(file):
+            left_out.append((file, "another name of a file that is read"))
+        else:
+            kept.append(file)
+    return sorted(kept)
+
+
+def list_sources(root):
+    """The sources of Python in its own folder, sorted: this list and their reading never change."""
+    files, skip = [], ("site-packages", "dist-packages")
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [name for name in subfolders if not name.startswith(".") and name not in skip]
         files += [Path(folder, name) for name in names if not name.startswith(".")]
-    files = sorted(file for file in files if file.suffix.lower() in suffixes and file.is_file())
-    shards = [file for file in files if file.suffix == ".bin"]
-    if any(MAGIC in np.fromfile(file, dtype="<i4", count=1) for file in shards):
-        return root, shards
-    return root, [file for file in files if file.suffix != ".bin"]
+    return sorted(file for file in files if file.suffix.lower() == ".py" and file.is_file())
 
 
-def read_documents(file):
-    """Yield the documents of a file: strings of valid Unicode, not empty; DataError names what is amiss."""
-    try:
-        if file.suffix.lower() == ".jsonl":
-            yield from read_jsonl(file)
-        elif file.suffix.lower() == ".parquet":
-            import pyarrow.parquet as parquet  # an extra
-
-            for batch in parquet.ParquetFile(file).iter_batches(batch_size=1024, columns=["text"]):
-                yield from filter(None, batch.column("text").cast("string").to_pylist())
-        else:
-            content = file.read_bytes()
-            if content and b"\0" not in content[:8192]:  # a NUL byte: not text
-                yield content.decode("utf-8", "replace")
-    except ImportError:
-        raise DataError(f'{file} takes pyarrow to read.\npip install "onedial[parquet]"') from None
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{file} cannot be read: {error}.\nMend it, or take it out.") from None
-
-
-def read_jsonl(file):
-    """Yield the texts in a file of one JSON object a line, blank lines and empty texts left out."""
-    with open(file, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                text = json.loads(line.decode("utf-8", "replace"))["text"] if line.strip() else ""
-                text = text.encode("utf-8", "replace").decode()  # JSON may hold half a surrogate pair
-            except (ValueError, KeyError, TypeError, AttributeError):
-                what = f'{file}, line {number}: no JSON object with a "text" string'
-                raise DataError(f"{what}.\nMend or delete that line.") from None
-            if text:
-                yield text
-
-
-def split_by_name(root, file):
-    """val where that is a word in the name of the file, or of a folder between it and root, else train."""
-    return "val" if re.search(r"(?<![a-z])val(?![a-z])", str(file.relative_to(root)).lower()) else "train"
-
-
-def split_documents(root, files, split):
+def part_by_name(data, root, files):
     """
-    Yield ("train" or "val", text) over all documents. `split` decides: "files": by the word val in name or
-    folder; "hash": 5% of the documents by content, so that adding files moves none; "tail": each one's end.
+    Part files under root by what their names say -> [to train on, to validate on, unused]: the first kind of
+    HELD_OUT that is there is the validation split. DataError where nothing is left to train on.
     """
+    kinds = {}  # {kind of HELD_OUT, or -1: files}
     for file in files:
-        for text in read_documents(file):
-            cut = len(text)  # what is before it trains, what is after it is held out
-            if split == "files" and split_by_name(root, file) == "val":
-                cut = 0
-            elif split == "hash":
-                place = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") / 2**32
-                cut = 0 if place < VAL_SHARE else cut
-            elif split == "tail":
-                cut = int((1 - VAL_SHARE) * len(text))
-                cut = text.rfind("\n", int(0.8 * len(text)), cut) + 1 or cut
-            if text[:cut]:
-                yield "train", text[:cut]
-            if text[cut:]:
-                yield "val", text[cut:]
+        kinds.setdefault(HELD_OUT.get(held_out_word(root, file), -1), []).append(file)
+    if len(kinds) > 1 and -1 not in kinds:
+        what = f"--data {data}: all its files are held out by their names, as {kinds[min(kinds)][0].name}"
+        raise DataError(f"{what}.\nGive the path of the one to train on, or rename it.")
+    train, val, *unused = [kinds[kind] for kind in sorted(kinds)] + [[], []]
+    return train, val, sum(unused, [])
 
 
-def choose_split(root, files):
-    """-> (the first of the splits files, hash, tail that will do, {"train" or "val": bytes of UTF-8})."""
-    named = len({split_by_name(root, file) for file in files}) > 1
-    for split in ("files", "hash", "tail") if named else ("hash", "tail"):
-        sizes = Counter()
-        for name, text in split_documents(root, files, split):
-            sizes[name] += len(text.encode())
-        share = sizes["val"] / max(1, sizes.total())
-        will_do = {"files": 0 < share < 1, "hash": 0.01 <= share <= 0.20, "tail": True}
-        if will_do[split]:
-            return split, sizes
+def find_files(data):
+    """
+    `stdlib` or a path -> its text files, or else its .bin shards, as Found. A data file whose name marks it
+    as held out is never trained on: the first kind of HELD_OUT that is there is the validation split.
+    """
+    root = Path(sysconfig.get_path("stdlib")) if data == "stdlib" else Path(data).expanduser()
+    if data == "stdlib":
+        return Found(root, list_sources(root))
+    if not root.exists():
+        names = ", ".join(["stdlib", *PUBLIC, *SHORT_NAMES, "hf:OWNER/NAME"])
+        advice = f"Give a text file, a folder of text, or one of: {names}."
+        raise DataError(f"{data}: there is no such file or folder.\n{advice}")
+    if root.is_file():
+        return Found(root.parent, [root])
+    found = Found(root, [])
+    files = list_files(root, found.left_out)
+    shards = [file for file in files if file.suffix == ".bin"]
+    if not any(MAGIC in np.fromfile(file, dtype="<i4", count=1) for file in shards):
+        shards = []
+    known = set(shards or [file for file in files if suffix_of(file) in SUFFIXES])
+    found.left_out += [(file, "no kind of text that is known") for file in files if file not in known]
+    files = [file for file in files if file in known]
+    found.train, found.val, found.unused = part_by_name(data, root, files)
+    return found
 
 
-def cut_into_pieces(texts, size=PIECE_CHARS):
-    """Yield (does it start a text, piece): of at most `size` letters, cut after a line end if it has one."""
-    for text in texts:
-        start = 0
-        while start < len(text):
-            end = start + size
-            if end < len(text):
-                end = text.rfind("\n", start, end) + 1 or end
-            yield start == 0, text[start:end]
-            start = end
+def summary(paths):
+    """Some paths in a few words: `3 files (2 .pdf, 1 .zip)`."""
+    kinds = Counter(Path(path).suffix.lower() or "without a suffix" for path in paths)
+    kinds = [f"{count:,} {kind}" for kind, count in kinds.most_common()]
+    more = f", {len(kinds) - 6} other kinds" if len(kinds) > 6 else ""
+    return f"{len(paths):,} file{'s' * (len(paths) != 1)} ({', '.join(kinds[:6])}{more})"
+
+
+# -----------------------------------------------------------------------------
+# Read them: a document is a run of blocks, pairs (does it start a document, text), so that memory is bounded
+
+
+def open_bytes(file):
+    """Open a file to read its bytes, decompressed if its suffix says so."""
+    suffix = file.suffix.lower()
+    if suffix == ".zst":
+        import zstandard  # an extra
+
+        return zstandard.ZstdDecompressor().stream_reader(open(file, "rb"), read_across_frames=True)
+    return {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(suffix, open)(file, "rb")
+
+
+def open_text(file, encoding):
+    """Open a file to read its text, line ends as they are."""
+    return io.TextIOWrapper(open_bytes(file), encoding, "replace", newline="")
+
+
+def guess_encoding(sample):
+    """The encoding of bytes that are not valid UTF-8."""
+    text = sample.decode("utf-8", "replace")
+    if sum(letter > "\x7f" for letter in text) > 2 * text.count("\ufffd"):
+        return "utf-8"  # most of it is valid, some is damaged
+    import charset_normalizer  # slow to import, and seldom needed
+
+    western, best = (
+        charset_normalizer.from_bytes(sample, cp_isolation=names).best() for names in (["cp1252"], ENCODINGS)
+    )
+    if not best or western and western.chaos <= best.chaos + 0.02:  # it is by far the most common one
+        return "cp1252"
+    return best.encoding
+
+
+def part_blocks(blocks, separator):
+    """Part blocks of text into documents at each separator; a line end beside it belongs to it."""
+    pattern = re.compile(rf"(?:\r?\n)?{re.escape(separator)}(?:\r?\n)?")
+    text, starts = "", True
+    for block in chain(blocks, [""]):  # the empty one is the end
+        text, at = text + block, 0
+        for match in pattern.finditer(text):
+            if block and match.end() > len(text) - 2:  # the next block may have its line end
+                break
+            if match.start() > at:
+                yield starts, text[at : match.start()]
+            starts, at = True, match.end()
+        whole = max(at, len(text) - len(separator) - 6) if block else len(text)  # a separator may begin there
+        if whole > at:
+            yield starts, text[at:whole]
+            starts = False
+        text = text[whole:]
+
+
+def read_json_lines(file, stream):
+    """Yield (place, value) of a file of one JSON value a line; blank lines are left out."""
+    for number, line in enumerate(stream, 1):
+        if line.strip():
+            try:
+                yield f"line {number}", json.loads(line)
+            except ValueError:
+                what = f"{file}, line {number}: this is no JSON"
+                raise DataError(f"{what}.\nMend or delete that line.") from None
+
+
+def read_json(file, stream):
+    """Yield (place, value) of a JSON array, or of values one after another; of anything else nothing."""
+    decoder, text, count = json.JSONDecoder(), stream.read(BLOCK).lstrip(), 0
+    if not text.startswith(("[", "{")):
+        return
+    at = int(text.startswith("["))
+    while True:
+        at = re.compile(r"[\s,]*").match(text, at).end()
+        try:
+            value, at = decoder.raw_decode(text, at)
+        except ValueError:  # perhaps because the rest of it is yet to be read
+            text, at, more = text[at:], 0, stream.read(max(BLOCK, len(text)))
+            if not more and text.strip() in ("", "]"):
+                return
+            if not more or len(text) > 64 * BLOCK:
+                raise
+            text += more
+        else:
+            count += 1
+            yield f"value {count}", value
+
+
+def read_csv(file, stream):
+    """Yield (place, {column: text}) of a table with a header; , ; and tabs are known to part its columns."""
+    csv.field_size_limit(2**31 - 1)
+    header = stream.readline()
+    lines = csv.reader(chain([header], stream), delimiter=max("\t,;", key=header.count))
+    names = next(lines, [])
+    for row in lines:
+        if row:
+            yield f"line {lines.line_num}", dict(zip(names, row))
+
+
+def read_parquet(file, text_field):
+    """Yield (place, {column: text}) of the one column that is the text."""
+    import pyarrow.parquet as parquet  # an extra
+
+    table, count = parquet.ParquetFile(file, buffer_size=BLOCK), 0
+    types = {column.name: str(column.type) for column in table.schema_arrow}
+    names = [text_field] if text_field else TEXT_FIELDS
+    name = next((name for name in names if STRINGS.match(types.get(name, ""))), None)
+    if name is None:
+        columns = ", ".join(f"{name} ({kind})" for name, kind in types.items())
+        what = f"{file} has no column {text_field or 'text'} of strings, but {columns}"
+        raise DataError(f"{what}.\n{NAME_IT}")
+    for batch in table.iter_batches(batch_size=64, columns=[name]):
+        for text in batch.column(name).cast("string").to_pylist():
+            count += 1
+            yield f"row {count}", {name: text}
+
+
+ROWS = {".jsonl": read_json_lines, ".ndjson": read_json_lines, ".json": read_json}
+ROWS |= {".csv": read_csv, ".tsv": read_csv}
+
+
+def find_text_field(file, rows, text_field):
+    """
+    The field that is the text in these first rows, (place, value) each: the one named, or the first of
+    TEXT_FIELDS that is a string. None where the file may as well be plain text, else DataError.
+    """
+    rows = [row for _, row in rows if isinstance(row, dict)]
+    strings = {name for row in rows for name, value in row.items() if isinstance(value, str)}
+    name = next((name for name in [text_field] * bool(text_field) or TEXT_FIELDS if name in strings), None)
+    if name or suffix_of(file) in (".json", ".csv", ".tsv"):
+        return name
+    what = f"none of its fields {', '.join(rows[0])} is a text" if rows else "its lines are no JSON objects"
+    for name, value in rows[0].items() if rows and not text_field else ():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            what = f"its {name} are chats, lists of turns, and not one text"
+    raise DataError(f"{file}: {what if not text_field else f'no field {text_field} is a text'}.\n{NAME_IT}")
+
+
+class TextReader:
+    """
+    Reads files of text, and keeps what is worth telling. text_field: the field or column that is the text
+    (None: found); separator: what parts documents in a file of plain text (None: <|endoftext|> in .txt);
+    plain: it is UTF-8, whatever comes. left_out: [(path, why)]; notes: {what: {file's name: how often}}.
+    """
+
+    def __init__(self, text_field=None, separator=None, plain=False):
+        self.text_field, self.plain = text_field, plain
+        self.separator = separator.replace("\\n", "\n") if separator else None  # as a shell gives it
+        self.left_out, self.notes = [], {}
+
+    def note(self, what, file, count=1):
+        """Count something that a person may want to know about a file."""
+        self.notes.setdefault(what, Counter())[file.name] += count
+
+    def told(self):
+        """The notes, a line each: `rows without a text: 3 (posts.csv and 2 other files)`."""
+        for what, files in self.notes.items():
+            more = f" and {len(files) - 1:,} other files" if len(files) > 1 else ""
+            yield f"{what}: {files.total():,} ({next(iter(files))}{more})"
+
+    def read(self, file):
+        """Yield the blocks of a file's documents, a row's text as one. DataError names what is amiss."""
+        try:
+            if suffix_of(file) == ".parquet":
+                yield from self.read_rows(file, read_parquet(file, self.text_field))
+            elif encoding := self.find_encoding(file):
+                is_table = False
+                if suffix_of(file) in ROWS:
+                    with open_text(file, encoding) as text:
+                        is_table = yield from self.read_rows(file, ROWS[suffix_of(file)](file, text))
+                if not is_table:
+                    with open_text(file, encoding) as text:
+                        yield from self.read_plain(file, iter(partial(text.read, BLOCK), ""))
+        except (DataError, MemoryError):
+            raise
+        except ImportError as error:
+            raise DataError(f"{file} takes {error.name} to read.\npip install {error.name}") from None
+        except Exception as error:  # whatever the libraries that read it raise
+            reason = getattr(error, "strerror", None) or str(error).split("\n")[0] or type(error).__name__
+            raise DataError(f"{file} cannot be read: {reason.rstrip('.')}.\n{MEND}") from None
+
+    def find_encoding(self, file):
+        """The encoding of a file of text, which is read once for it; None if it is not text."""
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        with open_bytes(file) as stream:
+            block = stream.read(BLOCK)
+            mark = next((mark for mark in BYTE_ORDER_MARKS if block.startswith(mark)), None)
+            if mark and not self.plain:
+                return BYTE_ORDER_MARKS[mark]
+            if b"\0" in block[:8192]:
+                self.left_out.append((str(file), "not text: it holds a byte 0"))
+                return None
+            try:
+                while block and not self.plain:
+                    decoder.decode(block)
+                    sample, block = block, stream.read(BLOCK)
+                decoder.decode(b"", final=True)
+                return "utf-8"
+            except UnicodeDecodeError as error:
+                begin = max(0, error.start - 1000)
+                encoding = guess_encoding((block or sample)[begin : begin + 2**16])
+        damaged = "files of UTF-8 with damage, which is U+FFFD now"
+        self.note(damaged if encoding == "utf-8" else f"files read as {encoding}", file)
+        return encoding
+
+    def read_plain(self, file, blocks):
+        """Yield the blocks of a plain text, parted into documents at the separator."""
+        separator = self.separator or ("<|endoftext|>" if suffix_of(file) in (".txt", ".text") else None)
+        if self.plain or not separator:
+            yield from ((number == 0, block) for number, block in enumerate(blocks))
+            return
+        documents = 0
+        for starts, block in part_blocks(blocks, separator):
+            documents += starts
+            yield starts, block
+        if documents > 1:
+            self.note(f"documents parted at {separator!r}", file, documents)
+
+    def read_rows(self, file, rows):
+        """
+        Yield the texts of (place, row) pairs as blocks -> whether this is a table of texts. A row without one
+        is counted; DataError where more than 1% are.
+        """
+        first, where, missing, count = [], None, 0, 0
+        try:
+            first += islice(rows, 16)
+        except (ValueError, csv.Error):
+            if suffix_of(file) == ".parquet" or find_text_field(file, first, self.text_field):
+                raise
+            return False
+        if (name := find_text_field(file, first, self.text_field)) is None:
+            return False
+        for place, row in chain(first, rows):
+            text, count = row.get(name) if isinstance(row, dict) else None, count + 1
+            if not isinstance(text, str):
+                where, missing = where or place, missing + 1
+            elif text:
+                yield True, text.encode("utf-8", "replace").decode()  # JSON may hold half a surrogate pair
+        if missing > 0.01 * count:
+            what = f"{file}, {where}: no string in the field {name}, as in {missing:,} of {count:,} rows"
+            raise DataError(f"{what}.\n{NAME_IT}")
+        if missing:
+            self.note("rows without a text", file, missing)
+        if name != (self.text_field or "text"):
+            self.note(f"texts from the field {name}", file, count - missing)
+        return True
+
+
+# -----------------------------------------------------------------------------
+# Split them. All text is written once, as UTF-8, beside the place of each document: the rest reads it there
+
+DOCUMENT = struct.Struct("<QI?")  # its end in the file, its hash in [0, 2^32), is its file held out by name
+
+
+def write_text(found, reader, folder, say):
+    """Write all text to folder/text and folder/documents -> Counter of documents, bytes train, val, hash."""
+    sizes, end, said = Counter(), 0, time.monotonic()
+    with open(folder / "text", "wb") as text, open(folder / "documents", "wb") as documents:
+        for file, named in (*((file, False) for file in found.train), *((file, True) for file in found.val)):
+            begin, digest = end, hashlib.sha256()
+            for starts, block in chain(reader.read(file), [(True, "")]):  # which ends the last document
+                if starts and end > begin:
+                    number = int.from_bytes(digest.digest()[:4], "big")
+                    documents.write(DOCUMENT.pack(end, number, named))
+                    sizes["documents"] += 1
+                    sizes["val" if named else "train"] += end - begin
+                    sizes["hash"] += (end - begin) * (number < VAL_SHARE * 2**32)
+                    begin, digest = end, hashlib.sha256()
+                content = block.encode()
+                digest.update(content)
+                end += text.write(content)
+                if time.monotonic() - said > 2:
+                    said = time.monotonic()
+                    say(f"{end / 1e6:,.0f} MB are read")
+    return sizes
+
+
+def choose_split(sizes):
+    """
+    How documents are held out -> "files": by the names of their files; "hash": 5% of them by content, so that
+    adding files moves none; "tail": each one's end, where they are few.
+    """
+    share = sizes["hash"] / max(1, sizes["train"])
+    return "files" if sizes["val"] else "hash" if 0.01 <= share <= 0.20 else "tail"
+
+
+def find_cut(text, begin, end):
+    """Where the last 5% of a document begin, at a line's start if there is one near, else a letter's."""
+    cut = begin + int((1 - VAL_SHARE) * (end - begin))
+    first = max(cut - BLOCK, begin + int(0.8 * (end - begin)))
+    text.seek(first)
+    before = text.read(cut - first)
+    if b"\n" in before:
+        return first + before.rindex(b"\n") + 1
+    while cut > begin and text.read(1)[0] & 0xC0 == 0x80:  # a letter goes on here
+        cut += 1
+    return cut
+
+
+def read_split(folder, split, part):
+    """Yield the blocks of the documents in `part`, train or val, of what write_text wrote."""
+    begin = 0
+    with open(folder / "text", "rb") as text, open(folder / "documents", "rb") as documents:
+        while chunk := documents.read(DOCUMENT.size * 4096):
+            for end, number, named in DOCUMENT.iter_unpack(chunk):
+                cut = end  # what is before it trains, what is after it is held out
+                if split == "tail":
+                    cut = find_cut(text, begin, end)
+                elif named if split == "files" else number < VAL_SHARE * 2**32:
+                    cut = begin
+                first, last = (begin, cut) if part == "train" else (cut, end)
+                if first < last:
+                    text.seek(first)
+                decoder = codecs.getincrementaldecoder("utf-8")()
+                for at in range(first, last, BLOCK):
+                    yield at == first, decoder.decode(text.read(min(BLOCK, last - at)))
+                begin = end
+
+
+def cut_into_pieces(blocks, size=PIECE_CHARS):
+    """Yield (does it start a document, piece): up to `size` letters, cut after a line end if it has one."""
+    text, starts = "", True
+    for starts_next, block in chain(blocks, [(True, "")]):
+        if starts_next:
+            if text:
+                yield starts, text
+            text, starts = "", True
+        text, at = text + block, 0
+        while len(text) - at > size:
+            end = text.rfind("\n", at, at + size) + 1 or at + size
+            yield starts, text[at:end]
+            starts, at = False, end
+        text = text[at:]
+
+
+def group_pieces(pieces):
+    """Group pieces into lists of a few hundred thousand letters, each the work of one thread."""
+    group, size = [], 0
+    for piece in pieces:
+        group.append(piece)
+        size += len(piece[1])
+        if size >= 4 * PIECE_CHARS:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
 
 
 # -----------------------------------------------------------------------------
 # The tokenizer: a tiktoken Encoding; its one special token, the last, starts each document
 
 
-def train_tokenizer(texts, vocab_size):
-    """Train a byte-level BPE of at most vocab_size tokens, <|bos|> the last of them, on strings."""
+def train_tokenizer(blocks, vocab_size, share=1.0):
+    """Train a byte-level BPE of up to vocab_size tokens, <|bos|> the last of them, on a share of the text."""
     assert vocab_size <= 2**16, "tokens are kept as uint16"
 
     def pieces():
-        left = TOKENIZER_CHARS
-        for _, piece in cut_into_pieces(texts):
-            yield piece
-            left -= len(piece)
-            if left <= 0:
-                return
+        seen = taken = 0
+        for _, piece in cut_into_pieces(blocks):
+            seen += len(piece)
+            if taken < share * seen:
+                taken += len(piece)
+                yield piece
 
     trainer = rustbpe.Tokenizer()
-    trainer.train_from_iterator(pieces(), vocab_size - 1, buffer_size=1024, pattern=SPLIT_PATTERN)
+    trainer.train_from_iterator(pieces(), vocab_size - 1, buffer_size=64, pattern=SPLIT_PATTERN)
     ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
     special = {"<|bos|>": len(ranks)}
     return tiktoken.Encoding("onedial", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=special)
@@ -332,32 +751,33 @@ def encode_pieces(encoding, pieces, split):
     return np.concatenate(parts).astype("<u2")
 
 
-def encode_texts(encoding, texts, folder, split, say):
-    """Encode texts with all cores into folder/SPLIT_000000.bin … -> the manifest's entry for the split."""
+def encode_texts(encoding, blocks, folder, split, say):
+    """Encode documents with all cores into folder/SPLIT_000000.bin … -> the manifest's entry for it."""
     documents, size, waiting, shards, said = 0, 0, [], [], time.monotonic()
     encode = partial(encode_pieces, encoding, split=split)
 
-    def write_shard(tokens):
-        header = np.array([MAGIC, VERSION, len(tokens)] + [0] * (HEADER_INTS - 3), dtype="<i4")
+    def write_shard(parts):
+        count = sum(map(len, parts))
+        header = np.array([MAGIC, VERSION, count] + [0] * (HEADER_INTS - 3), dtype="<i4")
         name = f"{split}_{len(shards):06}.bin"
-        digest = write(folder / name, header, tokens)
-        shards.append({"file": name, "tokens": len(tokens), "sha256": digest})
+        digest = write(folder / name, header, *parts)
+        shards.append({"file": name, "tokens": count, "sha256": digest})
 
-    pieces = cut_into_pieces(texts, PIECE_CHARS if split == "train" else VAL_PIECE_CHARS)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # tiktoken releases the GIL
-        while batch := list(islice(pieces, 256 * os.cpu_count())):  # bounds the memory
-            waiting += pool.map(encode, (batch[i : i + 16] for i in range(0, len(batch), 16)))
-            documents += sum(first for first, _ in batch)
-            size += sum(len(piece.encode()) for _, piece in batch)
+    groups = group_pieces(cut_into_pieces(blocks, PIECE_CHARS if split == "train" else VAL_PIECE_CHARS))
+    with ThreadPoolExecutor(THREADS) as pool:  # tiktoken releases the GIL
+        while batch := list(islice(groups, 4 * THREADS)):  # bounds the memory
+            waiting += pool.map(encode, batch)
+            documents += sum(first for group in batch for first, _ in group)
+            size += sum(len(piece.encode()) for group in batch for _, piece in group)
             while sum(map(len, waiting)) >= SHARD_TOKENS:
                 tokens = np.concatenate(waiting)
-                write_shard(tokens[:SHARD_TOKENS])
+                write_shard([tokens[:SHARD_TOKENS]])
                 waiting = [tokens[SHARD_TOKENS:]]
             if time.monotonic() - said > 2:
                 said = time.monotonic()
                 say(f"{size / 1e6:,.0f} MB are tokenized")
     if any(map(len, waiting)):
-        write_shard(np.concatenate(waiting))
+        write_shard(waiting)
     tokens = sum(shard["tokens"] for shard in shards)
     return {"documents": documents, "bytes": size, "tokens": tokens, "shards": shards}
 
@@ -371,7 +791,8 @@ class Corpus:
     """
     A tokenized corpus. fingerprint: names its content; split: how train and val were told apart; shards:
     {"train" or "val": [(path, sha256)]}; counts: {"train" or "val": {"tokens": …}}; spread_val: validation
-    rows are from all over; more: training files of a public data set not yet in use; else None.
+    rows are from all over; more: the training files of `public` that are not yet in use; else None; reader:
+    how those are read; notes: what a person should know of it, a line each; left_out: [(path, why)].
     """
 
     name: str
@@ -380,6 +801,10 @@ class Corpus:
     split: str = "files"
     spread_val: bool = False
     more: list | None = None
+    public: PublicSet | None = None
+    reader: TextReader = field(default_factory=TextReader)
+    notes: list = field(default_factory=list)
+    left_out: list = field(default_factory=list)
     shards: dict = field(default_factory=lambda: {"train": [], "val": []})
     counts: dict = field(default_factory=lambda: {"train": Counter(), "val": Counter()})
 
@@ -387,6 +812,12 @@ class Corpus:
     def bos(self):
         """The token that starts each document and each row."""
         return self.tokenizer.n_vocab - 1
+
+    @property
+    def data(self):
+        """What names the same commit of a data set of the hub another time; None for all others."""
+        if self.public and self.public.revision != "main":
+            return f"hf:{self.public.repository}@{self.public.revision}/{self.public.inside}".rstrip("/")
 
     def add(self, root, split, entry):
         """Take in a manifest's entry for a split: its counts, and its shards, which lie in root."""
@@ -402,86 +833,222 @@ class Corpus:
         return rows
 
 
-def prepare(data, vocab_size=None, say=lambda line: None, largest_vocab=2**15):
+def prepare(data, vocab_size=None, say=lambda line: None, largest_vocab=2**15, **reading):
     """
     Find, split, tokenize and cache the text of `data` ("stdlib", a name in PUBLIC, or a path) -> a Corpus.
-    Where vocab_size is None it follows from the size of the text, up to largest_vocab.
-    The work is done once, by whichever process comes first; the others wait. Of a public data set only the
-    first training file is taken, fetch_more takes the next ones. Raises DataError.
+    Where vocab_size is None it follows from the size of the text, up to largest_vocab; reading: text_field
+    and separator of TextReader. The work is done once, by whichever process comes first; others wait. Of a
+    public data set only the first training file is taken, fetch_more takes the next ones. Raises DataError.
     """
     try:
-        if data in PUBLIC:
-            return prepare_public(data, vocab_size, say)
-        root, files = find_files(data)
-        if files and files[0].suffix == ".bin":
+        public = find_public(SHORT_NAMES.get(data, data)) if is_public(data) else None
+        if public and public.val:
+            return prepare_public(public, vocab_size, say, TextReader(**reading))
+        found = fetch_one(public, say) if public else find_files(data)
+        if found.train and found.train[0].suffix == ".bin":
             corpus = Corpus(Path(data).resolve().stem, "", gpt2_tokenizer(vocab_size))
-            for file in files:
-                take(corpus, split_by_name(root, file), file, say)
+            for part, files in (("train", found.train), ("val", found.val)):
+                for file in files:
+                    take(corpus, part, file, say)
             digests = [[digest for _, digest in corpus.shards[part]] for part in ("train", "val")]
             corpus.fingerprint = fingerprint(digests)
-            return corpus
-        return prepare_text(data, root, files, vocab_size, say, largest_vocab)
+        else:
+            reader = TextReader(**reading, plain=data == "stdlib")
+            corpus = prepare_text(data, found, reader, vocab_size, say, largest_vocab)
+        corpus.public, corpus.left_out = public, corpus.left_out + found.left_out
+        corpus.notes[:0] = describe_split(found, corpus)
+        return corpus
     except OSError as error:
         raise DataError(f"{error.filename or data} cannot be read: {error.strerror}.\nMend that.") from None
+    except MemoryError:
+        advice = "Cut the largest files or rows into smaller ones."
+        raise DataError(f"{data} takes more memory than there is.\n{advice}") from None
 
 
-def prepare_text(data, root, files, vocab_size, say, largest_vocab):
-    """A corpus of text files: split, BPE and tokens are made anew whenever a file has changed."""
-    sources = [(str(file.relative_to(root)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    total = sum(size for _, size, _ in sources)
-    # √bytes to the nearest power of two: 4,096 for 20 MB, 32,768 for 1 GB
-    vocab_size = vocab_size or min(largest_vocab, int(2 ** max(9, round(np.log2(max(1, total)) / 2))))
+def fitting_vocab(size):
+    """The vocabulary for so many bytes of text: √bytes, to a power of two; 20 MB: 4,096, 1 GB: 32,768."""
+    return int(2 ** max(9, round(np.log2(max(1, size)) / 2)))
+
+
+def identify(name, found):
+    """-> [[file's name below root, size, sha256], ...]: read anew only where a file was written since."""
+    stats = []
+    for file in sorted(found.train + found.val):
+        path, status = str(file.relative_to(found.root)), file.stat()
+        stats.append([path, status.st_size, status.st_mtime_ns, status.st_ctime_ns])
 
     def make(temporary):
-        say(f"reading {len(files):,} files, {total / 1e6:,.1f} MB")
-        split, sizes = choose_split(root, files)
-        if not sizes.total():
-            known = ".txt, .md, .py and other sources, .jsonl and .parquet with a text field, .bin shards"
-            raise DataError(f"--data {data}: there is no text in it.\nKnown are {known}.")
+        try:
+            return [[name, size, sha256(found.root / name)] for name, size, *_ in stats]
+        except OSError as error:
+            raise DataError(f"{error.filename} cannot be read: {error.strerror}.\n{MEND}") from None
 
-        def texts(part):
-            return (text for name, text in split_documents(root, files, split) if name == part)
+    identity = fingerprint(str(found.root.resolve()), stats)
+    return make_once(cache_folder() / "seen" / f"{name}-{identity}", make)
 
-        say(f"training a BPE of {vocab_size:,} tokens on {sizes['train'] / 1e6:,.1f} MB")
-        encoding = train_tokenizer(texts("train"), vocab_size)
+
+def prepare_text(data, found, reader, vocab_size, say, largest_vocab):
+    """A corpus of text files: split, BPE and tokens are made anew when the content of a file has changed."""
+    name = Path(data).resolve().stem
+    sources = identify(name, found)
+    total = sum(size * (4 if Path(name).suffix.lower() in PACKED else 1) for name, size, _ in sources)
+    vocab_size = vocab_size or min(largest_vocab, fitting_vocab(total))
+
+    def make(temporary):
+        sizes = write_text(found, reader, temporary, say)
+        split = choose_split(sizes)
+        if not sizes["train"]:
+            known = ".txt, .md, .py and other sources, .jsonl, .json, .csv, .tsv, .parquet, .bin shards"
+            raise DataError(f"--data {data}: there is no text in it to train on.\nKnown are {known}.")
+        total, documents = sizes["train"] + sizes["val"], sizes["documents"]
+        files = len(sources) - len(reader.left_out)
+        say(f"{files:,} files with {documents:,} documents are read, {total / 1e6:,.1f} MB")
+        held_out = {"files": sizes["val"], "hash": sizes["hash"], "tail": VAL_SHARE * total}[split]
+        share = min(1.0, TOKENIZER_BYTES / (total - held_out))
+        say(f"training a BPE of {vocab_size:,} tokens on {share * (total - held_out) / 1e6:,.1f} MB")
+        encoding = train_tokenizer(read_split(temporary, split, "train"), vocab_size, share)
         manifest = {"split": split, "sources": [[name, size] for name, size, _ in sources]}
         manifest["tokenizer"] = save_tokenizer(encoding, temporary / "tokenizer")
-        for part in ("train", "val"):
-            say(f"tokenizing {sizes[part] / 1e6:,.1f} MB of the {part} split")
-            manifest[part] = encode_texts(encoding, texts(part), temporary, part, say)
-        return manifest
+        for part, size in (("train", total - held_out), ("val", held_out)):
+            say(f"tokenizing {size / 1e6:,.1f} MB of the {part} split")
+            blocks = read_split(temporary, split, part)
+            manifest[part] = encode_texts(encoding, blocks, temporary, part, say)
+        (temporary / "text").unlink()
+        (temporary / "documents").unlink()
+        manifest["fingerprint"] = fingerprint(manifest)
+        return manifest | {"left_out": reader.left_out, "notes": list(reader.told())}
 
-    name = Path(data).resolve().stem
-    identity = fingerprint(LAYOUT, str(root.resolve()), vocab_size, SPLIT_PATTERN, sources)
+    how = [LAYOUT, vocab_size, SPLIT_PATTERN, reader.plain, reader.text_field, reader.separator]
+    identity = fingerprint(how, len(found.val), sources)
     folder = cache_folder() / "corpora" / f"{name}-{identity}"
     manifest = make_once(folder, make)
     encoding = load_tokenizer(folder / "tokenizer", manifest["tokenizer"])
-    corpus = Corpus(name, fingerprint(manifest), encoding, manifest["split"], spread_val=True)
+    corpus = Corpus(name, manifest["fingerprint"], encoding, manifest["split"], spread_val=True)
+    corpus.notes, corpus.left_out = manifest["notes"], manifest["left_out"]
     for part in ("train", "val"):
         corpus.add(folder, part, manifest[part])
     return corpus
 
 
-def prepare_public(name, vocab_size, say):
+def describe_split(found, corpus):
+    """How the split was made and what was left out, a line each."""
+    how = {"hash": "5% of the documents, chosen by content", "tail": "the last 5% of each document"}
+    how["files"] = f"{summary(found.val)} by name, as {found.val[0].name}" if found.val else "nothing"
+    unused = f"; {summary(found.unused)} not used, as {found.unused[0].name}" if found.unused else ""
+    yield f"held out: {how[corpus.split]}{unused}"
+    if corpus.left_out:
+        path, why = min(corpus.left_out, key=lambda entry: entry[1] == "hidden")
+        yield f"left out: {summary([path for path, _ in corpus.left_out])}, as {Path(path).name}: {why}"
+
+
+# -----------------------------------------------------------------------------
+# Public data sets: listed once, fetched file by file as far as the horizon needs
+
+
+def find_public(data):
+    """
+    A name in PUBLIC, or hf:OWNER/NAME[@COMMIT][/FOLDER-OR-FILE] -> its PublicSet. Which commit is the newest
+    is asked once, then kept. DataError if it cannot be listed, or holds no text, or several data sets.
+    """
+    if data in PUBLIC:
+        return PUBLIC[data]
+    if not (match := re.fullmatch(r"hf:([^/@]+/[^/@]+)(@[^/]+)?(/.+)?", data.rstrip("/"))):
+        raise DataError(f"--data {data} is no name of a data set.\nGive hf:OWNER/NAME[/FOLDER-OR-FILE].")
+    repository, commit, inside = (part.strip("@/") for part in match.groups(""))
+    name = repository.replace("/", "--")
+
+    def make(temporary):
+        import huggingface_hub  # slow to import, and seldom needed
+
+        try:
+            info = huggingface_hub.HfApi().dataset_info(
+                repository, revision=commit or None, files_metadata=True
+            )
+        except Exception as error:  # the hub lets any error of the network through
+            advice = "Look at its name; log in with `hf auth login` if it is private"
+            raise DataError(f"{data} cannot be listed: {why_not(error)}.\n{advice}, {INSTEAD}") from None
+        sizes = {file.rfilename: (file.size or 0) / 1e6 for file in info.siblings}
+        train, val = choose_files(data, inside, sizes)
+        return {"commit": info.sha, "train": {name: sizes[name] for name in train}, "val": val}
+
+    def keep(commit, make):
+        return make_once(
+            cache_folder() / "listed" / f"{name}-{fingerprint(repository, commit, inside)}", make
+        )
+
+    listed = keep(commit, make)
+    keep(listed["commit"], lambda temporary: listed)  # for a run that is resumed
+    commit = listed["commit"]
+    return PublicSet(f"{name}-{commit[:12]}", repository, listed["train"], listed["val"], commit, inside)
+
+
+def choose_files(data, inside, sizes):
+    """Of {file: MB} on the hub -> (those to train on, the one to validate on or None). DataError."""
+    kinds = {}  # {suffix: files}
+    for name in sorted(sizes):
+        if f"{name}/".startswith(f"{inside}/" if inside else "") and suffix_of(Path(name)) in DATA_FILES:
+            kinds.setdefault(suffix_of(Path(name)), []).append(Path(name))
+    kinds.pop(".bin", None)
+    if not kinds:
+        what = f"{data} holds no parquet, JSONL or text files, but {summary(sizes)}"
+        raise DataError(f"{what}.\nChoose another data set, or another folder of it.")
+    files = kinds.get(".parquet") or max(
+        kinds.values(), key=lambda kind: sum(sizes[str(file)] for file in kind)
+    )
+    folders = {file.parts[0] for file in files if len(file.parts) > 1} - {"train", *HELD_OUT}
+    if len(folders) > 1:
+        what = f"{data} holds several data sets: {', '.join(sorted(folders)[:9])}"
+        raise DataError(f"{what}.\nGive one of them, as {data}/{min(folders)}.")
+    train, val, _ = part_by_name(data, Path(inside).parent if inside in sizes else Path(inside), files)
+    if not val and len(train) > 1:
+        val = [train.pop()]
+    return [str(file) for file in train], str(val[0]) if val else None
+
+
+def why_not(error):
+    """Why the hub did not do what was asked, in a few words."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status in (401, 403):
+        return f"{status}, it is private or not there, or this login may not read it"
+    return str(error.__cause__ or error).split("\n")[0].rstrip(".") or type(error).__name__
+
+
+def fetch_one(public, say):
+    """Fetch the one file of a public data set that has no other -> Found, to be split like any text."""
+    (name,) = public.train
+    path = cache_folder() / public.name / name
+    folder = cache_folder() / "checked" / f"{path.stem}-{fingerprint(public.name, name)}"
+    if not path.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+    make_once(folder, lambda temporary: fetch(public, name, temporary, say))
+    return Found(path.parent, [path])
+
+
+def prepare_public(public, vocab_size, say, reader):
     """A public data set: its validation file and its first training file."""
-    repository, _, val, train = PUBLIC[name]
-    folder = cache_folder() / name
-    if val.endswith(".bin"):
+    first = next(iter(public.train))
+    if first.endswith(".bin"):
         encoding, identity = gpt2_tokenizer(vocab_size), "gpt2"
     else:
-        vocab_size = vocab_size or 32_768
+        vocab_size = vocab_size or min(32_768, fitting_vocab(1e6 * sum(public.train.values())))
 
         def make(temporary):
-            fetch(folder / train[0], temporary, say)
-            say(f"training a BPE of {vocab_size:,} tokens on {train[0]}")
-            return save_tokenizer(train_tokenizer(read_documents(folder / train[0]), vocab_size), temporary)
+            fetch(public, first, temporary, say)
+            say(f"training a BPE of {vocab_size:,} tokens on {first}")
+            blocks = reader.read(cache_folder() / public.name / first)
+            return save_tokenizer(train_tokenizer(blocks, vocab_size), temporary)
 
-        tokenizer = cache_folder() / "tokens" / f"{name}-tokenizer-{vocab_size}"
+        tokenizer = (
+            cache_folder() / "tokens" / f"{public.name}-tokenizer-{vocab_size}{reader.text_field or ''}"
+        )
         identity = make_once(tokenizer, make)
         encoding = load_tokenizer(tokenizer, identity)
-    corpus = Corpus(name, fingerprint(name, repository, REVISION, identity), encoding, more=list(train))
-    take(corpus, "val", folder / val, say)
-    take(corpus, "train", folder / corpus.more.pop(0), say)
+    content = fingerprint(public.name, public.repository, public.revision, identity)
+    more = list(public.train)
+    corpus = Corpus(public.name, content, encoding, more=more, public=public, reader=reader)
+    take(corpus, "val", cache_folder() / public.name / public.val, say)
+    take(corpus, "train", cache_folder() / public.name / corpus.more.pop(0), say)
+    corpus.notes = [f"held out: {public.val}", *reader.told()]
     return corpus
 
 
@@ -493,7 +1060,7 @@ def fetch_more(corpus, rows, T, say=lambda line: None):
     have = corpus.rows("train", T)
     if corpus.more and sum(have) < rows:
         files = min(len(corpus.more), math.ceil((rows - sum(have)) * len(have) / sum(have)))
-        size = files * PUBLIC[corpus.name][1] / 1000
+        size = sum(corpus.public.train[name] for name in corpus.more[:files]) / 1000
         say(f"{files} more files of {corpus.name} are needed, {size:.1f} GB in all")
     while corpus.more and sum(corpus.rows("train", T)) < rows:
         take(corpus, "train", cache_folder() / corpus.name / corpus.more.pop(0), say)
@@ -509,11 +1076,11 @@ def take(corpus, split, path, say):
         shutil.rmtree(folder, ignore_errors=True)
 
     def make(temporary):
-        if corpus.more is not None:
-            fetch(path, temporary, say)
+        if corpus.public:
+            fetch(corpus.public, str(path.relative_to(cache_folder() / corpus.name)), temporary, say)
         if not ready:
             say(f"tokenizing {path.name}")
-            return encode_texts(corpus.tokenizer, read_documents(path), temporary, split, say)
+            return encode_texts(corpus.tokenizer, corpus.reader.read(path), temporary, split, say)
         say(f"checking {path.name}")
         tokens, digest = open_shard(path), sha256(path)
         if len(tokens) and tokens.max() > corpus.bos:
@@ -523,24 +1090,30 @@ def take(corpus, split, path, say):
     corpus.add(path.parent if ready else folder, split, make_once(folder, make))
 
 
-def fetch(path, temporary, say):
-    """Have `path`, a file of a public data set, in the cache: whole, its header valid, or not at all."""
+def fetch(public, name, temporary, say):
+    """Have a file of a public data set in the cache: whole, its header valid, or not at all."""
+    path = cache_folder() / public.name / name
     if path.exists():
         return
     import huggingface_hub  # slow to import, and seldom needed
 
-    repository, megabytes, *_ = PUBLIC[path.parent.name]
-    say(f"fetching {path.name} of {repository}, about {megabytes} MB")
+    megabytes = public.train.get(name) or max(public.train.values())
+    free = shutil.disk_usage(temporary).free / 1e6
+    say(f"fetching {name} of {public.repository}, about {megabytes:,.0f} MB")
+    if public.revision != "main" and megabytes > free:  # a size that was asked for, and no estimate
+        advice = "Make room there, or set ONEDIAL_HOME to another folder."
+        raise DataError(f"{path} takes {megabytes:,.0f} MB, and {free:,.0f} MB are free.\n{advice}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    options = {"repo_type": "dataset", "revision": REVISION, "local_dir": temporary / "fetched"}
+    options = {"repo_type": "dataset", "revision": public.revision, "local_dir": temporary / "fetched"}
     try:
-        fetched = Path(huggingface_hub.hf_hub_download(repository, path.name, **options))  # checks the size
+        fetched = Path(huggingface_hub.hf_hub_download(public.repository, name, **options))  # checks the size
     except Exception as error:  # the hub lets any error of the network through
         if type(error) in (OSError, PermissionError) and error.errno:
             raise  # the disk failed
-        reason = str(error.__cause__ or error).split("\n")[0].rstrip(".") or type(error).__name__
         advice = f"Put it (and those after it, for a long run) into {path.parent} by hand, {INSTEAD}"
-        raise DataError(f"{path.name} of {repository} cannot be fetched: {reason}.\n{advice}") from None
+        raise DataError(
+            f"{name} of {public.repository} cannot be fetched: {why_not(error)}.\n{advice}"
+        ) from None
     if path.suffix == ".bin":
         open_shard(fetched)
     os.rename(fetched, path)
@@ -680,10 +1253,22 @@ def validation_tokens(corpus, eval_bytes):
     return np.concatenate([documents[i * len(starts) // count] for i in range(count)])
 
 
+def read_documents(data):
+    """Yield the documents in a file or folder, whatever its names say, as strings."""
+    found, reader = find_files(data), TextReader()
+    for file in found.train + found.val + found.unused:
+        parts = []
+        for starts, block in chain(reader.read(file), [(True, "")]):
+            if starts and parts:
+                yield "".join(parts)
+                parts = []
+            parts.append(block)
+
+
 def encode_held_out(encoding, texts, whole=False):
     """Texts as tokens (uint16): in pieces, as held-out text is kept, or whole, each with one bos."""
     size, split = (PIECE_CHARS, "train") if whole else (VAL_PIECE_CHARS, "val")
-    return encode_pieces(encoding, cut_into_pieces(texts, size), split)
+    return encode_pieces(encoding, cut_into_pieces(((True, text) for text in texts), size), split)
 
 
 def token_bytes(encoding):
@@ -738,23 +1323,48 @@ class ValidationRows:
             yield torch.from_numpy(rows).to(device)[:, :-1], masked[:, 1:], int(lengths.sum(dtype=np.int64))
 
 
-def describe(data):
+def describe(data, **reading):
     """Prepare a corpus and print what it holds."""
-    corpus = prepare(data, say=lambda line: print(line, file=sys.stderr))
+    corpus = prepare(data, say=lambda line: print(line, file=sys.stderr), **reading)
     for split, count in corpus.counts.items():
         facts = [f"{value:,} {key}" for key, value in count.items()]
         facts.append(f"{sum(corpus.rows(split, 128)):,} rows of 128")
         if "bytes" in count:
             facts.append(f"{count['bytes'] / count['tokens']:.2f} bytes per token")
         print(f"{split:6}{' · '.join(facts)}")
+    for line in [*corpus.notes, *(f"left out: {path}: {why}" for path, why in corpus.left_out)]:
+        print(line)
     print(f"split by {corpus.split} · vocabulary of {corpus.tokenizer.n_vocab:,} · {corpus.fingerprint}")
     row = next(DataLoader(corpus, 128, 1, seed=0, device="cpu"))[0]
     print(f"an example row:\n{corpus.tokenizer.decode(row.tolist())}", flush=True)
 
 
+def list_cache():
+    """Print what the cache folder holds, the largest first: what is deleted is made or fetched anew."""
+    kept = []
+    for folder in cache_folder().glob("*/*"):
+        files = [file.stat() for file in (folder, *folder.rglob("*")) if file.is_file()]
+        if not folder.name.startswith("."):
+            day = time.strftime("%Y-%m-%d", time.localtime(folder.stat().st_mtime))
+            kept.append((sum(file.st_size for file in files), day, folder))
+    for size, day, folder in sorted(kept, reverse=True):
+        print(f"{size / 1e6:10,.1f} MB  {day}  {folder}")
+    print(f"{sum(size for size, *_ in kept) / 1e6:10,.1f} MB in all; any of it may be deleted", flush=True)
+
+
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description="Prepare a corpus, and say what it holds and what is left out."
+    )
+    parser.add_argument("data", nargs="?", default="stdlib", help="as of train.py [stdlib]")
+    parser.add_argument("--text-field", help="field or column with the text [auto]")
+    parser.add_argument(
+        "--document-separator", dest="separator", help="what parts documents in a file [auto]"
+    )
+    parser.add_argument("--cache", action="store_true", help="list what the cache holds instead")
+    options = vars(parser.parse_args())
     try:
-        describe(sys.argv[1] if len(sys.argv) > 1 else "stdlib")
+        list_cache() if options.pop("cache") else describe(**options)
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

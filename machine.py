@@ -3,6 +3,12 @@ What a run runs on: the device and its speed, the ranks that train together, the
 schedulers send, and the clock that ends a hang.
 """
 
+import sys
+
+if sys.platform == "win32":  # there are no such signals, and no module `resource`
+    print("error: this does not run on Windows.\nRun it in WSL, the Linux in Windows.", file=sys.stderr)
+    sys.exit(2)
+
 import ctypes
 import faulthandler
 import math
@@ -12,7 +18,6 @@ import re
 import resource
 import signal
 import statistics
-import sys
 import time
 from datetime import timedelta
 

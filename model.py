@@ -703,8 +703,7 @@ if __name__ == "__main__":
         if name == "-":
             texts = [sys.stdin.buffer.read().decode("utf-8", "replace")]
         else:
-            _, files = dataloader.find_files(name)
-            texts = [text for file in files for text in dataloader.read_documents(file)]
+            texts = list(dataloader.read_documents(name))
         if not any(texts):
             raise dataloader.DataError(f"{name}: there is no text in it.\nGive a file or a folder of text.")
         return texts

@@ -130,7 +130,12 @@ class Log:
         if not identity.exists():
             identity.write_text(os.urandom(6).hex())
         options = {"name": folder.name, "id": identity.read_text(), "resume": "allow", "dir": folder}
-        self.wandb = wandb.init(project="onedial", config=config, **options)
+        terminal = sys.stdin
+        with open(os.devnull) as sys.stdin:  # without a login it would ask for one, and wait for ever
+            try:
+                self.wandb = wandb.init(project="onedial", config=config, **options)
+            finally:
+                sys.stdin = terminal
         for axis in ("step", "total_training_time", "total_training_flops"):
             self.wandb.define_metric(axis)
         self.wandb.define_metric("*", step_metric="step")
@@ -405,7 +410,11 @@ class Run:
         self.folder, self.name = Path(folder), Path(folder).resolve().name
         if not (self.folder / "config.json").exists():
             raise ValueError(f"{folder} holds no config.json.\nGive the folder of a run, such as out/NAME.")
-        self.config = json.loads((self.folder / "config.json").read_text())
+        try:
+            self.config = json.loads((self.folder / "config.json").read_text())
+        except ValueError as error:
+            what = f"{self.folder / 'config.json'} is damaged: {error}"
+            raise ValueError(f"{what}.\nCopy the settings of a checkpoint's state.json into it.") from None
         self.records = read_log(folder)
         self.steps = [record for record in self.records if record["kind"] == "step"]
         self.numbers = {"event": None, "progress": 0.0}

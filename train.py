@@ -23,10 +23,12 @@ import gc
 import inspect
 import json
 import math
+import os
 import re
 import shutil
 import signal
 import sys
+import tempfile
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -54,7 +56,9 @@ dtype: str | None = None  # of activations: bfloat16 or float32 (auto: bfloat16 
 compile: bool | None = None  # torch.compile (auto: where the run is long enough to win the time back)
 seed: int = 42  # of weights, data order and samples
 # data
-data: str | None = None  # stdlib, fineweb, climbmix, or a path to text (auto: fineweb on CUDA, else stdlib)
+data: str | None = None  # a path, stdlib, fineweb, climbmix, tinystories, hf:OWNER/NAME (auto: by the device)
+text_field: str | None = None  # field or column with the text (auto: text, content, story, … if a string)
+document_separator: str | None = None  # what parts documents in a file (auto: <|endoftext|>, in .txt files)
 vocab_size: int | None = None  # of the BPE trained on the corpus (auto: by its bytes and the time)
 # model
 depth: int | None = None  # layers, the dial for all the rest (auto: from the time; else 12, 4 without CUDA)
@@ -179,6 +183,8 @@ if given.get("resume", resume):
     saved, given_before, source = checkpoint.saved_settings(run_folder)
     if source and source != "config.json":
         tell("resume", f"config.json cannot be read: the settings are taken from {source}")
+    if not source and (run_folder / "config.json").exists():
+        tell("resume", f"{run_folder / 'config.json'} is damaged: nothing is taken from it")
     saved_device = saved.get("device_type")
     found_anew = [name for name in MACHINE if name not in given_before]
     if any(given.get(name) is not None for name in HORIZONS):  # a new horizon takes the place of the old one
@@ -232,7 +238,7 @@ clock.lap("setup")
 # The data: prepared before the ranks are connected, so that no collective call waits for a tokenizer
 
 data = data or ("fineweb" if on_gpu else "stdlib")
-if data != "stdlib" and data not in dataloader.PUBLIC:
+if data != "stdlib" and not dataloader.is_public(data):
     data = str(Path(data).expanduser().absolute())  # so that the run can be resumed from any folder
 if not horizons:
     minutes, target_param_data_ratio = (None, 12.0) if on_gpu else (5.0, None)
@@ -240,8 +246,11 @@ largest_vocab = rules.largest_vocab(minutes) if minutes and not on_gpu else 2**1
 max_seq_len = max_seq_len or (2048 if on_gpu else 512)
 eval_bytes = eval_bytes or (50_000_000 if on_gpu else 131_072)
 tell_data = partial(report.tell, "data")  # whichever rank prepares the corpus tells of it
-corpus = dataloader.prepare(data, vocab_size, tell_data, largest_vocab)
-vocab_size = corpus.tokenizer.n_vocab
+reading = {"text_field": text_field, "separator": document_separator}
+corpus = dataloader.prepare(data, vocab_size, tell_data, largest_vocab, **reading)
+for note in corpus.notes:
+    tell("data", note)
+vocab_size, data = corpus.tokenizer.n_vocab, corpus.data or data  # a data set of the hub by its commit
 held_out = dataloader.validation_tokens(corpus, eval_bytes)
 validation = dataloader.ValidationRows(corpus.tokenizer, held_out, max_seq_len)
 clock.lap("corpus")
@@ -249,6 +258,10 @@ ranks.start(device)
 peak, peak_source = machine.find_peak(device, compute_dtype, peak_tflops)
 run_folder = Path(ranks.first(str(run_folder)))
 checkpoints = run_folder / "checkpoints"
+try:
+    tempfile.gettempdir()
+except OSError:  # none can be written to: then torch.compile and others shall use the run's own folder
+    tempfile.tempdir = os.environ["TMPDIR"] = str(run_folder)
 
 # -----------------------------------------------------------------------------
 # The model: everything follows from depth; and depth, where it is auto, from the time or the FLOPs
@@ -463,7 +476,7 @@ while len(timings) < 4:
     if outcome == machine.FAILS and (must_compile or not compile):
         raise error or RuntimeError("another rank failed")
     if outcome == machine.FAILS:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200] if error else "on another rank"
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200] if error else "on another rank"
         tell("trial", f"going on without torch.compile, which does not work here: {reason}")
         torch.compiler.set_stance("force_eager")
         compile = False

@@ -1,10 +1,15 @@
 """The data: corpora, tokenizer, cache, rows and their order, validation, fetching; what can go wrong."""
 
 import base64
+import bz2
+import csv
+import gzip
 import hashlib
 import http.server
+import io
 import itertools
 import json
+import lzma
 import os
 import re
 import shutil
@@ -13,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from collections import Counter
 from pathlib import Path
 
@@ -137,7 +143,7 @@ def test_default_is_the_standard_library(monkeypatch, tmp_path):
     assert "mine.py" not in found and "notes" not in found
 
 
-@pytest.mark.parametrize("name", ["val/a.txt", "b_val.txt", "val.md", "my-VAL-2.txt", "sub/x.val.jsonl"])
+@pytest.mark.parametrize("name", ["val/a.txt", "b_val.txt", "my-VAL-2.txt", "sub/x.val.jsonl"])
 def test_val_as_a_word_makes_the_validation_split(text, name):
     held_out = "held out " * 300
     (text / name).parent.mkdir(exist_ok=True)
@@ -203,14 +209,11 @@ def test_hard_documents_survive(tmp_path):
     assert corpus.counts["train"]["documents"] == len(documents_in)
 
 
-def test_what_is_not_unicode_is_replaced(tmp_path):
-    (tmp_path / "a.txt").write_bytes(b"caf\xe9 \xff\xfe " + b"text " * 400)
-    lines = b'{"text": "half \\ud83d a pair, whole \\ud83d\\ude00"}\n{"text": "\xff"}'
+def test_half_a_surrogate_pair_is_replaced(tmp_path):
+    lines = b'{"text": "half \\ud83d a pair, whole \\ud83d\\ude00"}'
     (tmp_path / "b.jsonl").write_bytes(lines)
     (tmp_path / "val.txt").write_text("x" * 900)
-    found = documents(prepare(str(tmp_path)), "train")
-    assert found[0].startswith("caf\ufffd \ufffd\ufffd text")
-    assert found[1:] == ["half ? a pair, whole 😀", "\ufffd"]
+    assert documents(prepare(str(tmp_path)), "train") == ["half ? a pair, whole 😀"]
 
 
 def test_a_document_longer_than_a_shard_runs_on(tmp_path, monkeypatch):
@@ -226,11 +229,11 @@ def test_a_document_longer_than_a_shard_runs_on(tmp_path, monkeypatch):
 
 def test_parquet(tmp_path):
     parquet, arrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
-    texts = [prose(n, 20) for n in range(50)] + ["", None]
+    texts = [prose(n, 20) for n in range(120)] + ["", None]
     (tmp_path / "d").mkdir()
-    parquet.write_table(arrow.table({"id": range(52), "text": texts}), tmp_path / "d" / "a.parquet")
+    parquet.write_table(arrow.table({"id": range(122), "text": texts}), tmp_path / "d" / "a.parquet")
     corpus = prepare(str(tmp_path / "d"))
-    assert Counter(documents(corpus, "train") + documents(corpus, "val")) == Counter(texts[:50])
+    assert Counter(documents(corpus, "train") + documents(corpus, "val")) == Counter(texts[:120])
     parquet.write_table(arrow.table({"words": texts}), tmp_path / "d" / "b.parquet")
     with pytest.raises(DataError) as error:
         prepare(str(tmp_path / "d"))
@@ -328,6 +331,323 @@ def test_gpt2_vocabulary_by_hand_or_not_at_all(tmp_path, home, monkeypatch):
 
 
 # -----------------------------------------------------------------------------
+# Anybody's text: nothing left out silently, nothing held out trained on
+
+
+def rows_of(count, start=0):
+    return [prose(start + n, 8) for n in range(count)]
+
+
+def json_lines(texts, name="text"):
+    return "\n".join(json.dumps({"id": n, name: text}) for n, text in enumerate(texts)).encode()
+
+
+def everything(corpus):
+    return Counter(documents(corpus, "train") + documents(corpus, "val"))
+
+
+LETTERS = {
+    "utf-16": "Ünïcödé, 你好 🎉\r\n",
+    "utf-16-be": "zwei\r\n",
+    "utf-32": "Привет 🎉\n",
+    "utf-8-sig": "é\n",
+    "utf-8": "Привет, 你好 🎉 ça va\n",
+    "latin-1": "Où était l'été, ça, là, né à Orléans ? Größe über Äpfel.\n",
+    "cp1252": "It’s “£5” – naïve café à la crème…\n",
+    "cp1251": "В лесу родилась ёлочка, в лесу она росла, зимой и летом стройная.\n",
+    "koi8_r": "В лесу родилась ёлочка, в лесу она росла, зимой и летом стройная.\n",
+    "cp1250": "Zażółć gęślą jaźń, proszę pana, któż to wie, gdzie są źródła rzeki.\n",
+    "shift_jis": "吾輩は猫である。名前はまだ無い。どこで生れたかとんと見当がつかぬ。\n",
+    "gb18030": "红楼梦是中国古典小说，描写了贾宝玉与林黛玉的爱情故事。\n",
+}
+
+
+@pytest.mark.parametrize("encoding", LETTERS)
+def test_any_encoding_is_read(tmp_path, encoding):
+    content = prose(1, 30) + LETTERS[encoding] * 40 + prose(2, 30)
+    mark = "\ufeff".encode(encoding) if encoding.endswith("be") else b""  # the others write their own
+    lines = "\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in (content, prose(3, 9)))
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "a.txt").write_bytes(mark + content.encode(encoding))
+    (tmp_path / "d" / "val.jsonl").write_bytes(mark + lines.encode(encoding))
+    corpus = prepare(str(tmp_path / "d"))
+    assert documents(corpus, "train") == [content]
+    assert "".join(documents(corpus, "val")) == content + prose(3, 9)
+    guessed = not encoding.startswith("utf")
+    assert any(line.startswith("files read as ") and "a.txt" in line for line in corpus.notes) == guessed
+
+
+def test_one_damaged_byte_does_not_make_utf8_something_else(tmp_path):
+    content = (prose(1, 30) + "Привет, ça va 🎉\n" * 100).encode()
+    (tmp_path / "a.txt").write_bytes(content + b"\xff\n" + content)
+    corpus = prepare(str(tmp_path / "a.txt"))
+    assert "".join(everything(corpus)).count("\ufffd") == 1
+    assert any("damage" in line and "a.txt" in line for line in corpus.notes)
+
+
+def test_text_is_read_in_blocks_without_a_seam(tmp_path, monkeypatch):
+    content = "\r\n".join("né à Où 🎉你" * (n % 7) for n in range(4000)) + "\n<|endoftext|>\r\n" * 3 + "end"
+    expected = [part for part in re.split(r"(?:\r?\n)?<\|endoftext\|>(?:\r?\n)?", content) if part]
+    for encoding in ("utf-8", "utf-16"):
+        (tmp_path / f"{encoding}.txt").write_bytes(content.encode(encoding))
+        for block in (5, 17, 1000):
+            monkeypatch.setattr(dataloader, "BLOCK", block)
+            found = []
+            for starts, text in dataloader.TextReader().read(tmp_path / f"{encoding}.txt"):
+                found.append("") if starts else None
+                found[-1] += text
+            assert found == expected
+
+
+@pytest.mark.parametrize("separator", [None, "%%", "\\n\\n\\n"])
+def test_documents_in_one_file_are_parted(tmp_path, separator):
+    between = {None: "\n<|endoftext|>\n", "%%": "%%", "\\n\\n\\n": "\n\n\n"}[separator]
+    texts = [text.strip() for text in rows_of(400)]
+    (tmp_path / "stories.txt").write_text(between.join(texts) + between)
+    corpus = prepare(str(tmp_path / "stories.txt"), separator=separator)
+    assert everything(corpus) == Counter(texts) and corpus.split == "hash"
+    assert any("parted" in line and "400" in line for line in corpus.notes)
+    (tmp_path / "code.py").write_text("MARKER = '<|endoftext|>'\n" * 90)  # source code is as it is
+    assert len("".join(everything(prepare(str(tmp_path / "code.py"))))) == 90 * 25
+
+
+@pytest.mark.parametrize("ending", ["gz", "bz2", "xz", "zst"])
+def test_compressed_text_is_read_and_damage_is_named(tmp_path, ending):
+    packers = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}
+    pack = packers[ending] if ending != "zst" else pytest.importorskip("zstandard").compress
+    folder, texts = tmp_path / "d", rows_of(300)
+    folder.mkdir()
+    (folder / f"a.jsonl.{ending}").write_bytes(pack(json_lines(texts[:200])))
+    (folder / f"B.TXT.{ending.upper()}").write_bytes(pack("\n<|endoftext|>\n".join(texts[200:]).encode()))
+    corpus = prepare(str(folder), 400)
+    assert everything(corpus) == Counter(texts) and not corpus.left_out
+    whole = pack(json_lines(texts))
+    for damaged in (whole[: len(whole) // 2], whole[:99] + b"\0\0\0\0" + whole[103:], b"no archive at all"):
+        (folder / f"a.jsonl.{ending}").write_bytes(damaged)
+        with pytest.raises(DataError, match=f"a.jsonl.{ending}"):
+            prepare(str(folder), 400)
+
+
+def csv_bytes(name, delimiter=","):
+    file = io.StringIO()
+    csv.writer(file, delimiter=delimiter).writerows([["id", name], *enumerate(rows_of(120, 7))])
+    return file.getvalue().encode()
+
+
+TABLES = {
+    "a.csv": csv_bytes("body"),
+    "semicolons.csv": csv_bytes("text", ";"),
+    "a.tsv": csv_bytes("story", "\t"),
+    "a.jsonl": json_lines(rows_of(120, 7), "content"),
+    "a.json": json.dumps([{"id": n, "text": text} for n, text in enumerate(rows_of(120, 7))]).encode(),
+    "pretty.json": json.dumps([{"document": text} for text in rows_of(120, 7)], indent=2).encode(),
+    "lines.json": json_lines(rows_of(120, 7)),
+    "lines.json.gz": gzip.compress(json_lines(rows_of(120, 7), "story")),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_the_field_with_the_text_is_found(tmp_path, name, monkeypatch):
+    monkeypatch.setattr(dataloader, "BLOCK", 700)  # JSON is read in blocks, too
+    (tmp_path / name).write_bytes(TABLES[name])
+    corpus = prepare(str(tmp_path / name))
+    assert everything(corpus) == Counter(rows_of(120, 7))
+    assert any("texts from the field" in line for line in corpus.notes) == (b"text" not in TABLES[name][:400])
+
+
+def test_another_field_is_named_or_found_missing(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(json_lines(rows_of(120), "poem"))
+    with pytest.raises(DataError, match="a.jsonl: none of its fields id, poem") as error:
+        prepare(str(tmp_path / "a.jsonl"))
+    assert "--text-field" in two_lines(error)
+    assert everything(prepare(str(tmp_path / "a.jsonl"), text_field="poem")) == Counter(rows_of(120))
+    with pytest.raises(DataError, match="no field verse") as error:
+        prepare(str(tmp_path / "a.jsonl"), text_field="verse")
+    two_lines(error)
+    turns = [{"role": "user", "content": "hello"}]
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    with pytest.raises(DataError, match="its messages are chats"):
+        prepare(str(tmp_path / "chat.jsonl"))
+
+
+@pytest.mark.parametrize("name", ["package.json", "list.json", "broken.json", "numbers.csv", "one.json"])
+def test_what_is_no_table_of_texts_stays_plain_text(tmp_path, name):
+    contents = {
+        "package.json": json.dumps({"name": "x", "files": list(range(2000))}, indent=1),
+        "list.json": json.dumps(list(range(3000))),
+        "broken.json": "[1, 2, {" * 900,
+        "numbers.csv": "x,y\n" + "1,2\n" * 900,
+        "one.json": '{"lines": ["' + "a" * 3000 + '"]}',
+    }
+    (tmp_path / name).write_text(contents[name])
+    corpus = prepare(str(tmp_path / name))
+    assert "".join(documents(corpus, "train") + documents(corpus, "val")) == contents[name]
+
+
+def test_rows_without_a_text_are_counted(tmp_path):
+    rows = [{"text": text} for text in rows_of(300)]
+    rows[5], rows[17] = {"text": None}, {"other": 1}
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    corpus = prepare(str(tmp_path / "a.jsonl"))
+    assert "rows without a text: 2 (a.jsonl)" in corpus.notes and everything(corpus).total() == 298
+    rows[100] = rows[101] = {"text": 3}
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(DataError, match="a.jsonl, line 6.* 4 of 300 rows") as error:
+        prepare(str(tmp_path / "a.jsonl"))
+    two_lines(error)
+
+
+def test_parquet_columns_that_are_no_text_are_named(tmp_path):
+    parquet, arrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    texts = rows_of(120)
+    columns = {"list": [[t] for t in texts], "struct": [{"a": t} for t in texts], "number": range(120)}
+    for name, column in columns.items():
+        parquet.write_table(arrow.table({"text": column}), tmp_path / f"{name}.parquet")
+        for options in ({}, {"text_field": "text"}):
+            with pytest.raises(DataError, match=f"{name}.parquet has no column text of strings") as error:
+                prepare(str(tmp_path / f"{name}.parquet"), **options)
+            assert "--text-field" in two_lines(error)
+    for kind in (arrow.large_string(), arrow.dictionary(arrow.int32(), arrow.string())):
+        table = arrow.table({"text": range(120), "story": arrow.array(texts).cast(kind)})
+        parquet.write_table(table, tmp_path / "good.parquet")
+        assert everything(prepare(str(tmp_path / "good.parquet"))) == Counter(texts)
+
+
+HELD_OUT_NAMES = """
+    validation-00000-of-00001.jsonl  wiki-valid.txt  dev.tsv  test-00000-of-00002-2d5a14.jsonl.gz  eval_3.json
+    x.test.txt  heldout.txt  held-out/a.txt  Test/deep/a.jsonl  corpus_val_000001.txt  VAL.txt""".split()
+OTHER_NAMES = """
+    valéry.txt  val\u0301ka.txt  values.txt  interval.txt  contest.txt  developer.txt  latest.jsonl
+    testament.txt  my_test_set.txt  test.py  test/a.py  val/notes.md  tests/a.txt  evaluation.rs""".split()
+
+
+@pytest.mark.parametrize("name", HELD_OUT_NAMES)
+def test_held_out_files_are_never_trained_on(text, name):
+    file, secret = text / name, ["never to be trained on " * 30] * 3
+    file.parent.mkdir(parents=True, exist_ok=True)
+    content = {"jsonl": json_lines(secret), "json": json_lines(secret), "tsv": b"text\n" + secret[0].encode()}
+    content = content.get(re.search("jsonl|json|tsv|txt", name)[0], secret[0].encode())
+    file.write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    for other in OTHER_NAMES:
+        (text / other).parent.mkdir(parents=True, exist_ok=True)
+        (text / other).write_bytes(json_lines([other]) if other.endswith("jsonl") else other.encode())
+    corpus = prepare(str(text))
+    assert corpus.split == "files" and set(documents(corpus, "val")) == {secret[0]}
+    found = documents(corpus, "train")
+    assert set(OTHER_NAMES) <= set(found) and secret[0] not in found
+    assert corpus.notes[0].startswith("held out: 1 file") and file.name in corpus.notes[0]
+
+
+def test_the_first_kind_is_the_validation_split_and_others_are_left_alone(tmp_path):
+    folder = tmp_path / "d"
+    folder.mkdir()
+    for name, count in (("train", 400), ("test", 40), ("dev", 40), ("validation", 40), ("valid", 3)):
+        texts = [f"{name} {n}" for n in range(count)]
+        (folder / f"{name}-00000-of-00001.jsonl").write_bytes(json_lines(texts))
+
+    def kinds(corpus, split):
+        return {text.split()[0] for text in documents(corpus, split)}
+
+    corpus = prepare(str(folder), 300)
+    assert kinds(corpus, "train") == {"train"} and kinds(corpus, "val") == {"validation", "valid"}
+    assert "2 files" in corpus.notes[0] and "not used, as dev-0" in corpus.notes[0]
+    for name in ("validation", "valid"):
+        (folder / f"{name}-00000-of-00001.jsonl").unlink()
+    corpus = prepare(str(folder), 300)
+    assert kinds(corpus, "train") == {"train"} and kinds(corpus, "val") == {"dev"}
+    (folder / "train-00000-of-00001.jsonl").unlink()
+    with pytest.raises(DataError, match="all its files are held out") as error:
+        prepare(str(folder), 300)
+    two_lines(error)
+    (folder / "dev-00000-of-00001.jsonl").unlink()
+    assert kinds(prepare(str(folder), 300), "train") == {"test"}  # of one kind: the name tells nothing
+    assert kinds(prepare(str(folder / "test-00000-of-00001.jsonl"), 300), "train") == {"test"}
+
+
+def test_the_standard_library_stays_what_it_was(tmp_path, monkeypatch):
+    library = tmp_path / "python3"
+    for n in range(120):
+        (library / "test").mkdir(parents=True, exist_ok=True)
+        (library / "test" / f"test_{n}.py").write_text(f"# {n} <|endoftext|>\n" + "x = 1\n" * n)
+    (library / "test" / "odd.py").write_bytes(b"\xef\xbb\xbf# caf\xe9\r\n")
+    (library / "link").symlink_to(library / "test")
+    monkeypatch.setattr(dataloader.sysconfig, "get_path", lambda name: str(library))
+    corpus = prepare("stdlib", 300)
+    assert corpus.split == "hash" and corpus.fingerprint == "0b3b5feb9585"  # as of commit b6158f1
+
+
+def test_links_are_followed_without_loops_and_nothing_is_read_twice(tmp_path):
+    disk, corpus = tmp_path / "disk", tmp_path / "corpus"
+    (disk / "deep").mkdir(parents=True)
+    corpus.mkdir()
+    for n, text in enumerate(texts := rows_of(40)):
+        (disk / "deep" / f"{n}.txt").write_text(text)
+    (corpus / "books").symlink_to("../disk")
+    (corpus / "again").symlink_to("../disk/deep")
+    (disk / "deep" / "up").symlink_to("../..")
+    (corpus / "parent").symlink_to("..")
+    (tmp_path / "no part of it.txt").write_text("outside " * 99)
+    (corpus / "one.txt").symlink_to("books/deep/1.txt")
+    (corpus / "nowhere.txt").symlink_to("gone.txt")
+    found = prepare(str(corpus))
+    assert everything(found) == Counter(texts)
+    assert {Path(path).name for path, _ in found.left_out} >= {"nowhere.txt", "one.txt"}
+
+
+def test_what_is_left_out_is_one_line_and_listed(tmp_path, text):
+    for name in ("a.pdf", "b.pdf", "c.zip", "LICENSE", ".hidden", "binary.txt"):
+        (text / name).write_bytes(b"\0\1\2" * 99)
+    said = []
+    corpus = prepare(str(text), say=said.append)
+    assert any(line.startswith("60 files with 60 documents are read") for line in said)
+    for again in (corpus, prepare(str(text))):  # and again from the cache
+        (line,) = [line for line in again.notes if line.startswith("left out")]
+        assert "6 files" in line and "2 .pdf" in line and "as binary.txt: not text" in line
+    result = command(text)
+    listed = [line for line in result.stdout.splitlines() if line.startswith("left out: /")]
+    assert len(listed) == 6 and any("binary.txt: not text" in line for line in listed)
+    assert not any(line.startswith("left out") for line in prepare(str(text / "00.txt")).notes)
+
+
+def test_content_decides_what_is_prepared_anew(text, tmp_path):
+    said = []
+    first = prepare(str(text))
+    for file in text.iterdir():
+        os.utime(file, (1, 1))
+    assert prepare(str(text), say=said.append).fingerprint == first.fingerprint and not said
+    shutil.copytree(text, tmp_path / "elsewhere" / "text")
+    assert prepare(str(tmp_path / "elsewhere" / "text"), say=said.append).fingerprint == first.fingerprint
+    assert not said
+    content, status = (text / "00.txt").read_text(), (text / "00.txt").stat()
+    (text / "00.txt").write_text(content.swapcase())
+    os.utime(text / "00.txt", ns=(status.st_atime_ns, status.st_mtime_ns))  # the same size, the same time
+    assert prepare(str(text), say=said.append).fingerprint != first.fingerprint and said
+
+
+PEAK = """
+import resource, sys
+sys.path.insert(0, {repo!r})
+import dataloader
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+dataloader.prepare({data!r}, 300)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["a.txt", "a.json"])
+def test_memory_does_not_grow_with_the_file(tmp_path, name):
+    content = prose(0, 2000) + "🎉"
+    text = (content + "\n") * 150  # 15 MB, which as one text in memory would take 60
+    if name == "a.json":
+        text = json.dumps([{"text": content}] * 150)
+    (tmp_path / name).write_text(text)
+    code = PEAK.format(repo=str(REPO), data=str(tmp_path / name))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and int(done.stdout) < 50_000, done  # kB
+
+
+# -----------------------------------------------------------------------------
 # The tokenizer
 
 
@@ -364,10 +684,23 @@ def test_vocabulary_follows_the_size(text, tmp_path):
     assert prepare(str(text)).tokenizer.n_vocab == 2048
 
 
-def test_tokenizer_stops_reading_at_its_limit(monkeypatch):
-    monkeypatch.setattr(dataloader, "TOKENIZER_CHARS", 5000)
-    seen = dataloader.train_tokenizer([prose(0, 200), "zyzzyva " * 1000], 400)
-    assert seen._mergeable_ranks == dataloader.train_tokenizer([prose(0, 200)], 400)._mergeable_ranks
+def test_tokenizer_reads_so_much_from_all_over_the_corpus(text, monkeypatch):
+    seen, said = [], []
+
+    class Listener:
+        def train_from_iterator(self, pieces, *arguments, **options):
+            seen.extend(pieces)
+
+        def get_mergeable_ranks(self):
+            return [(bytes([b]), b) for b in range(256)]
+
+    monkeypatch.setattr(dataloader, "TOKENIZER_BYTES", 30_000)
+    monkeypatch.setattr(dataloader.rustbpe, "Tokenizer", Listener)
+    train = documents(prepare(str(text), 400, said.append), "train")
+    size = len("".join(train))
+    assert 30_000 <= len("".join(seen)) < 34_000 < size / 2 and "400 tokens on 0.0 MB" in "".join(said)
+    places = [train.index(document) / len(train) for document in seen]
+    assert places == sorted(places) and max(np.diff([0.0, *places, 1.0])) < 0.1
 
 
 # -----------------------------------------------------------------------------
@@ -450,7 +783,7 @@ def test_a_shard_shows_at_once_that_it_is_none(tmp_path):
 
 def test_a_damaged_manifest_is_named(text, home):
     use(text)
-    (manifest,) = home.rglob("manifest.json")
+    (manifest,) = home.glob("corpora/*/manifest.json")
     manifest.write_text(manifest.read_text()[:-20])
     with pytest.raises(DataError, match="manifest.json is damaged"):
         use(text)
@@ -492,7 +825,7 @@ def test_a_kill_leaves_nothing_that_is_trusted(text, home, tmp_path, monkeypatch
         process.communicate()
         assert process.returncode == -signal.SIGKILL
         assert list(home.rglob(".tmp-*"))  # it did die at work
-        assert not [path for path in home.rglob("manifest.json") if ".tmp-" not in str(path)]
+        assert not [path for path in home.glob("corpora/*/manifest.json") if ".tmp-" not in str(path)]
     process = build(text)
     output = process.communicate()[0]
     assert not list(home.rglob(".tmp-*"))
@@ -532,7 +865,8 @@ def test_full_disk(small_disk, tmp_path):
     with pytest.raises(DataError) as error:
         prepare(str(tmp_path / "book.txt"), 300)
     assert "No space left" in two_lines(error) and "ONEDIAL_HOME" in str(error.value)
-    assert not [path for path in small_disk.folder.rglob("*") if path.is_file() and path.stat().st_size]
+    corpora = small_disk.folder / "home" / "corpora"
+    assert not [path for path in corpora.rglob("*") if path.is_file() and path.stat().st_size]
     assert small_disk("remount", "size=8m")
     assert sum(prepare(str(tmp_path / "book.txt"), 300).rows("train", 64)) > 1000
 
@@ -827,9 +1161,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         name, get = self.path.split("/")[-1].split("?")[0], self.command == "GET"
-        repository = "/".join(self.path.split("/")[2:4])
+        repository = "/".join(self.path.removeprefix("/datasets").split("/")[1:3])
         public = "kjj0/fineweb10B-gpt2", "karpathy/climbmix-400b-shuffle"
-        known = name in self.files and repository in public
+        known = name in self.files and (repository in public or repository.startswith("some/"))
         if get and known:
             self.log.append(name)
         if self.mode == "drops":
@@ -976,7 +1310,7 @@ def test_climbmix_is_tokenized_file_by_file(hub, climbmix, home):
     assert hub.log == ["shard_00000.parquet", "shard_06542.parquet"]
     assert documents(corpus, "train") == climbmix["shard_00000.parquet"]
     assert documents(corpus, "val") == climbmix["shard_06542.parquet"]
-    only_first = dataloader.train_tokenizer(climbmix["shard_00000.parquet"], 500)
+    only_first = dataloader.train_tokenizer([(True, text) for text in climbmix["shard_00000.parquet"]], 500)
     assert corpus.tokenizer._mergeable_ranks == only_first._mergeable_ranks
     rows = take(DataLoader(corpus, 32, 4, 0, "cpu"), 20)
     first, have = corpus.fingerprint, sum(corpus.rows("train", 32))
@@ -998,6 +1332,112 @@ def test_climbmix_is_tokenized_file_by_file(hub, climbmix, home):
     with pytest.raises(DataError) as error:
         take(DataLoader(corpus, 32, 4, 0, "cpu"), 1)
     assert f"{path} is damaged" in two_lines(error) and f"delete {path.parent}" in str(error.value)
+
+
+COMMIT = "c0ffee" + "0" * 34
+
+
+@pytest.fixture
+def dataset(hub, monkeypatch):
+    """dataset({file: content}): what the hub holds as hf:some/set, listed and fetched like any public one."""
+    import huggingface_hub
+    from huggingface_hub import HfApi, constants
+
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.address + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    asked = []
+
+    def dataset_info(self, repository, revision=None, files_metadata=False):
+        asked.append(revision)
+        if hub.mode[:3].isdigit():
+            response = types.SimpleNamespace(status_code=int(hub.mode[:3]), headers={}, request=None)
+            error = huggingface_hub.errors.HfHubHTTPError.__new__(huggingface_hub.errors.HfHubHTTPError)
+            error.response = response
+            raise error
+        files = [types.SimpleNamespace(rfilename=name, size=len(content)) for name, content in held.items()]
+        return types.SimpleNamespace(sha=COMMIT, siblings=files)
+
+    monkeypatch.setattr(HfApi, "dataset_info", dataset_info)
+    held = {}
+
+    def hold(files):
+        held.clear()
+        held.update(files)
+        hub.files.update({name.split("/")[-1]: content for name, content in files.items()})
+        return asked
+
+    return hold
+
+
+def parts(names, count=150):
+    return {
+        name: json_lines([f"{name} {text}" for text in rows_of(count, n)]) for n, name in enumerate(names)
+    }
+
+
+def first_words(corpus, split):
+    return sorted({text.split()[0] for text in documents(corpus, split)})
+
+
+def test_any_data_set_of_the_hub_by_its_name(dataset, hub, home):
+    asked = dataset(
+        {"README.md": b"x" * 99_000, "dataset_infos.json": b"{}"}
+        | parts(
+            [
+                "data/train-00000-of-00002.jsonl",
+                "data/train-00001-of-00002.jsonl",
+                "data/test.jsonl",
+                "data/validation.jsonl",
+            ]
+        )
+    )
+    said = []
+    corpus = prepare("hf:some/set", say=said.append)
+    assert hub.log == ["train-00000-of-00002.jsonl", "validation.jsonl"] and asked == [None]
+    assert first_words(corpus, "train") == ["data/train-00000-of-00002.jsonl"]
+    assert first_words(corpus, "val") == ["data/validation.jsonl"] and "validation.jsonl" in corpus.notes[0]
+    assert any("fetching data/train-0" in line and "MB" in line for line in said)
+    dataloader.fetch_more(corpus, sum(corpus.rows("train", 32)) + 1, 32)
+    assert first_words(corpus, "train")[1] == "data/train-00001-of-00002.jsonl" and not corpus.more
+    assert corpus.data == f"hf:some/set@{COMMIT}"
+    hub.mode = "500"  # the commit and the files are known
+    assert prepare("hf:some/set").fingerprint == prepare(corpus.data).fingerprint == corpus.fingerprint
+
+
+def test_a_data_set_without_a_validation_split(dataset, home):
+    dataset(parts(["a.txt", "b.txt", "c.txt"]))
+    corpus = prepare("hf:some/set")
+    assert (first_words(corpus, "train")[0], first_words(corpus, "val")[0]) == ('{"id":', '{"id":')
+    assert corpus.public.val == "c.txt" and list(corpus.public.train) == ["a.txt", "b.txt"]
+    dataset(parts(["only/one.jsonl"]))
+    corpus = prepare("hf:some/other/only")
+    assert corpus.split == "hash" and corpus.more is None and corpus.data == f"hf:some/other@{COMMIT}/only"
+    assert everything(corpus).total() == 150
+
+
+def test_a_data_set_that_cannot_be_had_is_told_in_two_lines(dataset, hub, home, monkeypatch):
+    def refused(data, *words):
+        with pytest.raises(DataError) as error:
+            prepare(data)
+        message = two_lines(error)
+        assert all(word in message for word in words), message
+
+    for hub.mode in ("401", "404"):
+        refused(
+            "hf:some/set", "hf:some/set cannot be listed", hub.mode if hub.mode == "401" else "", "auth login"
+        )
+    hub.mode = "good"
+    dataset({"README.md": b"x", "a.png": b"y"})
+    refused("hf:some/set", "no parquet, JSONL or text files", "1 .png")
+    dataset(parts(["en/train.jsonl", "fr/train.jsonl"]))
+    refused("hf:some/set", "several data sets: en, fr", "hf:some/set/en")
+    refused("hf:nothing", "OWNER/NAME")
+    dataset(parts(["a.jsonl", "b.jsonl"]))
+    usage = types.SimpleNamespace(free=1000)
+    monkeypatch.setattr(dataloader.shutil, "disk_usage", lambda path: usage)
+    refused("hf:some/set", "are free", "ONEDIAL_HOME")
+    assert not hub.log
 
 
 # -----------------------------------------------------------------------------
@@ -1024,6 +1464,14 @@ def test_command_line_describes_a_corpus(text, home):
     row = result.stdout.split("an example row:\n")[1].strip()
     assert row.startswith("<|bos|>")
     assert row[7:].split("<|bos|>")[0].strip() in "".join(documents(corpus, "train"))
+
+
+def test_command_line_lists_the_cache(text, home):
+    prepare(str(text))
+    (corpus,) = home.glob("corpora/text-*")
+    (line,) = [line for line in command("--cache").stdout.splitlines() if str(corpus) in line]
+    size = sum(file.stat().st_size for file in corpus.rglob("*") if file.is_file())
+    assert line.split()[0] == f"{size / 1e6:,.1f}" and time.strftime("%Y-%m-%d") in line
 
 
 def test_command_line_fails_politely(tmp_path, text):

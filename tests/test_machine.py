@@ -617,3 +617,13 @@ def test_a_terminal_that_goes_away_stops_a_run_but_not_under_nohup(bare):
     done = bare(NOTED, "nohup")
     assert done.returncode == -sigint
     assert done.stdout.splitlines() == ["0 False", "0 True", f"{sigint} True"]
+
+
+def test_windows_is_told_of_wsl_in_two_lines():
+    code = (
+        "import sys, runpy; sys.platform, sys.modules['resource'] = 'win32', None; sys.argv = ['train.py']\n"
+    )
+    code += "runpy.run_path('train.py', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr.count("\n") == 2 and "WSL" in done.stderr

@@ -507,6 +507,28 @@ def wandb_records(path):
 
 
 @pytest.mark.slow
+def test_the_real_wandb_without_a_login_asks_nothing_on_a_terminal(tmp_path):
+    pytest.importorskip("wandb")
+    code = "import pathlib, report; report.Log(pathlib.Path('.'), True, {}).close({}); print('went on')"
+    env = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    env |= {"HOME": str(tmp_path), "TERM": "xterm", "PYTHONPATH": str(REPO)}
+    here, there = os.openpty()
+    terminal = dict.fromkeys(("stdin", "stdout", "stderr"), there)
+    run = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=env, **terminal)
+    assert run.wait(timeout=60) == 0
+    shown = os.read(here, 10_000).decode()
+    assert "is off" in shown and "went on" in shown
+    os.close(here), os.close(there)
+
+
+def test_a_damaged_config_is_named(tmp_path):
+    (tmp_path / "config.json").write_text('{"settings": {')
+    with pytest.raises(ValueError, match="config.json is damaged") as error:
+        report.write_report(tmp_path)
+    assert str(error.value).count("\n") == 1
+
+
+@pytest.mark.slow
 def test_what_wandb_writes_offline_has_the_same_axes_numbers_and_summary(tmp_path):
     pytest.importorskip("wandb")
     code = (

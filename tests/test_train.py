@@ -343,14 +343,14 @@ def test_model_py_continues_a_prompt(reference):
 def test_model_py_scores_any_text_by_the_definition_of_val_bpb(train, tmp_path):
     text = tmp_path / "text"
     shutil.copytree(train.home / "text", text)
-    (text / "val.py").write_text((REPO / "dataloader.py").read_text() + "".join(map(chr, range(32, 1000))))
+    (text / "val.txt").write_text((REPO / "dataloader.py").read_text() + "".join(map(chr, range(32, 1000))))
     run = train("--data", text, "--num-iterations", 10, "--eval-bytes", 10**9)
 
     def score(*flags):
         command = [sys.executable, str(REPO / "model.py"), str(run.folder), "--score", *map(str, flags)]
         return subprocess.run(command, capture_output=True, text=True)
 
-    done = score(text / "val.py")
+    done = score(text / "val.txt")
     assert done.returncode == 0, done.stderr
     assert float(done.stdout.split()[0]) == pytest.approx(run.summary["val_bpb"], rel=1e-5)
     for harm, said in ((tmp_path / "none", "no such file"), (tmp_path / "empty", "no text")):
