@@ -800,7 +800,7 @@ def side_by_side(texts, width=56):
         rows = (textwrap.wrap(line, width) or [""] for line in text.splitlines())
         columns.append([title, "", *itertools.chain.from_iterable(rows)])
     rows = itertools.zip_longest(*columns, fillvalue="")
-    return "\n".join("    " + "  ".join(f"{cell:<{width}}" for cell in row).rstrip() for row in rows)
+    return "\n".join(("    " + "  ".join(f"{cell:<{width}}" for cell in row)).rstrip() for row in rows)
 
 
 def how_to_repeat(run):
