@@ -993,9 +993,8 @@ def find_public(data):
         import huggingface_hub  # slow to import, and seldom needed
 
         try:
-            info = huggingface_hub.HfApi().dataset_info(
-                repository, revision=commit or None, files_metadata=True
-            )
+            options = {"revision": commit or None, "timeout": 60, "files_metadata": True}
+            info = huggingface_hub.HfApi().dataset_info(repository, **options)
         except Exception as error:  # the hub lets any error of the network through
             advice = "Look at its name; log in with `hf auth login` if it is private"
             raise DataError(f"{data} cannot be listed: {why_not(error)}.\n{advice}, {INSTEAD}") from None

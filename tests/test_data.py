@@ -610,6 +610,21 @@ def test_what_is_left_out_is_one_line_and_listed(tmp_path, text):
     assert not any(line.startswith("left out") for line in prepare(str(text / "00.txt")).notes)
 
 
+def test_no_memory_and_no_home_are_two_lines(text, monkeypatch):
+    def full(*arguments):
+        raise MemoryError
+
+    monkeypatch.setattr(dataloader, "write_text", full)
+    with pytest.raises(DataError, match="more memory than there is") as error:
+        prepare(str(text))
+    two_lines(error)
+    monkeypatch.delenv("ONEDIAL_HOME")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as for a user without a home
+    with pytest.raises(DataError, match="no home") as error:
+        prepare(str(text))
+    assert "ONEDIAL_HOME" in two_lines(error)
+
+
 def test_content_decides_what_is_prepared_anew(text, tmp_path):
     said = []
     first = prepare(str(text))
@@ -1354,7 +1369,7 @@ def dataset(hub, monkeypatch):
     )
     asked = []
 
-    def dataset_info(self, repository, revision=None, files_metadata=False):
+    def dataset_info(self, repository, revision=None, timeout=None, files_metadata=False):
         asked.append(revision)
         if hub.mode[:3].isdigit():
             response = types.SimpleNamespace(status_code=int(hub.mode[:3]), headers={}, request=None)
