@@ -904,7 +904,10 @@ def prepare_text(data, found, reader, vocab_size, say, largest_vocab):
         split = choose_split(sizes)
         if not sizes["train"]:
             known = ".txt, .md, .py and other sources, .jsonl, .json, .csv, .tsv, .parquet, .bin shards"
-            raise DataError(f"--data {data}: there is no text in it to train on.\nKnown are {known}.")
+            left_out = found.left_out + reader.left_out
+            what = f"--data {data}: there is no text in it to train on"
+            what += f"; left out: {describe_left_out(left_out)}" if left_out else ""
+            raise DataError(f"{what}.\nKnown are {known}.")
         total, documents = sizes["train"] + sizes["val"], sizes["documents"]
         files = len(sources) - len(reader.left_out)
         say(f"{files:,} files with {documents:,} documents are read, {total / 1e6:,.1f} MB")
@@ -969,8 +972,13 @@ def describe_split(found, corpus):
     unused = f"; {summary(found.unused)} not used, as {found.unused[0].name}" if found.unused else ""
     yield f"held out: {how[corpus.split]}{unused}"
     if corpus.left_out:
-        path, why = min(corpus.left_out, key=lambda entry: entry[1] == "hidden")
-        yield f"left out: {summary([path for path, _ in corpus.left_out])}, as {Path(path).name}: {why}"
+        yield f"left out: {describe_left_out(corpus.left_out)}"
+
+
+def describe_left_out(left_out):
+    """How many files of which kinds, and why one of them: `2 files (1 .pdf, 1 .zip), as a.pdf: …`."""
+    path, why = min(left_out, key=lambda entry: entry[1] == "hidden")
+    return f"{summary([path for path, _ in left_out])}, as {Path(path).name}: {why}"
 
 
 # -----------------------------------------------------------------------------

@@ -265,8 +265,8 @@ def test_nothing_to_read(tmp_path):
     for name in ("empty", "binary", "none.txt", "missing"):
         with pytest.raises(DataError, match=name):
             prepare(str(tmp_path / name))
-    for name in ("empty", "missing"):
-        with pytest.raises(DataError) as error:
+    for name, why in (("empty", "no text"), ("missing", "no such"), ("binary", "3 files .*no")):
+        with pytest.raises(DataError, match=why) as error:
             prepare(str(tmp_path / name))
         two_lines(error)
 
