@@ -792,7 +792,8 @@ class Corpus:
     A tokenized corpus. fingerprint: names its content; split: how train and val were told apart; shards:
     {"train" or "val": [(path, sha256)]}; counts: {"train" or "val": {"tokens": …}}; spread_val: validation
     rows are from all over; more: the training files of `public` that are not yet in use; else None; reader:
-    how those are read; notes: what a person should know of it, a line each; left_out: [(path, why)].
+    how those are read; digests: {file: sha256}; notes: what a person should know of it, a line each;
+    left_out: [(path, why)].
     """
 
     name: str
@@ -803,6 +804,7 @@ class Corpus:
     more: list | None = None
     public: PublicSet | None = None
     reader: TextReader = field(default_factory=TextReader)
+    digests: dict = field(default_factory=dict)
     notes: list = field(default_factory=list)
     left_out: list = field(default_factory=list)
     shards: dict = field(default_factory=lambda: {"train": [], "val": []})
@@ -841,6 +843,9 @@ def prepare(data, vocab_size=None, say=lambda line: None, largest_vocab=2**15, *
     public data set only the first training file is taken, fetch_more takes the next ones. Raises DataError.
     """
     try:
+        folder = Path(data).expanduser()
+        if (folder / "manifest.json").exists() and (folder / "tokenizer").exists():  # of the cache
+            return load_prepared(folder)
         public = find_public(SHORT_NAMES.get(data, data)) if is_public(data) else None
         if public and public.val:
             return prepare_public(public, vocab_size, say, TextReader(**reading))
@@ -899,7 +904,10 @@ def prepare_text(data, found, reader, vocab_size, say, largest_vocab):
         split = choose_split(sizes)
         if not sizes["train"]:
             known = ".txt, .md, .py and other sources, .jsonl, .json, .csv, .tsv, .parquet, .bin shards"
-            raise DataError(f"--data {data}: there is no text in it to train on.\nKnown are {known}.")
+            left_out = found.left_out + reader.left_out
+            what = f"--data {data}: there is no text in it to train on"
+            what += f"; left out: {describe_left_out(left_out)}" if left_out else ""
+            raise DataError(f"{what}.\nKnown are {known}.")
         total, documents = sizes["train"] + sizes["val"], sizes["documents"]
         files = len(sources) - len(reader.left_out)
         say(f"{files:,} files with {documents:,} documents are read, {total / 1e6:,.1f} MB")
@@ -916,18 +924,45 @@ def prepare_text(data, found, reader, vocab_size, say, largest_vocab):
         (temporary / "text").unlink()
         (temporary / "documents").unlink()
         manifest["fingerprint"] = fingerprint(manifest)
+        manifest["digests"] = {name: digest for name, _, digest in sources}
         return manifest | {"left_out": reader.left_out, "notes": list(reader.told())}
 
     how = [LAYOUT, vocab_size, SPLIT_PATTERN, reader.plain, reader.text_field, reader.separator]
     identity = fingerprint(how, len(found.val), sources)
     folder = cache_folder() / "corpora" / f"{name}-{identity}"
-    manifest = make_once(folder, make)
+    make_once(folder, make)
+    return load_prepared(folder)
+
+
+def load_prepared(folder):
+    """The corpus that is kept in a folder of the cache."""
+    manifest = make_once(folder, None)
     encoding = load_tokenizer(folder / "tokenizer", manifest["tokenizer"])
+    name = folder.name.rpartition("-")[0]
     corpus = Corpus(name, manifest["fingerprint"], encoding, manifest["split"], spread_val=True)
     corpus.notes, corpus.left_out = manifest["notes"], manifest["left_out"]
+    corpus.digests = manifest["digests"]
     for part in ("train", "val"):
         corpus.add(folder, part, manifest[part])
     return corpus
+
+
+def check_same(corpus, wanted):
+    """DataError if a corpus has not the wanted fingerprint: it says what has changed, and how to go on."""
+    if corpus.fingerprint == wanted:
+        return
+    what = f"{corpus.name} is not the checkpoint's corpus: fingerprint {corpus.fingerprint}, was {wanted}"
+    for path in (cache_folder() / "corpora").glob("*/manifest.json"):
+        manifest = json.loads(path.read_bytes())
+        if manifest.get("fingerprint") == wanted:
+            before, now = manifest["digests"], corpus.digests
+            changed = sum(before[name] != now[name] for name in before.keys() & now.keys())
+            counts = {"more": len(now.keys() - before.keys()), "fewer": len(before.keys() - now.keys())}
+            counts = [f"{count:,} {word}" for word, count in {**counts, "changed": changed}.items() if count]
+            changes = f"of its files {', '.join(counts)}" if counts else "it is read in another way"
+            what = f"{corpus.name} has changed since the checkpoint: {changes}"
+            raise DataError(f"{what}.\nGo on with what it was, which is kept: --data {path.parent}")
+    raise DataError(f"{what}.\nGive the --data of its run, or put its files back.")
 
 
 def describe_split(found, corpus):
@@ -937,8 +972,13 @@ def describe_split(found, corpus):
     unused = f"; {summary(found.unused)} not used, as {found.unused[0].name}" if found.unused else ""
     yield f"held out: {how[corpus.split]}{unused}"
     if corpus.left_out:
-        path, why = min(corpus.left_out, key=lambda entry: entry[1] == "hidden")
-        yield f"left out: {summary([path for path, _ in corpus.left_out])}, as {Path(path).name}: {why}"
+        yield f"left out: {describe_left_out(corpus.left_out)}"
+
+
+def describe_left_out(left_out):
+    """How many files of which kinds, and why one of them: `2 files (1 .pdf, 1 .zip), as a.pdf: …`."""
+    path, why = min(left_out, key=lambda entry: entry[1] == "hidden")
+    return f"{summary([path for path, _ in left_out])}, as {Path(path).name}: {why}"
 
 
 # -----------------------------------------------------------------------------
@@ -961,9 +1001,8 @@ def find_public(data):
         import huggingface_hub  # slow to import, and seldom needed
 
         try:
-            info = huggingface_hub.HfApi().dataset_info(
-                repository, revision=commit or None, files_metadata=True
-            )
+            options = {"revision": commit or None, "timeout": 60, "files_metadata": True}
+            info = huggingface_hub.HfApi().dataset_info(repository, **options)
         except Exception as error:  # the hub lets any error of the network through
             advice = "Look at its name; log in with `hf auth login` if it is private"
             raise DataError(f"{data} cannot be listed: {why_not(error)}.\n{advice}, {INSTEAD}") from None

@@ -363,6 +363,7 @@ if resume:
     tell("resume", f"from {resumed_from}" if resumed_from else "no checkpoint yet: starting at step 0")
 if resumed_from:
     saved_state = checkpoint.load(resumed_from, "state")
+    dataloader.check_same(corpus, saved_state["data"]["fingerprint"])
     try:
         step, progress = saved_state["step"], saved_state["progress"]
         min_val_bpb, val_bpb = saved_state["min_val_bpb"], saved_state["val_bpb"]

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 import types
 from collections import Counter
 from pathlib import Path
@@ -264,8 +265,8 @@ def test_nothing_to_read(tmp_path):
     for name in ("empty", "binary", "none.txt", "missing"):
         with pytest.raises(DataError, match=name):
             prepare(str(tmp_path / name))
-    for name in ("empty", "missing"):
-        with pytest.raises(DataError) as error:
+    for name, why in (("empty", "no text"), ("missing", "no such"), ("binary", "3 files .*no")):
+        with pytest.raises(DataError, match=why) as error:
             prepare(str(tmp_path / name))
         two_lines(error)
 
@@ -609,6 +610,21 @@ def test_what_is_left_out_is_one_line_and_listed(tmp_path, text):
     assert not any(line.startswith("left out") for line in prepare(str(text / "00.txt")).notes)
 
 
+def test_no_memory_and_no_home_are_two_lines(text, monkeypatch):
+    def full(*arguments):
+        raise MemoryError
+
+    monkeypatch.setattr(dataloader, "write_text", full)
+    with pytest.raises(DataError, match="more memory than there is") as error:
+        prepare(str(text))
+    two_lines(error)
+    monkeypatch.delenv("ONEDIAL_HOME")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as for a user without a home
+    with pytest.raises(DataError, match="no home") as error:
+        prepare(str(text))
+    assert "ONEDIAL_HOME" in two_lines(error)
+
+
 def test_content_decides_what_is_prepared_anew(text, tmp_path):
     said = []
     first = prepare(str(text))
@@ -624,27 +640,21 @@ def test_content_decides_what_is_prepared_anew(text, tmp_path):
     assert prepare(str(text), say=said.append).fingerprint != first.fingerprint and said
 
 
-PEAK = """
-import resource, sys
-sys.path.insert(0, {repo!r})
-import dataloader
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-dataloader.prepare({data!r}, 300)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["a.txt", "a.json"])
-def test_memory_does_not_grow_with_the_file(tmp_path, name):
+def test_memory_does_not_grow_with_the_file(tmp_path, name, monkeypatch):
     content = prose(0, 2000) + "🎉"
-    text = (content + "\n") * 150  # 15 MB, which as one text in memory would take 60
+    text = (content + "\n") * 150  # 12 MB, which as one text in memory would take 50
     if name == "a.json":
         text = json.dumps([{"text": content}] * 150)
     (tmp_path / name).write_text(text)
-    code = PEAK.format(repo=str(REPO), data=str(tmp_path / name))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0 and int(done.stdout) < 50_000, done  # kB
+    monkeypatch.setattr(dataloader, "THREADS", 2)
+    del text
+    tracemalloc.start()
+    prepare(str(tmp_path / name), 300)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 40e6
 
 
 # -----------------------------------------------------------------------------
@@ -720,6 +730,22 @@ def test_a_corpus_is_made_once_and_again_when_it_changes(text, home, monkeypatch
     monkeypatch.setenv("ONEDIAL_HOME", str(tmp_path / "elsewhere"))
     shutil.copytree(text, tmp_path / "copy")
     assert prepare(str(tmp_path / "copy")).fingerprint == changed.fingerprint  # content, not place or time
+
+
+def test_what_has_changed_since_a_checkpoint_is_named_with_the_way_on(text, home, tmp_path):
+    first = prepare(str(text), 400)
+    dataloader.check_same(first, first.fingerprint)
+    for n in range(3):
+        (text / f"new {n}.txt").write_text(prose(900 + n, 30))
+    (text / "05.txt").write_text("changed " * 99)
+    (text / "06.txt").unlink()
+    with pytest.raises(DataError, match="3 more, 1 fewer, 1 changed") as error:
+        dataloader.check_same(prepare(str(text), 400), first.fingerprint)
+    kept = two_lines(error).split("--data ")[1]
+    again = prepare(kept, 400)  # what the message says to do
+    assert again.fingerprint == first.fingerprint and everything(again) == everything(first)
+    with pytest.raises(DataError, match="unknown"):
+        dataloader.check_same(first, "unknown")
 
 
 def test_shards_have_the_public_layout(text):
@@ -1348,7 +1374,7 @@ def dataset(hub, monkeypatch):
     )
     asked = []
 
-    def dataset_info(self, repository, revision=None, files_metadata=False):
+    def dataset_info(self, repository, revision=None, timeout=None, files_metadata=False):
         asked.append(revision)
         if hub.mode[:3].isdigit():
             response = types.SimpleNamespace(status_code=int(hub.mode[:3]), headers={}, request=None)
