@@ -98,6 +98,19 @@ def saved_settings(run_folder):
         return state.get("settings", {}), state.get("given", {}), newest
 
 
+def origin(run_folder):
+    """-> (the best checkpoint of a run that another one shall start from, its config). CheckpointError."""
+    found, faults = best(run_folder / "checkpoints")
+    if found is None:
+        what = f"--init-from {run_folder} holds no valid checkpoint" + "".join(f"; {f}" for f in faults[:1])
+        raise CheckpointError(f"{what}.\nGive the folder of a run that has saved, such as out/NAME.")
+    try:
+        return found, json.loads((run_folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        what = f"--init-from: {run_folder / 'config.json'} cannot be read: {error}"
+        raise CheckpointError(f"{what}.\nPut it back as it was.") from None
+
+
 def is_full(error):
     """Whether an error says that a disk, or somebody's share of it, is full."""
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)

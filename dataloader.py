@@ -835,20 +835,21 @@ class Corpus:
         return rows
 
 
-def prepare(data, vocab_size=None, say=lambda line: None, largest_vocab=2**15, **reading):
+def prepare(data, vocab_size=None, say=lambda line: None, largest_vocab=2**15, tokenizer=None, **reading):
     """
     Find, split, tokenize and cache the text of `data` ("stdlib", a name in PUBLIC, or a path) -> a Corpus.
-    Where vocab_size is None it follows from the size of the text, up to largest_vocab; reading: text_field
-    and separator of TextReader. The work is done once, by whichever process comes first; others wait. Of a
-    public data set only the first training file is taken, fetch_more takes the next ones. Raises DataError.
+    Where vocab_size is None it follows from the size of the text, up to largest_vocab; tokenizer: one that is
+    there, instead of a new one; reading: text_field and separator of TextReader. The work is done once, by
+    whichever process comes first; others wait. Of a public data set only the first training file is taken,
+    fetch_more takes the next ones. Raises DataError.
     """
     try:
         folder = Path(data).expanduser()
         if (folder / "manifest.json").exists() and (folder / "tokenizer").exists():  # of the cache
-            return load_prepared(folder)
+            return check_tokenizer(load_prepared(folder), tokenizer)
         public = find_public(SHORT_NAMES.get(data, data)) if is_public(data) else None
         if public and public.val:
-            return prepare_public(public, vocab_size, say, TextReader(**reading))
+            return prepare_public(public, vocab_size, say, TextReader(**reading), tokenizer)
         found = fetch_one(public, say) if public else find_files(data)
         if found.train and found.train[0].suffix == ".bin":
             corpus = Corpus(Path(data).resolve().stem, "", gpt2_tokenizer(vocab_size))
@@ -859,10 +860,10 @@ def prepare(data, vocab_size=None, say=lambda line: None, largest_vocab=2**15, *
             corpus.fingerprint = fingerprint(digests)
         else:
             reader = TextReader(**reading, plain=data == "stdlib")
-            corpus = prepare_text(data, found, reader, vocab_size, say, largest_vocab)
+            corpus = prepare_text(data, found, reader, vocab_size, say, largest_vocab, tokenizer)
         corpus.public, corpus.left_out = public, corpus.left_out + found.left_out
         corpus.notes[:0] = describe_split(found, corpus)
-        return corpus
+        return check_tokenizer(corpus, tokenizer)
     except OSError as error:
         raise DataError(f"{error.filename or data} cannot be read: {error.strerror}.\nMend that.") from None
     except MemoryError:
@@ -892,12 +893,12 @@ def identify(name, found):
     return make_once(cache_folder() / "seen" / f"{name}-{identity}", make)
 
 
-def prepare_text(data, found, reader, vocab_size, say, largest_vocab):
+def prepare_text(data, found, reader, vocab_size, say, largest_vocab, tokenizer):
     """A corpus of text files: split, BPE and tokens are made anew when the content of a file has changed."""
     name = Path(data).resolve().stem
     sources = identify(name, found)
     total = sum(size * (4 if Path(name).suffix.lower() in PACKED else 1) for name, size, _ in sources)
-    vocab_size = vocab_size or min(largest_vocab, fitting_vocab(total))
+    vocab_size = tokenizer.n_vocab if tokenizer else vocab_size or min(largest_vocab, fitting_vocab(total))
 
     def make(temporary):
         sizes = write_text(found, reader, temporary, say)
@@ -912,9 +913,11 @@ def prepare_text(data, found, reader, vocab_size, say, largest_vocab):
         files = len(sources) - len(reader.left_out)
         say(f"{files:,} files with {documents:,} documents are read, {total / 1e6:,.1f} MB")
         held_out = {"files": sizes["val"], "hash": sizes["hash"], "tail": VAL_SHARE * total}[split]
-        share = min(1.0, TOKENIZER_BYTES / (total - held_out))
-        say(f"training a BPE of {vocab_size:,} tokens on {share * (total - held_out) / 1e6:,.1f} MB")
-        encoding = train_tokenizer(read_split(temporary, split, "train"), vocab_size, share)
+        encoding = tokenizer
+        if encoding is None:
+            share = min(1.0, TOKENIZER_BYTES / (total - held_out))
+            say(f"training a BPE of {vocab_size:,} tokens on {share * (total - held_out) / 1e6:,.1f} MB")
+            encoding = train_tokenizer(read_split(temporary, split, "train"), vocab_size, share)
         manifest = {"split": split, "sources": [[name, size] for name, size, _ in sources]}
         manifest["tokenizer"] = save_tokenizer(encoding, temporary / "tokenizer")
         for part, size in (("train", total - held_out), ("val", held_out)):
@@ -928,10 +931,25 @@ def prepare_text(data, found, reader, vocab_size, say, largest_vocab):
         return manifest | {"left_out": reader.left_out, "notes": list(reader.told())}
 
     how = [LAYOUT, vocab_size, SPLIT_PATTERN, reader.plain, reader.text_field, reader.separator]
+    how += [tokenizer_id(tokenizer)] if tokenizer else []
     identity = fingerprint(how, len(found.val), sources)
     folder = cache_folder() / "corpora" / f"{name}-{identity}"
     make_once(folder, make)
     return load_prepared(folder)
+
+
+def tokenizer_id(encoding):
+    """A short name for the tokens of an encoding and how it parts text."""
+    tokens = sorted(encoding._mergeable_ranks, key=encoding._mergeable_ranks.get)
+    return fingerprint(encoding._pat_str, [token.hex() for token in tokens])
+
+
+def check_tokenizer(corpus, wanted):
+    """-> the corpus; DataError if it is there in other tokens than those of a wanted encoding, or None."""
+    if wanted and tokenizer_id(corpus.tokenizer) != tokenizer_id(wanted):
+        what = f"{corpus.name} is there in other tokens than those of the run to start from"
+        raise DataError(f"{what}.\nGive its text, or leave --init-from out.")
+    return corpus
 
 
 def load_prepared(folder):
@@ -961,7 +979,8 @@ def check_same(corpus, wanted):
             counts = [f"{count:,} {word}" for word, count in {**counts, "changed": changed}.items() if count]
             changes = f"of its files {', '.join(counts)}" if counts else "it is read in another way"
             what = f"{corpus.name} has changed since the checkpoint: {changes}"
-            raise DataError(f"{what}.\nGo on with what it was, which is kept: --data {path.parent}")
+            advice = f"Go on with what it was, --data {path.parent}, or start a run with --init-from"
+            raise DataError(f"{what}.\n{advice}.")
     raise DataError(f"{what}.\nGive the --data of its run, or put its files back.")
 
 
@@ -1063,11 +1082,13 @@ def fetch_one(public, say):
     return Found(path.parent, [path])
 
 
-def prepare_public(public, vocab_size, say, reader):
+def prepare_public(public, vocab_size, say, reader, tokenizer):
     """A public data set: its validation file and its first training file."""
     first = next(iter(public.train))
     if first.endswith(".bin"):
         encoding, identity = gpt2_tokenizer(vocab_size), "gpt2"
+    elif tokenizer:
+        encoding, identity = tokenizer, tokenizer_id(tokenizer)
     else:
         vocab_size = vocab_size or min(32_768, fitting_vocab(1e6 * sum(public.train.values())))
 
@@ -1077,18 +1098,17 @@ def prepare_public(public, vocab_size, say, reader):
             blocks = reader.read(cache_folder() / public.name / first)
             return save_tokenizer(train_tokenizer(blocks, vocab_size), temporary)
 
-        tokenizer = (
-            cache_folder() / "tokens" / f"{public.name}-tokenizer-{vocab_size}{reader.text_field or ''}"
-        )
-        identity = make_once(tokenizer, make)
-        encoding = load_tokenizer(tokenizer, identity)
+        kept = f"{public.name}-tokenizer-{vocab_size}{reader.text_field or ''}"
+        folder = cache_folder() / "tokens" / kept
+        identity = make_once(folder, make)
+        encoding = load_tokenizer(folder, identity)
     content = fingerprint(public.name, public.repository, public.revision, identity)
     more = list(public.train)
     corpus = Corpus(public.name, content, encoding, more=more, public=public, reader=reader)
     take(corpus, "val", cache_folder() / public.name / public.val, say)
     take(corpus, "train", cache_folder() / public.name / corpus.more.pop(0), say)
     corpus.notes = [f"held out: {public.val}", *reader.told()]
-    return corpus
+    return check_tokenizer(corpus, tokenizer)
 
 
 def fetch_more(corpus, rows, T, say=lambda line: None):

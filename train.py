@@ -60,6 +60,7 @@ data: str | None = None  # a path, stdlib, fineweb, climbmix, tinystories, hf:OW
 text_field: str | None = None  # field or column with the text (auto: text, content, story, … if a string)
 document_separator: str | None = None  # what parts documents in a file (auto: <|endoftext|>, in .txt files)
 vocab_size: int | None = None  # of the BPE trained on the corpus (auto: by its bytes and the time)
+init_from: str | None = None  # a run, out/NAME, to begin with: its weights, shape and tokenizer (auto: none)
 # model
 depth: int | None = None  # layers, the dial for all the rest (auto: from the time; else 12, 4 without CUDA)
 aspect_ratio: int | None = None  # width = depth × aspect_ratio, in whole heads (auto: 64, of one layer 128)
@@ -94,6 +95,7 @@ peak_tflops: float | None = None  # peak of one device, for the MFU (auto: as pu
 
 HORIZONS = ("num_iterations", "minutes", "target_flops", "target_param_data_ratio")
 DEPTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32)  # what the dial tries
+SHAPE = ("depth", "aspect_ratio", "head_dim")
 CALL = ("run_name", "out_dir", "resume")  # what belongs to the call and not to the run
 # what belongs to the machine: --resume keeps what was given, and finds anew what was auto
 MACHINE = ("device_type", "dtype", "device_batch_size", "log_every", "peak_tflops")
@@ -245,9 +247,23 @@ if not horizons:
 largest_vocab = rules.largest_vocab(minutes) if minutes and not on_gpu else 2**15
 max_seq_len = max_seq_len or (2048 if on_gpu else 512)
 eval_bytes = eval_bytes or (50_000_000 if on_gpu else 131_072)
+tokenizer = None
+if init_from:
+    init_from = str(Path(init_from).expanduser().absolute())
+    has_begun = bool(run_folder and [*(run_folder / "checkpoints").glob("step_*")])
+    if not has_begun:
+        origin, origin_config = checkpoint.origin(Path(init_from))
+        for name in (*SHAPE, "vocab_size"):
+            value, theirs = globals()[name], origin_config["settings"][name]
+            if value not in (None, theirs):
+                what = f"{flag[name]} {value}, and that of {init_from} is {theirs}"
+                raise SettingError(f"{what}.\nLeave {flag[name]} or --init-from out.")
+        depth, aspect_ratio, head_dim = (origin_config["settings"][name] for name in SHAPE)
+        tell("init", f"from {origin}")
+    tokenizer = dataloader.load_tokenizer(Path(run_folder if has_begun else init_from) / "tokenizer")
 tell_data = partial(report.tell, "data")  # whichever rank prepares the corpus tells of it
 reading = {"text_field": text_field, "separator": document_separator}
-corpus = dataloader.prepare(data, vocab_size, tell_data, largest_vocab, **reading)
+corpus = dataloader.prepare(data, vocab_size, tell_data, largest_vocab, tokenizer, **reading)
 for note in corpus.notes:
     tell("data", note)
 vocab_size, data = corpus.tokenizer.n_vocab, corpus.data or data  # a data set of the hub by its commit
@@ -594,6 +610,11 @@ if resumed_from:
         reason = str(error).splitlines()[-1].strip().rstrip(".")
         advice = "Resume with those of its run."
         raise SettingError(f"{resumed_from} does not fit these settings: {reason}.\n{advice}") from None
+elif init_from:
+    theirs = asdict(GPTConfig(**origin_config["model"])) | {"max_seq_len": max_seq_len}
+    if theirs != asdict(config):
+        raise SettingError(f"{origin} holds another model, {theirs}.\nStart from a run of this version.")
+    model.load_state_dict(checkpoint.load(origin, "model"))
 corpus_size = report.short(corpus.counts["train"]["tokens"])
 epochs = planned_tokens / (loader.rows_per_epoch * max_seq_len)
 corpus_name = f"{corpus.name} · vocabulary of {vocab_size:,} · fingerprint {corpus.fingerprint}"

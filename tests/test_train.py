@@ -654,6 +654,28 @@ def test_depth_follows_from_the_flops_or_the_time_and_a_resume_keeps_it(train, t
     assert timed.config["settings"]["aspect_ratio"] == 32
 
 
+def test_a_run_begins_with_the_weights_and_tokenizer_of_another_one(train, tmp_path):
+    first = train("--num-iterations", 20)
+    begin = ["--init-from", first.folder, "--num-iterations", 5, "--run-name"]
+    same = train(*begin, "b", run="b")
+    assert same.code == 0 and f"init     from {first.folder}" in same.output, same.output
+    assert same.log[1]["val_bpb"] == first.summary["val_bpb"]  # before its first step
+    (tmp_path / "other.txt").write_text((REPO / "README.md").read_text() * 4)
+    other = train(*begin, "c", "--data", tmp_path / "other.txt", "--save-every", 2, run="c")
+    assert other.code == 0 and other.config["settings"]["init_from"] == str(first.folder), other.output
+    for name in ("tokenizer.json", "tokenizer.tiktoken"):
+        mine, theirs = ((run.folder / "tokenizer" / name).read_bytes() for run in (other, first))
+        assert mine == theirs
+    wrong = train(*begin, "d", "--depth", 3, run="d")
+    assert wrong.code == 2 and f"error: --depth 3, and that of {first.folder} is 2." in wrong.output
+    first.folder.rename(tmp_path / "away")
+    on = ["--resume", "--run-name", "c", "--data", tmp_path / "other.txt"]
+    rest = train(*on, "--num-iterations", 8, run="c")
+    assert rest.code == 0 and rest.summary["steps"] == 8, rest.output
+    gone = train(*begin, "e", run="e")
+    assert gone.code == 2 and "holds no valid checkpoint" in gone.output and "Traceback" not in gone.output
+
+
 def test_a_small_text_is_not_learnt_by_heart(train, tmp_path):
     """Minutes beyond five epochs are not used, not by a step, and a resume knows it."""
     (tmp_path / "short.py").write_text((REPO / "dataloader.py").read_text()[:24_000])
