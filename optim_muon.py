@@ -462,10 +462,11 @@ class Timetable:
 def largest_vocab(minutes):
     """
     The largest vocabulary that a CPU's run of so many minutes has time to learn, a power of two: 1 -> 2,048,
-    4 -> 4,096, 16 -> 8,192. Fitted on two cores: after 45 s 1,024, 2,048 and 4,096 came to 1.260, 1.251 and
-    1.281 bits per byte, after 160 s to 1.088, 1.077 and 1.061.
+    3 -> 4,096, 20 -> 8,192. Fitted on two cores: after 45 s 1,024, 2,048 and 4,096 came to 1.260, 1.251 and
+    1.281 bits per byte, after 160 s to 1.088, 1.077 and 1.061; after 575 s depth 3 to 0.922 with 4,096 and
+    0.917 with 8,192, which leaves time for depth 2 alone.
     """
-    return 2 ** min(15, max(9, 11 + round(math.log2(minutes) / 2)))
+    return 2 ** min(15, max(9, 11 + round(0.36 * math.log2(minutes))))
 
 
 # So often a timed run reads a text, and then ends: it would be learnt by heart. Depth 2 on 237 kB came to
@@ -476,16 +477,17 @@ MOST_EPOCHS = 5
 def needed_tokens(params, unique):
     """
     The tokens that make a model of so many matrix and head parameters the best choice: 12 each (nanochat)
-    from depth 12 on, fewer in smaller models, ∝ params^1.4. Fitted to runs of 45 to 270 s on two cores: after
-    0.9e6 tokens depth 2 was as good as depth 1, and 2.8e6 were too few for depth 3.
-    124e6 -> 1.5e9; 1.7e6 (depth 3, vocabulary 2,048) -> 3.7e6; 0.66e6 (depth 2) -> 1e6.
+    from depth 12 on, fewer in smaller models, ∝ params^1.58. To be held against three quarters of what the
+    time would allow. Fitted to runs of 45 to 575 s on two cores: in 270 s depth 3 came to 1.062 bits per byte
+    and depth 2 to 1.046, in 575 s to 0.922 and 0.937.
+    124e6 -> 1.5e9; 2.1e6 (depth 3, vocabulary 4,096) -> 2.4e6; 0.9e6 (depth 2) -> 0.6e6.
 
     A text of `unique` tokens can be too small for that. Then time is not what is short, and MOST_EPOCHS will
-    do, but only for a model that needs at most three times as much: on 1 MB depth 2 came to 1.46 bits per
-    byte; depth 4, which needs five times as much, to 1.43 in four epochs and then rose to 1.50.
+    do, but only for a model that needs at most twice as much: on 1 MB depth 3 came to 1.43 bits per byte;
+    depth 4, which needs three times as much, to 1.43 in four epochs and then rose to 1.50.
     """
-    needed, most = 12 * params * min(1.0, (params / 124e6) ** 0.4), MOST_EPOCHS * unique
-    return min(needed, most) if needed <= 3 * most else math.inf
+    needed, most = 12 * params * min(1.0, (params / 124e6) ** 0.58), MOST_EPOCHS * unique
+    return min(needed, most) if needed <= 2 * most else math.inf
 
 
 def expected_mfu(width):

@@ -606,7 +606,7 @@ def test_resuming_goes_on_exactly_beyond_the_end_of_an_epoch(train, tmp_path):
 @pytest.mark.slow
 def test_where_a_text_is_read_again_the_best_weights_are_kept_and_used(train, tmp_path):
     text = tmp_path / "short.py"
-    text.write_text((REPO / "dataloader.py").read_text()[:24_000])
+    text.write_text((REPO / "dataloader.py").read_text()[:16_000])
     run = train("--data", text, "--num-iterations", 200, "--eval-every", 20, "--matrix-lr", 0.02)
     assert run.code == 0, run.output
     vals = {r["step"]: r["val_bpb"] for r in run.log if r["kind"] == "val"}
