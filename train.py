@@ -245,10 +245,8 @@ if data != "stdlib" and not dataloader.is_public(data):
 if not horizons:
     minutes, target_param_data_ratio = (None, 12.0) if on_gpu else (5.0, None)
 largest_vocab = rules.largest_vocab(minutes) if minutes and not on_gpu else 2**15
-max_seq_len = max_seq_len or (2048 if on_gpu else 512)
-eval_bytes = eval_bytes or (50_000_000 if on_gpu else 131_072)
 tokenizer = None
-if init_from:
+if init_from:  # a run to begin with: its shape and tokenizer here, its weights below
     init_from = str(Path(init_from).expanduser().absolute())
     has_begun = bool(run_folder and [*(run_folder / "checkpoints").glob("step_*")])
     if not has_begun:
@@ -259,8 +257,11 @@ if init_from:
                 what = f"{flag[name]} {value}, and that of {init_from} is {theirs}"
                 raise SettingError(f"{what}.\nLeave {flag[name]} or --init-from out.")
         depth, aspect_ratio, head_dim = (origin_config["settings"][name] for name in SHAPE)
+        max_seq_len = max_seq_len or origin_config["settings"]["max_seq_len"]
         tell("init", f"from {origin}")
     tokenizer = dataloader.load_tokenizer(Path(run_folder if has_begun else init_from) / "tokenizer")
+max_seq_len = max_seq_len or (2048 if on_gpu else 512)
+eval_bytes = eval_bytes or (50_000_000 if on_gpu else 131_072)
 tell_data = partial(report.tell, "data")  # whichever rank prepares the corpus tells of it
 reading = {"text_field": text_field, "separator": document_separator}
 corpus = dataloader.prepare(data, vocab_size, tell_data, largest_vocab, tokenizer, **reading)
