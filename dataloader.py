@@ -437,7 +437,7 @@ def find_text_field(file, rows, text_field):
     rows = [row for _, row in rows if isinstance(row, dict)]
     strings = {name for row in rows for name, value in row.items() if isinstance(value, str)}
     name = next((name for name in [text_field] * bool(text_field) or TEXT_FIELDS if name in strings), None)
-    if name or suffix_of(file) in (".json", ".csv", ".tsv"):
+    if name or (not text_field and suffix_of(file) in (".json", ".csv", ".tsv")):
         return name
     what = f"none of its fields {', '.join(rows[0])} is a text" if rows else "its lines are no JSON objects"
     for name, value in rows[0].items() if rows and not text_field else ():
@@ -479,6 +479,8 @@ class TextReader:
                     with open_text(file, encoding) as text:
                         is_table = yield from self.read_rows(file, ROWS[suffix_of(file)](file, text))
                 if not is_table:
+                    if suffix_of(file) in (".csv", ".tsv"):
+                        self.note("tables without a known column of text, read as plain text", file)
                     with open_text(file, encoding) as text:
                         yield from self.read_plain(file, iter(partial(text.read, BLOCK), ""))
         except (DataError, MemoryError):

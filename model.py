@@ -427,7 +427,7 @@ def sample(logits, temperature, top_k, top_p, generator):
         return logits.argmax(dim=-1)
     logits, ids = logits.topk(min(top_k or logits.size(-1), logits.size(-1)))  # the likeliest first
     p = torch.softmax((logits - logits[:, :1]) / temperature, dim=-1)
-    p = p.masked_fill(p.cumsum(dim=-1) - p >= top_p, 0.0)
+    p[:, 1:] = p.masked_fill(p.cumsum(dim=-1) - p >= top_p, 0.0)[:, 1:]  # the likeliest always stays
     return ids.gather(1, torch.multinomial(p, 1, generator=generator))[:, 0]
 
 

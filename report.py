@@ -891,6 +891,9 @@ def report_on(folders):
 
 if __name__ == "__main__":
     try:
+        if sys.argv[1:] in (["-h"], ["--help"]):
+            print(__doc__.strip())
+            sys.exit()
         if len(sys.argv) < 2:
             raise ValueError("no run is given.\nCall: python report.py out/RUN [out/RUN ...]")
         open_console()

@@ -51,7 +51,7 @@ class OnedialForCausalLM(PreTrainedModel, GenerationMixin):
         loss = None if labels is None else self.loss_function(logits, labels, self.config.vocab_size)
         return CausalLMOutput(loss=loss, logits=logits)
 
-    def prepare_inputs_for_generation(self, input_ids, **_):
+    def prepare_inputs_for_generation(self, input_ids, **kwargs):  # that name lets a mask pass
         """Of a row that is too long, what GPT.generate, which has a cache, would go on from."""
         T, n = self.config.max_seq_len, input_ids.size(1)
         if n > T:

@@ -732,6 +732,16 @@ def test_a_corpus_is_made_once_and_again_when_it_changes(text, home, monkeypatch
     assert prepare(str(tmp_path / "copy")).fingerprint == changed.fingerprint  # content, not place or time
 
 
+def test_a_table_without_a_column_of_text_is_told_and_one_without_the_named_one_refused(tmp_path):
+    table = tmp_path / "reviews.csv"
+    table.write_text("id,review\n" + "1,good\n" * 40)
+    reader = dataloader.TextReader()
+    assert "".join(text for _, text in reader.read(table)) == table.read_text()
+    assert "read as plain text: 1 (reviews.csv)" in list(reader.told())[0]
+    with pytest.raises(DataError, match="no field nofield is a text"):
+        list(dataloader.TextReader("nofield").read(table))
+
+
 def test_what_has_changed_since_a_checkpoint_is_named_with_the_way_on(text, home, tmp_path):
     first = prepare(str(text), 400)
     dataloader.check_same(first, first.fingerprint)

@@ -53,6 +53,12 @@ def test_logits_read_token_by_token_are_those_of_the_forward_pass():
     torch.testing.assert_close(found, model(tokens)[:, 4:], atol=1e-5, rtol=1e-5)
 
 
+def test_a_share_of_nothing_still_takes_the_likeliest():
+    logits = torch.randn(5, 40, generator=torch.Generator().manual_seed(0))
+    for top_p in (0.0, 1e-9):
+        assert torch.equal(sample(logits, 0.8, 0, top_p, torch.Generator()), logits.argmax(dim=-1))
+
+
 def test_the_seed_decides_and_so_do_its_rows():
     model, rows = wake(build()), [[BOS, 5, 6]] * 4
     first, same, other = ([*model.generate(rows, BOS, 20, seed=seed)] for seed in (1, 1, 2))
@@ -337,7 +343,7 @@ ids = tokenizer(texts)["input_ids"]
 rows = torch.tensor([row[:40] for row in ids if len(row) >= 40][:3])
 result = model(rows, labels=rows)
 greedy = model.generate(rows, max_new_tokens=90, do_sample=False)
-sampled = model.generate(rows[:, :5])
+sampled = model.generate(rows[:, :5], attention_mask=torch.ones_like(rows[:, :5]))  # as a pipeline does
 torch.save({"rows": rows, "logits": result.logits, "loss": result.loss, "greedy": greedy}, "results.pt")
 json.dump([ids, sampled.shape[1]], open("results.json", "w"))
 """
