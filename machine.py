@@ -18,6 +18,7 @@ import re
 import resource
 import signal
 import statistics
+import tempfile
 import time
 from datetime import timedelta
 
@@ -187,6 +188,14 @@ def is_out_of_memory(error):
     words = ("out of memory", "ALLOC_FAILED", "can't allocate memory")
     told = any(word in str(error) for word in words)
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or told
+
+
+def use_instead_of_no_temporary_folder(folder):
+    """Where no temporary folder can be written to, have torch.compile and others use this one."""
+    try:
+        tempfile.gettempdir()
+    except OSError:
+        tempfile.tempdir = os.environ["TMPDIR"] = str(folder)
 
 
 def free_memory(device):

@@ -463,8 +463,8 @@ def largest_vocab(minutes):
     """
     The largest vocabulary that a CPU's run of so many minutes has time to learn, a power of two: 1 -> 2,048,
     3 -> 4,096, 20 -> 8,192. Fitted on two cores: after 45 s 1,024, 2,048 and 4,096 came to 1.260, 1.251 and
-    1.281 bits per byte, after 160 s to 1.088, 1.077 and 1.061; after 575 s depth 3 to 0.922 with 4,096 and
-    0.917 with 8,192, which leaves time for depth 2 alone.
+    1.281 bits per byte, after 160 s to 1.088, 1.077 and 1.061; after 575 s of depth 3 4,096 and 8,192
+    came to 0.922 and 0.917, but with 8,192 the rule below would take depth 2 then, which came to 0.934.
     """
     return 2 ** min(15, max(9, 11 + round(0.36 * math.log2(minutes))))
 

@@ -855,9 +855,12 @@ def compare(folders):
     rows = [[key, *(group.facts(key) for group in groups)] for key in keys]
     differing = [row for row in rows if any(cell != row[1] for cell in row[1:])]
     parts = ["# " + ", ".join(names), COMPARED, results(groups), show_curves(groups, target)]
-    if equal := equal_costs(groups):
+    texts = dict.fromkeys(run.config["corpus"]["name"] for run in runs)
+    if len(texts) > 1:
+        parts.insert(1, f"Their texts differ, {', '.join(texts)}: val_bpb and losses cannot be compared.")
+    elif equal := equal_costs(groups):
         parts += ["## At equal cost", EQUAL, equal]
-    if law := scaling_law(groups, target / "scaling.png"):
+    if len(texts) == 1 and (law := scaling_law(groups, target / "scaling.png")):
         parts += ["## Scaling law", *law]
     parts += ["## Settings that differ", table(["setting", *names], differing)]
     replace(target / "compare.md", "\n\n".join(parts) + "\n")

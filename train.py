@@ -23,12 +23,10 @@ import gc
 import inspect
 import json
 import math
-import os
 import re
 import shutil
 import signal
 import sys
-import tempfile
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -275,10 +273,7 @@ ranks.start(device)
 peak, peak_source = machine.find_peak(device, compute_dtype, peak_tflops)
 run_folder = Path(ranks.first(str(run_folder)))
 checkpoints = run_folder / "checkpoints"
-try:
-    tempfile.gettempdir()
-except OSError:  # none can be written to: then torch.compile and others shall use the run's own folder
-    tempfile.tempdir = os.environ["TMPDIR"] = str(run_folder)
+machine.use_instead_of_no_temporary_folder(run_folder)
 
 # -----------------------------------------------------------------------------
 # The model: everything follows from depth; and depth, where it is auto, from the time or the FLOPs
@@ -368,6 +363,7 @@ min_val_bpb = val_bpb = math.inf  # bits per byte of the validation text: the lo
 val_step = -1  # of the last evaluation
 smooth_train_loss, ema_beta = 0.0, 0.9  # exponential moving average of the train loss, starting at 0
 total_training_time = 0.0  # seconds of steps, without the first 10 after each start
+mean_dt = None  # seconds per step on average
 skipped_steps = 0  # steps whose loss or gradient was not finite: nothing changed
 planned_iterations = None  # steps as planned before step 1: the warmup is a tenth of them at most
 span = None  # of a timed run: seconds from its first step to its closing work
@@ -388,6 +384,7 @@ if resumed_from:
         total_training_time = saved_state["total_training_time"]
         skipped_steps, data_place = saved_state["skipped_steps"], saved_state["data"]
         planned_iterations, span = saved_state["planned_iterations"], saved_state["span"]
+        mean_dt = saved_state.get("mean_dt")
         saved_horizon = [saved_state["settings"][name] for name in HORIZONS]
         saved_model = saved_state["model"]
         if saved_state["settings"]["eval_bytes"] != eval_bytes:  # on other text nothing can be compared
@@ -612,9 +609,10 @@ if resumed_from:
         advice = "Resume with those of its run."
         raise SettingError(f"{resumed_from} does not fit these settings: {reason}.\n{advice}") from None
 elif init_from:
-    theirs = asdict(GPTConfig(**origin_config["model"])) | {"max_seq_len": max_seq_len}
-    if theirs != asdict(config):
-        raise SettingError(f"{origin} holds another model, {theirs}.\nStart from a run of this version.")
+    origin_model = asdict(GPTConfig(**origin_config["model"])) | {"max_seq_len": max_seq_len}
+    if origin_model != asdict(config):
+        what = f"{origin} holds another model, {origin_model}"
+        raise SettingError(f"{what}.\nStart from a run of this version.")
     model.load_state_dict(checkpoint.load(origin, "model"))
 corpus_size = report.short(corpus.counts["train"]["tokens"])
 epochs = planned_tokens / (loader.rows_per_epoch * max_seq_len)
@@ -685,7 +683,8 @@ def write_samples():
 start_step, time_before = step, total_training_time
 warm_from = start_step + 10  # until then caches and allocators warm up: those steps are not timed
 last_saved, last_save_time = step if resumed_from else -1, time.monotonic()
-dt = mean_dt = planned_dt  # seconds per step: in the last window, and on average since `warm_from`
+dt = planned_dt  # seconds per step in the last window
+mean_dt = mean_dt or planned_dt  # on average since `warm_from`; until there is a window, in the start before
 tokens = step * total_batch_size
 flops_so_far = num_flops_per_token * tokens
 timetable = None  # of a timed run, from its first step on
@@ -737,6 +736,7 @@ while True:
                 "smooth_train_loss": smooth_train_loss,
                 "total_training_time": total_training_time,
                 "skipped_steps": skipped_steps,
+                "mean_dt": mean_dt,
                 "planned_iterations": planned_iterations,
                 "span": span,
                 "spent": dict(clock.spent),
@@ -779,6 +779,8 @@ while True:
         tell("time", f"the run stood still: its deadline is put off by {stall:.1f} s")
     if window_steps == 0:  # what the end needs, then out
         report.end_live()
+        if step == start_step and resumed_from:
+            tell("resume", "nothing is left to train: the run has come to its end")
         finished = evaluation_due = save_due = sample_due = True
         continue
 

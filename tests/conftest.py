@@ -12,10 +12,9 @@ import pytest
 
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
-
-import report  # noqa: E402
-
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: more threads only wait for each other
+
+import report  # noqa: E402  torch, which it imports, reads that variable
 
 TINY = (
     "--depth 2 --aspect-ratio 32 --head-dim 32 --max-seq-len 64 --total-batch-size 512 --vocab-size 512 "

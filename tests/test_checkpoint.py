@@ -634,7 +634,9 @@ def test_a_finished_run_can_be_resumed_and_goes_on_if_there_is_more_to_do(train)
     whole = train("--num-iterations", 20)
     again = train("--resume")
     assert again.code == 0, again.output
+    assert "nothing is left to train" in again.output
     keys = ("steps", "tokens", "val_bpb", "train_loss_ema", "total_training_flops", "total_training_time")
+    keys += ("tok_per_sec", "mfu")  # those of the run, not of the second start's trial
     assert {key: again.summary[key] for key in keys} == {key: whole.summary[key] for key in keys}
     config = (whole.folder / "config.json").read_text()
     (whole.folder / "config.json").write_text(config[:100])

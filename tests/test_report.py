@@ -874,6 +874,12 @@ def test_a_run_that_is_going_or_damaged_is_compared_as_far_as_it_is_known(by_law
     assert not any("nothing" in name and "comes to" in name for name in compared(a, nothing))
 
 
+def test_runs_on_different_texts_are_not_compared_at_equal_cost(make, config):
+    other = make("b", corpus=config["corpus"] | {"name": "letters"})
+    text = report.compare([make("a"), other]).read_text()
+    assert "Their texts differ, text, letters: " in text and "At equal cost" not in text
+
+
 def test_the_frontier_is_the_best_so_far_for_the_money():
     curves = [(np.array([1.0, 4.0]), np.array([3.0, 2.0])), (np.array([2.0, 8.0]), np.array([2.5, 2.2]))]
     costs, lowest = report.frontier(curves)

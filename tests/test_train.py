@@ -450,7 +450,8 @@ def test_memory_that_only_compiling_takes_halves_no_batch(train, tmp_path):
     [
         (9e6, ["--num-iterations", 1], 0, "(2 × 4 × 64)"),
         (3e6, ["--num-iterations", 1], 2, "depth 2: not even one row of 64 tokens fits.\nTry --depth 1."),
-        (3e6, ["--target-flops", 1e10, "--depth", "auto"], 0, "depth 1,"),
+        (3e6, ["--target-flops", 4e10, "--depth", "auto"], 0, "depth 1,"),
+        (1e9, ["--target-flops", 4e10, "--depth", "auto"], 0, "depth 2,"),
     ],
 )
 def test_a_small_gpu_gets_at_once_what_fits_it(train, tmp_path, memory, flags, code, told):
