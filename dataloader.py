@@ -12,20 +12,23 @@ import base64
 import bz2
 import codecs
 import csv
+import errno
 import gzip
 import hashlib
 import io
 import json
 import lzma
 import math
+import mmap
 import os
 import re
 import shutil
-import struct
 import sys
 import sysconfig
+import tempfile
 import time
 import unicodedata
+from array import array
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -302,16 +305,50 @@ def find_files(data):
     return found
 
 
+def count(number, noun):
+    """A number of things in words: `1 file`, `2,000 files`."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def summary(paths):
     """Some paths in a few words: `3 files (2 .pdf, 1 .zip)`."""
     kinds = Counter(Path(path).suffix.lower() or "without a suffix" for path in paths)
-    kinds = [f"{count:,} {kind}" for kind, count in kinds.most_common()]
+    kinds = [f"{number:,} {kind}" for kind, number in kinds.most_common()]
     more = f", {len(kinds) - 6} other kinds" if len(kinds) > 6 else ""
-    return f"{len(paths):,} file{'s' * (len(paths) != 1)} ({', '.join(kinds[:6])}{more})"
+    return f"{count(len(paths), 'file')} ({', '.join(kinds[:6])}{more})"
 
 
 # -----------------------------------------------------------------------------
-# Read them: a document is a run of blocks, pairs (does it start a document, text), so that memory is bounded
+# Read them, into one text
+
+
+class Text:
+    """
+    The text of many files as one file of UTF-8 without a name in `folder`, and the places of its documents.
+    It is written once and then read through a memory map, so that no document has to fit into memory.
+    """
+
+    def __init__(self, folder=None):
+        self.file, self.size = tempfile.TemporaryFile(dir=folder), 0
+        self.places = array("Q")  # begin, end, begin, end, …
+
+    def write(self, text):
+        """Append text; a document it is once its place is added."""
+        self.size += self.file.write(text.encode("utf-8", "replace"))  # JSON may hold half a surrogate pair
+
+    def add_document(self, begin, end):
+        """Add a document's place, in bytes; an empty one is none."""
+        if begin < end:
+            self.places.extend((begin, end))
+
+    def documents(self):
+        """Where each document begins and ends, int64 (documents, 2)."""
+        return np.array(self.places, dtype=np.int64).reshape(-1, 2)
+
+    def map(self):
+        """The bytes of all text so far."""
+        self.file.flush()
+        return mmap.mmap(self.file.fileno(), 0, access=mmap.ACCESS_READ) if self.size else b""
 
 
 def open_bytes(file):
@@ -342,25 +379,6 @@ def guess_encoding(sample):
     if not best or western and western.chaos <= best.chaos + 0.02:  # it is by far the most common one
         return "cp1252"
     return best.encoding
-
-
-def part_blocks(blocks, separator):
-    """Part blocks of text into documents at each separator; a line end beside it belongs to it."""
-    pattern = re.compile(rf"(?:\r?\n)?{re.escape(separator)}(?:\r?\n)?")
-    text, starts = "", True
-    for block in chain(blocks, [""]):  # the empty one is the end
-        text, at = text + block, 0
-        for match in pattern.finditer(text):
-            if block and match.end() > len(text) - 2:  # the next block may have its line end
-                break
-            if match.start() > at:
-                yield starts, text[at : match.start()]
-            starts, at = True, match.end()
-        whole = max(at, len(text) - len(separator) - 6) if block else len(text)  # a separator may begin there
-        if whole > at:
-            yield starts, text[at:whole]
-            starts = False
-        text = text[whole:]
 
 
 def read_json_lines(file, stream):
@@ -425,8 +443,8 @@ def read_parquet(file, text_field):
             yield f"row {count}", {name: text}
 
 
-ROWS = {".jsonl": read_json_lines, ".ndjson": read_json_lines, ".json": read_json}
-ROWS |= {".csv": read_csv, ".tsv": read_csv}
+TABLES = {".jsonl": read_json_lines, ".ndjson": read_json_lines, ".json": read_json}
+TABLES |= {".csv": read_csv, ".tsv": read_csv}
 
 
 def find_text_field(file, rows, text_field):
@@ -436,14 +454,18 @@ def find_text_field(file, rows, text_field):
     """
     rows = [row for _, row in rows if isinstance(row, dict)]
     strings = {name for row in rows for name, value in row.items() if isinstance(value, str)}
-    name = next((name for name in [text_field] * bool(text_field) or TEXT_FIELDS if name in strings), None)
-    if name or (not text_field and suffix_of(file) in (".json", ".csv", ".tsv")):
+    names = [text_field] if text_field else TEXT_FIELDS
+    if name := next((name for name in names if name in strings), None):
         return name
+    if text_field:
+        raise DataError(f"{file}: no field {text_field} is a text.\n{NAME_IT}")
+    if suffix_of(file) in (".json", ".csv", ".tsv"):
+        return None
     what = f"none of its fields {', '.join(rows[0])} is a text" if rows else "its lines are no JSON objects"
-    for name, value in rows[0].items() if rows and not text_field else ():
+    for name, value in rows[0].items() if rows else ():
         if isinstance(value, list) and value and isinstance(value[0], dict):
             what = f"its {name} are chats, lists of turns, and not one text"
-    raise DataError(f"{file}: {what if not text_field else f'no field {text_field} is a text'}.\n{NAME_IT}")
+    raise DataError(f"{file}: {what}.\n{NAME_IT}")
 
 
 class TextReader:
@@ -468,26 +490,28 @@ class TextReader:
             more = f" and {len(files) - 1:,} other files" if len(files) > 1 else ""
             yield f"{what}: {files.total():,} ({next(iter(files))}{more})"
 
-    def read(self, file):
-        """Yield the blocks of a file's documents, a row's text as one. DataError names what is amiss."""
+    def read(self, file, text):
+        """Add the documents of a file to a Text. DataError names what is amiss with it."""
+        suffix = suffix_of(file)
         try:
-            if suffix_of(file) == ".parquet":
-                yield from self.read_rows(file, read_parquet(file, self.text_field))
+            if suffix == ".parquet":
+                self.add_rows(file, read_parquet(file, self.text_field), text)
             elif encoding := self.find_encoding(file):
-                is_table = False
-                if suffix_of(file) in ROWS:
-                    with open_text(file, encoding) as text:
-                        is_table = yield from self.read_rows(file, ROWS[suffix_of(file)](file, text))
-                if not is_table:
-                    if suffix_of(file) in (".csv", ".tsv"):
+                if suffix in TABLES:
+                    with open_text(file, encoding) as stream:
+                        if self.add_rows(file, TABLES[suffix](file, stream), text):
+                            return
+                    if suffix in (".csv", ".tsv"):
                         self.note("tables without a known column of text, read as plain text", file)
-                    with open_text(file, encoding) as text:
-                        yield from self.read_plain(file, iter(partial(text.read, BLOCK), ""))
+                with open_text(file, encoding) as stream:
+                    self.add_plain(file, stream, text)
         except (DataError, MemoryError):
             raise
         except ImportError as error:
             raise DataError(f"{file} takes {error.name} to read.\npip install {error.name}") from None
         except Exception as error:  # whatever the libraries that read it raise
+            if getattr(error, "errno", None) == errno.ENOSPC:  # it is the Text that has no room
+                raise
             reason = getattr(error, "strerror", None) or str(error).split("\n")[0] or type(error).__name__
             raise DataError(f"{file} cannot be read: {reason.rstrip('.')}.\n{MEND}") from None
 
@@ -515,23 +539,25 @@ class TextReader:
         self.note(damaged if encoding == "utf-8" else f"files read as {encoding}", file)
         return encoding
 
-    def read_plain(self, file, blocks):
-        """Yield the blocks of a plain text, parted into documents at the separator."""
+    def add_plain(self, file, stream, text):
+        """Add a plain text, parted into documents at the separator; a line end beside it belongs to it."""
+        begin, before = text.size, len(text.places)
+        for block in iter(partial(stream.read, BLOCK), ""):
+            text.write(block)
         separator = self.separator or ("<|endoftext|>" if suffix_of(file) in (".txt", ".text") else None)
-        if self.plain or not separator:
-            yield from ((number == 0, block) for number, block in enumerate(blocks))
-            return
-        documents = 0
-        for starts, block in part_blocks(blocks, separator):
-            documents += starts
-            yield starts, block
-        if documents > 1:
+        if separator and not self.plain:
+            pattern = rb"(?:\r?\n)?%b(?:\r?\n)?" % re.escape(separator.encode())
+            for match in re.compile(pattern).finditer(text.map(), begin):
+                text.add_document(begin, match.start())
+                begin = match.end()
+        text.add_document(begin, text.size)
+        if (documents := (len(text.places) - before) // 2) > 1:
             self.note(f"documents parted at {separator!r}", file, documents)
 
-    def read_rows(self, file, rows):
+    def add_rows(self, file, rows, text):
         """
-        Yield the texts of (place, row) pairs as blocks -> whether this is a table of texts. A row without one
-        is counted; DataError where more than 1% are.
+        Add the texts of (place, row) pairs as documents -> whether this is a table of texts. A row without
+        one is counted; DataError where more than 1% are.
         """
         first, where, missing, count = [], None, 0, 0
         try:
@@ -543,11 +569,13 @@ class TextReader:
         if (name := find_text_field(file, first, self.text_field)) is None:
             return False
         for place, row in chain(first, rows):
-            text, count = row.get(name) if isinstance(row, dict) else None, count + 1
-            if not isinstance(text, str):
+            content, begin = row.get(name) if isinstance(row, dict) else None, text.size
+            count += 1
+            if isinstance(content, str):
+                text.write(content)
+                text.add_document(begin, text.size)
+            else:
                 where, missing = where or place, missing + 1
-            elif text:
-                yield True, text.encode("utf-8", "replace").decode()  # JSON may hold half a surrogate pair
         if missing > 0.01 * count:
             what = f"{file}, {where}: no string in the field {name}, as in {missing:,} of {count:,} rows"
             raise DataError(f"{what}.\n{NAME_IT}")
@@ -559,123 +587,67 @@ class TextReader:
 
 
 # -----------------------------------------------------------------------------
-# Split them. All text is written once, as UTF-8, beside the place of each document: the rest reads it there
-
-DOCUMENT = struct.Struct("<QI?")  # its end in the file, its hash in [0, 2^32), is its file held out by name
+# Split and cut them
 
 
-def write_text(found, reader, folder, say):
-    """Write all text to folder/text and folder/documents -> Counter of documents, bytes train, val, hash."""
-    sizes, end, said = Counter(), 0, time.monotonic()
-    with open(folder / "text", "wb") as text, open(folder / "documents", "wb") as documents:
-        for file, named in (*((file, False) for file in found.train), *((file, True) for file in found.val)):
-            begin, digest = end, hashlib.sha256()
-            for starts, block in chain(reader.read(file), [(True, "")]):  # which ends the last document
-                if starts and end > begin:
-                    number = int.from_bytes(digest.digest()[:4], "big")
-                    documents.write(DOCUMENT.pack(end, number, named))
-                    sizes["documents"] += 1
-                    sizes["val" if named else "train"] += end - begin
-                    sizes["hash"] += (end - begin) * (number < VAL_SHARE * 2**32)
-                    begin, digest = end, hashlib.sha256()
-                content = block.encode()
-                digest.update(content)
-                end += text.write(content)
-                if time.monotonic() - said > 2:
-                    said = time.monotonic()
-                    say(f"{end / 1e6:,.0f} MB are read")
-    return sizes
-
-
-def choose_split(sizes):
+def choose_split(text, places, named):
     """
-    How documents are held out -> "files": by the names of their files; "hash": 5% of them by content, so that
-    adding files moves none; "tail": each one's end, where they are few.
+    How documents of `text` are held out, those from number `named` on by the names of their files, and where
+    in each what is held out begins -> "files": there are such files; "hash": 5% of the documents, chosen by
+    content, so that adding files moves none; "tail": the end of each, where they are few.
     """
-    share = sizes["hash"] / max(1, sizes["train"])
-    return "files" if sizes["val"] else "hash" if 0.01 <= share <= 0.20 else "tail"
+    begins, ends = places.T
+    if named < len(places):
+        return "files", np.where(np.arange(len(places)) < named, ends, begins)
+    hashes = (hashlib.sha256(memoryview(text)[begin:end]).digest() for begin, end in places)
+    held_out = np.array([int.from_bytes(digest[:4], "big") < VAL_SHARE * 2**32 for digest in hashes])
+    if 0.01 <= (ends - begins)[held_out].sum() / (ends - begins).sum() <= 0.20:
+        return "hash", np.where(held_out, begins, ends)
+    return "tail", np.array([find_cut(text, begin, end) for begin, end in places])
 
 
 def find_cut(text, begin, end):
     """Where the last 5% of a document begin, at a line's start if there is one near, else a letter's."""
     cut = begin + int((1 - VAL_SHARE) * (end - begin))
-    first = max(cut - BLOCK, begin + int(0.8 * (end - begin)))
-    text.seek(first)
-    before = text.read(cut - first)
-    if b"\n" in before:
-        return first + before.rindex(b"\n") + 1
-    while cut > begin and text.read(1)[0] & 0xC0 == 0x80:  # a letter goes on here
+    line = text.rfind(b"\n", max(cut - BLOCK, begin + int(0.8 * (end - begin))), cut) + 1
+    while not line and cut < end and text[cut] & 0xC0 == 0x80:  # a letter goes on here
         cut += 1
-    return cut
+    return line or cut
 
 
-def read_split(folder, split, part):
-    """Yield the blocks of the documents in `part`, train or val, of what write_text wrote."""
-    begin = 0
-    with open(folder / "text", "rb") as text, open(folder / "documents", "rb") as documents:
-        while chunk := documents.read(DOCUMENT.size * 4096):
-            for end, number, named in DOCUMENT.iter_unpack(chunk):
-                cut = end  # what is before it trains, what is after it is held out
-                if split == "tail":
-                    cut = find_cut(text, begin, end)
-                elif named if split == "files" else number < VAL_SHARE * 2**32:
-                    cut = begin
-                first, last = (begin, cut) if part == "train" else (cut, end)
-                if first < last:
-                    text.seek(first)
-                decoder = codecs.getincrementaldecoder("utf-8")()
-                for at in range(first, last, BLOCK):
-                    yield at == first, decoder.decode(text.read(min(BLOCK, last - at)))
-                begin = end
-
-
-def cut_into_pieces(blocks, size=PIECE_CHARS):
-    """Yield (does it start a document, piece): up to `size` letters, cut after a line end if it has one."""
-    text, starts = "", True
-    for starts_next, block in chain(blocks, [(True, "")]):
-        if starts_next:
-            if text:
-                yield starts, text
-            text, starts = "", True
-        text, at = text + block, 0
-        while len(text) - at > size:
-            end = text.rfind("\n", at, at + size) + 1 or at + size
-            yield starts, text[at:end]
-            starts, at = False, end
-        text = text[at:]
-
-
-def group_pieces(pieces):
-    """Group pieces into lists of a few hundred thousand letters, each the work of one thread."""
-    group, size = [], 0
-    for piece in pieces:
-        group.append(piece)
-        size += len(piece[1])
-        if size >= 4 * PIECE_CHARS:
-            yield group
-            group, size = [], 0
-    if group:
-        yield group
+def cut_into_pieces(text, places, size=PIECE_CHARS):
+    """
+    Yield documents of `text`, bytes of UTF-8, as (does it start one, piece): up to `size` letters, cut after
+    a line end if there is one.
+    """
+    for begin, end in places:
+        at = begin
+        while at < end:
+            piece = text[at : min(end, at + 4 * (size + 1))].decode("utf-8", "ignore")  # a letter has 1 to 4
+            if len(piece) > size:
+                piece = piece[: piece.rfind("\n", 0, size) + 1 or size]
+            yield at == begin, piece
+            at += len(piece.encode())
 
 
 # -----------------------------------------------------------------------------
 # The tokenizer: a tiktoken Encoding; its one special token, the last, starts each document
 
 
-def train_tokenizer(blocks, vocab_size, share=1.0):
+def train_tokenizer(pieces, vocab_size, share=1.0):
     """Train a byte-level BPE of up to vocab_size tokens, <|bos|> the last of them, on a share of the text."""
     assert vocab_size <= 2**16, "tokens are kept as uint16"
 
-    def pieces():
+    def some_pieces():
         seen = taken = 0
-        for _, piece in cut_into_pieces(blocks):
+        for piece in pieces:
             seen += len(piece)
             if taken < share * seen:
                 taken += len(piece)
                 yield piece
 
     trainer = rustbpe.Tokenizer()
-    trainer.train_from_iterator(pieces(), vocab_size - 1, buffer_size=64, pattern=SPLIT_PATTERN)
+    trainer.train_from_iterator(some_pieces(), vocab_size - 1, buffer_size=64, pattern=SPLIT_PATTERN)
     ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
     special = {"<|bos|>": len(ranks)}
     return tiktoken.Encoding("onedial", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=special)
@@ -746,42 +718,40 @@ def open_shard(path, expected=None):
 def encode_pieces(encoding, pieces, split):
     """Tokens (uint16) of what cut_into_pieces yields; a bos starts each text, of held-out text each piece."""
     bos, parts = np.array([encoding.n_vocab - 1], dtype=np.uint32), []
-    for first, piece in pieces:
-        if first or split == "val":
+    for starts, piece in pieces:
+        if starts or split == "val":
             parts.append(bos)
         parts.append(encoding.encode_to_numpy(piece, disallowed_special=()))  # <|bos|> is text here
     return np.concatenate(parts).astype("<u2")
 
 
-def encode_texts(encoding, blocks, folder, split, say):
-    """Encode documents with all cores into folder/SPLIT_000000.bin … -> the manifest's entry for it."""
-    documents, size, waiting, shards, said = 0, 0, [], [], time.monotonic()
-    encode = partial(encode_pieces, encoding, split=split)
+def encode_texts(encoding, text, places, folder, split, say):
+    """Encode documents of `text` with all cores into folder/SPLIT_000000.bin … -> the manifest's entry."""
+    pieces = cut_into_pieces(text, places, PIECE_CHARS if split == "train" else VAL_PIECE_CHARS)
+    groups = iter(lambda: list(islice(pieces, 16)), [])  # each the work of one thread
+    waiting, count, shards, said = [], 0, [], time.monotonic()
 
-    def write_shard(parts):
-        count = sum(map(len, parts))
-        header = np.array([MAGIC, VERSION, count] + [0] * (HEADER_INTS - 3), dtype="<i4")
+    def write_shard(tokens):
+        header = np.array([MAGIC, VERSION, len(tokens)] + [0] * (HEADER_INTS - 3), dtype="<i4")
         name = f"{split}_{len(shards):06}.bin"
-        digest = write(folder / name, header, *parts)
-        shards.append({"file": name, "tokens": count, "sha256": digest})
+        shards.append({"file": name, "tokens": len(tokens), "sha256": write(folder / name, header, tokens)})
 
-    groups = group_pieces(cut_into_pieces(blocks, PIECE_CHARS if split == "train" else VAL_PIECE_CHARS))
     with ThreadPoolExecutor(THREADS) as pool:  # tiktoken releases the GIL
-        while batch := list(islice(groups, 4 * THREADS)):  # bounds the memory
-            waiting += pool.map(encode, batch)
-            documents += sum(first for group in batch for first, _ in group)
-            size += sum(len(piece.encode()) for group in batch for _, piece in group)
-            while sum(map(len, waiting)) >= SHARD_TOKENS:
+        while batch := list(islice(groups, 2 * THREADS)):  # bounds the memory
+            waiting += pool.map(partial(encode_pieces, encoding, split=split), batch)
+            count += sum(map(len, waiting[-len(batch) :]))
+            while count >= SHARD_TOKENS:
                 tokens = np.concatenate(waiting)
-                write_shard([tokens[:SHARD_TOKENS]])
-                waiting = [tokens[SHARD_TOKENS:]]
+                write_shard(tokens[:SHARD_TOKENS])
+                waiting, count = [tokens[SHARD_TOKENS:]], count - SHARD_TOKENS
             if time.monotonic() - said > 2:
                 said = time.monotonic()
-                say(f"{size / 1e6:,.0f} MB are tokenized")
-    if any(map(len, waiting)):
-        write_shard(waiting)
-    tokens = sum(shard["tokens"] for shard in shards)
-    return {"documents": documents, "bytes": size, "tokens": tokens, "shards": shards}
+                say(f"{len(shards) * SHARD_TOKENS + count:,} tokens are made")
+    if count:
+        write_shard(np.concatenate(waiting))
+    sizes = places[:, 1] - places[:, 0]
+    counts = {"documents": int(np.count_nonzero(sizes)), "bytes": int(sizes.sum())}
+    return {**counts, "tokens": sum(shard["tokens"] for shard in shards), "shards": shards}
 
 
 # -----------------------------------------------------------------------------
@@ -839,38 +809,50 @@ class Corpus:
 
 def prepare(data, vocab_size=None, say=lambda line: None, largest_vocab=2**15, tokenizer=None, **reading):
     """
-    Find, split, tokenize and cache the text of `data` ("stdlib", a name in PUBLIC, or a path) -> a Corpus.
-    Where vocab_size is None it follows from the size of the text, up to largest_vocab; tokenizer: one that is
-    there, instead of a new one; reading: text_field and separator of TextReader. The work is done once, by
-    whichever process comes first; others wait. Of a public data set only the first training file is taken,
-    fetch_more takes the next ones. Raises DataError.
+    Find, split, tokenize and cache the text of `data` ("stdlib", the name of a public set, or a path) -> a
+    Corpus. Where vocab_size is None it follows from the size of the text, up to largest_vocab; tokenizer: one
+    that is there, instead of a new one; reading: text_field and separator of TextReader. The work is done
+    once, by whichever process comes first; others wait. Of a public data set only the first training file is
+    taken, fetch_more takes the next ones. Raises DataError.
     """
+    reader, folder = TextReader(**reading, plain=data == "stdlib"), Path(data).expanduser()
     try:
-        folder = Path(data).expanduser()
+        public = find_public(data) if is_public(data) else None
         if (folder / "manifest.json").exists() and (folder / "tokenizer").exists():  # of the cache
-            return check_tokenizer(load_prepared(folder), tokenizer)
-        public = find_public(SHORT_NAMES.get(data, data)) if is_public(data) else None
-        if public and public.val:
-            return prepare_public(public, vocab_size, say, TextReader(**reading), tokenizer)
-        found = fetch_one(public, say) if public else find_files(data)
-        if found.train and found.train[0].suffix == ".bin":
-            corpus = Corpus(Path(data).resolve().stem, "", gpt2_tokenizer(vocab_size))
-            for part, files in (("train", found.train), ("val", found.val)):
-                for file in files:
-                    take(corpus, part, file, say)
-            digests = [[digest for _, digest in corpus.shards[part]] for part in ("train", "val")]
-            corpus.fingerprint = fingerprint(digests)
+            corpus = load_prepared(folder)
+        elif public and public.val:
+            corpus = prepare_public(public, vocab_size, say, reader, tokenizer)
         else:
-            reader = TextReader(**reading, plain=data == "stdlib")
-            corpus = prepare_text(data, found, reader, vocab_size, say, largest_vocab, tokenizer)
-        corpus.public, corpus.left_out = public, corpus.left_out + found.left_out
-        corpus.notes[:0] = describe_split(found, corpus)
-        return check_tokenizer(corpus, tokenizer)
+            if public:  # its one file is split like any text
+                file = fetch(public, *public.train, say)
+                found = Found(file.parent, [file])
+            else:
+                found = find_files(data)
+            if found.train and found.train[0].suffix == ".bin":
+                corpus = prepare_shards(data, found, vocab_size, say)
+            else:
+                corpus = prepare_text(data, found, reader, vocab_size, say, largest_vocab, tokenizer)
+            corpus.public, corpus.left_out = public, corpus.left_out + found.left_out
+            corpus.notes[:0] = describe_split(found, corpus)
     except OSError as error:
         raise DataError(f"{error.filename or data} cannot be read: {error.strerror}.\nMend that.") from None
     except MemoryError:
         advice = "Cut the largest files or rows into smaller ones."
         raise DataError(f"{data} takes more memory than there is.\n{advice}") from None
+    if tokenizer and tokenizer_id(corpus.tokenizer) != tokenizer_id(tokenizer):
+        what = f"{corpus.name} is there in other tokens than those of the run to start from"
+        raise DataError(f"{what}.\nGive its text, or leave --init-from out.")
+    return corpus
+
+
+def prepare_shards(data, found, vocab_size, say):
+    """A corpus of ready shards, in GPT-2's tokens."""
+    corpus = Corpus(Path(data).resolve().stem, "", gpt2_tokenizer(vocab_size))
+    for split, files in (("train", found.train), ("val", found.val)):
+        for file in files:
+            take(corpus, split, file, say)
+    corpus.fingerprint = fingerprint([[d for _, d in corpus.shards[split]] for split in ("train", "val")])
+    return corpus
 
 
 def fitting_vocab(size):
@@ -899,43 +881,46 @@ def prepare_text(data, found, reader, vocab_size, say, largest_vocab, tokenizer)
     """A corpus of text files: split, BPE and tokens are made anew when the content of a file has changed."""
     name = Path(data).resolve().stem
     sources = identify(name, found)
-    total = sum(size * (4 if Path(name).suffix.lower() in PACKED else 1) for name, size, _ in sources)
+    total = sum(size * (4 if Path(path).suffix.lower() in PACKED else 1) for path, size, _ in sources)
     vocab_size = tokenizer.n_vocab if tokenizer else vocab_size or min(largest_vocab, fitting_vocab(total))
 
     def make(temporary):
-        sizes = write_text(found, reader, temporary, say)
-        split = choose_split(sizes)
-        if not sizes["train"]:
+        text = Text(temporary)
+        for file in found.train:
+            reader.read(file, text)
+        named = len(text.documents())
+        for file in found.val:
+            reader.read(file, text)
+        if not named:
             known = ".txt, .md, .py and other sources, .jsonl, .json, .csv, .tsv, .parquet, .bin shards"
             left_out = found.left_out + reader.left_out
             what = f"--data {data}: there is no text in it to train on"
             what += f"; left out: {describe_left_out(left_out)}" if left_out else ""
             raise DataError(f"{what}.\nKnown are {known}.")
-        total, documents = sizes["train"] + sizes["val"], sizes["documents"]
-        files = len(sources) - len(reader.left_out)
-        say(f"{files:,} files with {documents:,} documents are read, {total / 1e6:,.1f} MB")
-        held_out = {"files": sizes["val"], "hash": sizes["hash"], "tail": VAL_SHARE * total}[split]
+        content, places = text.map(), text.documents()
+        split, cuts = choose_split(content, places, named)
+        train, val = np.stack([places[:, 0], cuts], axis=1), np.stack([cuts, places[:, 1]], axis=1)
+        train_size = int((train[:, 1] - train[:, 0]).sum())
+        files, documents = count(len(sources) - len(reader.left_out), "file"), count(len(places), "document")
+        say(f"{files} with {documents}, {text.size / 1e6:,.1f} MB")
         encoding = tokenizer
         if encoding is None:
-            share = min(1.0, TOKENIZER_BYTES / (total - held_out))
-            say(f"training a BPE of {vocab_size:,} tokens on {share * (total - held_out) / 1e6:,.1f} MB")
-            encoding = train_tokenizer(read_split(temporary, split, "train"), vocab_size, share)
-        manifest = {"split": split, "sources": [[name, size] for name, size, _ in sources]}
+            share = min(1.0, TOKENIZER_BYTES / max(1, train_size))
+            say(f"training a BPE of {vocab_size:,} tokens on {share * train_size / 1e6:,.1f} MB")
+            pieces = (piece for _, piece in cut_into_pieces(content, train))
+            encoding = train_tokenizer(pieces, vocab_size, share)
+        manifest = {"split": split, "sources": [[path, size] for path, size, _ in sources]}
         manifest["tokenizer"] = save_tokenizer(encoding, temporary / "tokenizer")
-        for part, size in (("train", total - held_out), ("val", held_out)):
-            say(f"tokenizing {size / 1e6:,.1f} MB of the {part} split")
-            blocks = read_split(temporary, split, part)
-            manifest[part] = encode_texts(encoding, blocks, temporary, part, say)
-        (temporary / "text").unlink()
-        (temporary / "documents").unlink()
+        say(f"tokenizing {text.size / 1e6:,.1f} MB")
+        manifest["train"] = encode_texts(encoding, content, train, temporary, "train", say)
+        manifest["val"] = encode_texts(encoding, content, val, temporary, "val", say)
         manifest["fingerprint"] = fingerprint(manifest)
-        manifest["digests"] = {name: digest for name, _, digest in sources}
+        manifest["digests"] = {path: digest for path, _, digest in sources}
         return manifest | {"left_out": reader.left_out, "notes": list(reader.told())}
 
     how = [LAYOUT, vocab_size, SPLIT_PATTERN, reader.plain, reader.text_field, reader.separator]
     how += [tokenizer_id(tokenizer)] if tokenizer else []
-    identity = fingerprint(how, len(found.val), sources)
-    folder = cache_folder() / "corpora" / f"{name}-{identity}"
+    folder = cache_folder() / "corpora" / f"{name}-{fingerprint(how, len(found.val), sources)}"
     make_once(folder, make)
     return load_prepared(folder)
 
@@ -944,14 +929,6 @@ def tokenizer_id(encoding):
     """A short name for the tokens of an encoding and how it parts text."""
     tokens = sorted(encoding._mergeable_ranks, key=encoding._mergeable_ranks.get)
     return fingerprint(encoding._pat_str, [token.hex() for token in tokens])
-
-
-def check_tokenizer(corpus, wanted):
-    """-> the corpus; DataError if it is there in other tokens than those of a wanted encoding, or None."""
-    if wanted and tokenizer_id(corpus.tokenizer) != tokenizer_id(wanted):
-        what = f"{corpus.name} is there in other tokens than those of the run to start from"
-        raise DataError(f"{what}.\nGive its text, or leave --init-from out.")
-    return corpus
 
 
 def load_prepared(folder):
@@ -1008,11 +985,12 @@ def describe_left_out(left_out):
 
 def find_public(data):
     """
-    A name in PUBLIC, or hf:OWNER/NAME[@COMMIT][/FOLDER-OR-FILE] -> its PublicSet. Which commit is the newest
-    is asked once, then kept. DataError if it cannot be listed, or holds no text, or several data sets.
+    The name of a public data set, or hf:OWNER/NAME[@COMMIT][/FOLDER-OR-FILE] -> its PublicSet. Which commit
+    is the newest is asked once, then kept. DataError if it cannot be listed, or holds no text, or several.
     """
     if data in PUBLIC:
         return PUBLIC[data]
+    data = SHORT_NAMES.get(data, data)
     if not (match := re.fullmatch(r"hf:([^/@]+/[^/@]+)(@[^/]+)?(/.+)?", data.rstrip("/"))):
         raise DataError(f"--data {data} is no name of a data set.\nGive hf:OWNER/NAME[/FOLDER-OR-FILE].")
     repository, commit, inside = (part.strip("@/") for part in match.groups(""))
@@ -1031,15 +1009,14 @@ def find_public(data):
         train, val = choose_files(data, inside, sizes)
         return {"commit": info.sha, "train": {name: sizes[name] for name in train}, "val": val}
 
-    def keep(commit, make):
-        return make_once(
-            cache_folder() / "listed" / f"{name}-{fingerprint(repository, commit, inside)}", make
-        )
+    def listed(commit, make):
+        folder = cache_folder() / "listed" / f"{name}-{fingerprint(repository, commit, inside)}"
+        return make_once(folder, make)
 
-    listed = keep(commit, make)
-    keep(listed["commit"], lambda temporary: listed)  # for a run that is resumed
-    commit = listed["commit"]
-    return PublicSet(f"{name}-{commit[:12]}", repository, listed["train"], listed["val"], commit, inside)
+    found = listed(commit, make)
+    commit = found["commit"]
+    listed(commit, lambda temporary: found)  # for a run that is resumed
+    return PublicSet(f"{name}-{commit[:12]}", repository, found["train"], found["val"], commit, inside)
 
 
 def choose_files(data, inside, sizes):
@@ -1073,20 +1050,9 @@ def why_not(error):
     return str(error.__cause__ or error).split("\n")[0].rstrip(".") or type(error).__name__
 
 
-def fetch_one(public, say):
-    """Fetch the one file of a public data set that has no other -> Found, to be split like any text."""
-    (name,) = public.train
-    path = cache_folder() / public.name / name
-    folder = cache_folder() / "checked" / f"{path.stem}-{fingerprint(public.name, name)}"
-    if not path.exists():
-        shutil.rmtree(folder, ignore_errors=True)
-    make_once(folder, lambda temporary: fetch(public, name, temporary, say))
-    return Found(path.parent, [path])
-
-
 def prepare_public(public, vocab_size, say, reader, tokenizer):
     """A public data set: its validation file and its first training file."""
-    first = next(iter(public.train))
+    first, *more = public.train
     if first.endswith(".bin"):
         encoding, identity = gpt2_tokenizer(vocab_size), "gpt2"
     elif tokenizer:
@@ -1095,22 +1061,21 @@ def prepare_public(public, vocab_size, say, reader, tokenizer):
         vocab_size = vocab_size or min(32_768, fitting_vocab(1e6 * sum(public.train.values())))
 
         def make(temporary):
-            fetch(public, first, temporary, say)
+            text = Text(temporary)
+            reader.read(fetch(public, first, say), text)
             say(f"training a BPE of {vocab_size:,} tokens on {first}")
-            blocks = reader.read(cache_folder() / public.name / first)
-            return save_tokenizer(train_tokenizer(blocks, vocab_size), temporary)
+            pieces = (piece for _, piece in cut_into_pieces(text.map(), text.documents()))
+            return save_tokenizer(train_tokenizer(pieces, vocab_size), temporary)
 
         kept = f"{public.name}-tokenizer-{vocab_size}{reader.text_field or ''}"
-        folder = cache_folder() / "tokens" / kept
-        identity = make_once(folder, make)
-        encoding = load_tokenizer(folder, identity)
+        identity = make_once(cache_folder() / "tokens" / kept, make)
+        encoding = load_tokenizer(cache_folder() / "tokens" / kept, identity)
     content = fingerprint(public.name, public.repository, public.revision, identity)
-    more = list(public.train)
     corpus = Corpus(public.name, content, encoding, more=more, public=public, reader=reader)
     take(corpus, "val", cache_folder() / public.name / public.val, say)
-    take(corpus, "train", cache_folder() / public.name / corpus.more.pop(0), say)
+    take(corpus, "train", cache_folder() / public.name / first, say)
     corpus.notes = [f"held out: {public.val}", *reader.told()]
-    return check_tokenizer(corpus, tokenizer)
+    return corpus
 
 
 def fetch_more(corpus, rows, T, say=lambda line: None):
@@ -1138,10 +1103,12 @@ def take(corpus, split, path, say):
 
     def make(temporary):
         if corpus.public:
-            fetch(corpus.public, str(path.relative_to(cache_folder() / corpus.name)), temporary, say)
+            fetch(corpus.public, str(path.relative_to(cache_folder() / corpus.name)), say)
         if not ready:
             say(f"tokenizing {path.name}")
-            return encode_texts(corpus.tokenizer, corpus.reader.read(path), temporary, split, say)
+            text = Text(temporary)
+            corpus.reader.read(path, text)
+            return encode_texts(corpus.tokenizer, text.map(), text.documents(), temporary, split, say)
         say(f"checking {path.name}")
         tokens, digest = open_shard(path), sha256(path)
         if len(tokens) and tokens.max() > corpus.bos:
@@ -1151,34 +1118,37 @@ def take(corpus, split, path, say):
     corpus.add(path.parent if ready else folder, split, make_once(folder, make))
 
 
-def fetch(public, name, temporary, say):
-    """Have a file of a public data set in the cache: whole, its header valid, or not at all."""
-    path = cache_folder() / public.name / name
+def fetch(public, name, say):
+    """-> the path of a file of a public data set, which is then in the cache: whole, and its header valid."""
+    folder = cache_folder() / public.name
+    path = folder / name
     if path.exists():
-        return
+        return path
     import huggingface_hub  # slow to import, and seldom needed
 
+    folder.mkdir(parents=True, exist_ok=True)
     megabytes = public.train.get(name) or max(public.train.values())
-    free = shutil.disk_usage(temporary).free / 1e6
+    free = shutil.disk_usage(folder).free / 1e6
     say(f"fetching {name} of {public.repository}, about {megabytes:,.0f} MB")
     if public.revision != "main" and megabytes > free:  # a size that was asked for, and no estimate
-        advice = "Make room there, or set ONEDIAL_HOME to another folder."
-        raise DataError(f"{path} takes {megabytes:,.0f} MB, and {free:,.0f} MB are free.\n{advice}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    options = {"repo_type": "dataset", "revision": public.revision, "local_dir": temporary / "fetched"}
-    try:
-        fetched = Path(huggingface_hub.hf_hub_download(public.repository, name, **options))  # checks the size
+        what = f"{path} takes {megabytes:,.0f} MB, and {free:,.0f} MB are free"
+        raise DataError(f"{what}.\nMake room there, or set ONEDIAL_HOME to another folder.")
+    try:  # it goes on where an earlier try was cut off, and checks the size
+        options = {"repo_type": "dataset", "revision": public.revision, "local_dir": folder}
+        huggingface_hub.hf_hub_download(public.repository, name, **options)
     except Exception as error:  # the hub lets any error of the network through
         if type(error) in (OSError, PermissionError) and error.errno:
             raise  # the disk failed
+        what = f"{name} of {public.repository} cannot be fetched: {why_not(error)}"
         advice = f"Put it (and those after it, for a long run) into {path.parent} by hand, {INSTEAD}"
-        raise DataError(
-            f"{name} of {public.repository} cannot be fetched: {why_not(error)}.\n{advice}"
-        ) from None
-    if path.suffix == ".bin":
-        open_shard(fetched)
-    os.rename(fetched, path)
-    shutil.rmtree(temporary / "fetched")
+        raise DataError(f"{what}.\n{advice}") from None
+    try:
+        if path.suffix == ".bin":
+            open_shard(path)
+    except DataError:
+        path.unlink()
+        raise
+    return path
 
 
 # -----------------------------------------------------------------------------
@@ -1316,20 +1286,19 @@ def validation_tokens(corpus, eval_bytes):
 
 def read_documents(data):
     """Yield the documents in a file or folder, whatever its names say, as strings."""
-    found, reader = find_files(data), TextReader()
+    found, reader, text = find_files(data), TextReader(), Text()
     for file in found.train + found.val + found.unused:
-        parts = []
-        for starts, block in chain(reader.read(file), [(True, "")]):
-            if starts and parts:
-                yield "".join(parts)
-                parts = []
-            parts.append(block)
+        reader.read(file, text)
+    content = text.map()
+    yield from (content[begin:end].decode() for begin, end in text.documents())
 
 
 def encode_held_out(encoding, texts, whole=False):
     """Texts as tokens (uint16): in pieces, as held-out text is kept, or whole, each with one bos."""
     size, split = (PIECE_CHARS, "train") if whole else (VAL_PIECE_CHARS, "val")
-    return encode_pieces(encoding, cut_into_pieces(((True, text) for text in texts), size), split)
+    texts = [text.encode() for text in texts]
+    pieces = (piece for text in texts for piece in cut_into_pieces(text, [(0, len(text))], size))
+    return encode_pieces(encoding, pieces, split)
 
 
 def token_bytes(encoding):

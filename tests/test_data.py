@@ -72,6 +72,11 @@ def shard_bytes(tmp_path, seed, count):
     return (tmp_path / "one.bin").read_bytes()
 
 
+def files_in(folder):
+    """The names of the files in a folder, without what huggingface_hub keeps to itself."""
+    return sorted(path.name for path in folder.iterdir() if path.name != ".cache")
+
+
 def read(corpus, split):
     """The tokens of each shard of a split, read without the module under test."""
     return [np.fromfile(path, dtype="<u2")[512:].tolist() for path, _ in corpus.shards[split]]
@@ -86,6 +91,13 @@ def split_at(tokens, bos):
         else:
             found[-1].append(token)
     return found
+
+
+def read_file(file, **how):
+    """The documents in a file, as a TextReader finds them, and what it tells of them."""
+    reader, text = dataloader.TextReader(**how), dataloader.Text()
+    reader.read(file, text)
+    return [text.map()[begin:end].decode() for begin, end in text.documents()], list(reader.told())
 
 
 def documents(corpus, split):
@@ -393,11 +405,7 @@ def test_text_is_read_in_blocks_without_a_seam(tmp_path, monkeypatch):
         (tmp_path / f"{encoding}.txt").write_bytes(content.encode(encoding))
         for block in (5, 17, 1000):
             monkeypatch.setattr(dataloader, "BLOCK", block)
-            found = []
-            for starts, text in dataloader.TextReader().read(tmp_path / f"{encoding}.txt"):
-                found.append("") if starts else None
-                found[-1] += text
-            assert found == expected
+            assert read_file(tmp_path / f"{encoding}.txt")[0] == expected
 
 
 @pytest.mark.parametrize("separator", [None, "%%", "\\n\\n\\n"])
@@ -600,7 +608,7 @@ def test_what_is_left_out_is_one_line_and_listed(tmp_path, text):
         (text / name).write_bytes(b"\0\1\2" * 99)
     said = []
     corpus = prepare(str(text), say=said.append)
-    assert any(line.startswith("60 files with 60 documents are read") for line in said)
+    assert any(line.startswith("60 files with 60 documents, ") for line in said)
     for again in (corpus, prepare(str(text))):  # and again from the cache
         (line,) = [line for line in again.notes if line.startswith("left out")]
         assert "6 files" in line and "2 .pdf" in line and "as binary.txt: not text" in line
@@ -614,7 +622,7 @@ def test_no_memory_and_no_home_are_two_lines(text, monkeypatch):
     def full(*arguments):
         raise MemoryError
 
-    monkeypatch.setattr(dataloader, "write_text", full)
+    monkeypatch.setattr(dataloader.Text, "write", full)
     with pytest.raises(DataError, match="more memory than there is") as error:
         prepare(str(text))
     two_lines(error)
@@ -735,11 +743,10 @@ def test_a_corpus_is_made_once_and_again_when_it_changes(text, home, monkeypatch
 def test_a_table_without_a_column_of_text_is_told_and_one_without_the_named_one_refused(tmp_path):
     table = tmp_path / "reviews.csv"
     table.write_text("id,review\n" + "1,good\n" * 40)
-    reader = dataloader.TextReader()
-    assert "".join(text for _, text in reader.read(table)) == table.read_text()
-    assert "read as plain text: 1 (reviews.csv)" in list(reader.told())[0]
+    found, told = read_file(table)
+    assert found == [table.read_text()] and "read as plain text: 1 (reviews.csv)" in told[0]
     with pytest.raises(DataError, match="no field nofield is a text"):
-        list(dataloader.TextReader("nofield").read(table))
+        read_file(table, text_field="nofield")
 
 
 def test_what_has_changed_since_a_checkpoint_is_named_with_the_way_on(text, home, tmp_path):
@@ -915,8 +922,7 @@ def test_full_disk_while_fetching(small_disk, hub, tmp_path):
     with pytest.raises(DataError) as error:
         prepare("fineweb")
     assert "No space left" in two_lines(error)
-    kept = list((small_disk.folder / "home" / "fineweb").iterdir())
-    assert [path.name for path in kept] == ["fineweb_val_000000.bin"]
+    assert files_in(small_disk.folder / "home" / "fineweb") == ["fineweb_val_000000.bin"]
 
 
 def test_read_only_cache(small_disk, text, tmp_path):
@@ -1289,7 +1295,7 @@ def test_a_failing_hub_is_told_in_two_lines(hub, home, monkeypatch, mode):
     message = two_lines(error)
     assert "fineweb_val_000000.bin of kjj0/fineweb10B-gpt2" in message and str(home / "fineweb") in message
     assert "--data stdlib" in message and (not mode[:3].isdigit() or mode[:3] in message)
-    assert not list((home / "fineweb").iterdir())
+    assert not files_in(home / "fineweb")
     hub.mode = "good"
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.address + PATH)
     assert sum(prepare("fineweb").rows("train", 50)) == 80
@@ -1301,7 +1307,7 @@ def test_a_shard_that_arrives_broken_is_not_kept(hub, home):
         hub.files["fineweb_train_000001.bin"] = bad
         with pytest.raises(DataError, match="fineweb_train_000001.bin is damaged"):
             prepare("fineweb")
-        assert [path.name for path in (home / "fineweb").iterdir()] == ["fineweb_val_000000.bin"]
+        assert files_in(home / "fineweb") == ["fineweb_val_000000.bin"]
     hub.files["fineweb_train_000001.bin"] = good
     prepare("fineweb")
 
@@ -1346,7 +1352,7 @@ def test_climbmix_is_tokenized_file_by_file(hub, climbmix, home):
     assert hub.log == ["shard_00000.parquet", "shard_06542.parquet"]
     assert documents(corpus, "train") == climbmix["shard_00000.parquet"]
     assert documents(corpus, "val") == climbmix["shard_06542.parquet"]
-    only_first = dataloader.train_tokenizer([(True, text) for text in climbmix["shard_00000.parquet"]], 500)
+    only_first = dataloader.train_tokenizer(climbmix["shard_00000.parquet"], 500)
     assert corpus.tokenizer._mergeable_ranks == only_first._mergeable_ranks
     rows = take(DataLoader(corpus, 32, 4, 0, "cpu"), 20)
     first, have = corpus.fingerprint, sum(corpus.rows("train", 32))
@@ -1354,7 +1360,7 @@ def test_climbmix_is_tokenized_file_by_file(hub, climbmix, home):
     assert corpus.fingerprint == first and corpus.counts["train"]["documents"] == 40
     assert documents(corpus, "train") == climbmix["shard_00000.parquet"] + climbmix["shard_00001.parquet"]
     assert np.array_equal(take(DataLoader(corpus, 32, 4, 0, "cpu"), 20), rows)
-    for path in (home / "climbmix").iterdir():  # the text has done its work
+    for path in (home / "climbmix").glob("*.parquet"):  # the text has done its work
         path.unlink()
     hub.mode = "500"
     assert prepare("climbmix", 500).fingerprint == first
