@@ -305,7 +305,7 @@ def find_files(data):
     return found
 
 
-def count(number, noun):
+def plural(number, noun):
     """A number of things in words: `1 file`, `2,000 files`."""
     return f"{number:,} {noun}{'s' * (number != 1)}"
 
@@ -315,7 +315,7 @@ def summary(paths):
     kinds = Counter(Path(path).suffix.lower() or "without a suffix" for path in paths)
     kinds = [f"{number:,} {kind}" for kind, number in kinds.most_common()]
     more = f", {len(kinds) - 6} other kinds" if len(kinds) > 6 else ""
-    return f"{count(len(paths), 'file')} ({', '.join(kinds[:6])}{more})"
+    return f"{plural(len(paths), 'file')} ({', '.join(kinds[:6])}{more})"
 
 
 # -----------------------------------------------------------------------------
@@ -901,8 +901,8 @@ def prepare_text(data, found, reader, vocab_size, say, largest_vocab, tokenizer)
         split, cuts = choose_split(content, places, named)
         train, val = np.stack([places[:, 0], cuts], axis=1), np.stack([cuts, places[:, 1]], axis=1)
         train_size = int((train[:, 1] - train[:, 0]).sum())
-        files, documents = count(len(sources) - len(reader.left_out), "file"), count(len(places), "document")
-        say(f"{files} with {documents}, {text.size / 1e6:,.1f} MB")
+        files = len(sources) - len(reader.left_out)
+        say(f"{plural(files, 'file')} with {plural(len(places), 'document')}, {text.size / 1e6:,.1f} MB")
         encoding = tokenizer
         if encoding is None:
             share = min(1.0, TOKENIZER_BYTES / max(1, train_size))

@@ -426,7 +426,8 @@ def test_compressed_text_is_read_and_damage_is_named(tmp_path, ending):
     pack = packers[ending] if ending != "zst" else pytest.importorskip("zstandard").compress
     folder, texts = tmp_path / "d", rows_of(300)
     folder.mkdir()
-    (folder / f"a.jsonl.{ending}").write_bytes(pack(json_lines(texts[:200])))
+    halves = json_lines(texts[:99]) + b"\n", json_lines(texts[99:200])
+    (folder / f"a.jsonl.{ending}").write_bytes(b"".join(map(pack, halves)))  # as `cat` makes one of two
     (folder / f"B.TXT.{ending.upper()}").write_bytes(pack("\n<|endoftext|>\n".join(texts[200:]).encode()))
     corpus = prepare(str(folder), 400)
     assert everything(corpus) == Counter(texts) and not corpus.left_out
@@ -700,6 +701,9 @@ def test_vocabulary_follows_the_size(text, tmp_path):
     numbers = "".join(f"{n * 7919} " for n in range(150_000))
     (text / "big.txt").write_text(numbers + prose(0, 20_000))  # 2.3 MB
     assert prepare(str(text)).tokenizer.n_vocab == 2048
+    (text / "big.txt.gz").write_bytes(gzip.compress((text / "big.txt").read_bytes()))
+    (text / "big.txt").unlink()
+    assert prepare(str(text)).tokenizer.n_vocab == 2048  # by the text and not by its compressed form
 
 
 def test_tokenizer_reads_so_much_from_all_over_the_corpus(text, monkeypatch):
