@@ -222,6 +222,22 @@ def test_hard_documents_survive(tmp_path):
     assert corpus.counts["train"]["documents"] == len(documents_in)
 
 
+@pytest.mark.parametrize("size", [1, 7, 100])
+def test_pieces_have_so_many_letters_and_end_with_a_line_if_they_can(size):
+    text, expected = "né 你好 🎉\n" * 9 + "🎉" * 300 + "\nend", []
+    rest = text
+    while rest:
+        line_end = rest[:size].rfind("\n") + 1 if len(rest) > size else 0
+        expected.append(rest[: line_end or size])
+        rest = rest.removeprefix(expected[-1])
+    content = b"before" + text.encode() + text[:3].encode()
+    places = [(6, 6 + len(text.encode())), (6 + len(text.encode()), len(content))]
+    found = list(dataloader.cut_into_pieces(content, places, size))
+    assert [piece for _, piece in found[: len(expected)]] == expected
+    assert "".join(piece for _, piece in found[len(expected) :]) == text[:3]
+    assert [starts for starts, _ in found].count(True) == 2 and found[0][0] and found[len(expected)][0]
+
+
 def test_half_a_surrogate_pair_is_replaced(tmp_path):
     lines = b'{"text": "half \\ud83d a pair, whole \\ud83d\\ude00"}'
     (tmp_path / "b.jsonl").write_bytes(lines)
