@@ -19,7 +19,6 @@ import io
 import json
 import lzma
 import math
-import mmap
 import os
 import re
 import shutil
@@ -324,8 +323,8 @@ def summary(paths):
 
 class Text:
     """
-    The text of many files as one file of UTF-8 without a name in `folder`, and the places of its documents.
-    It is written once and then read through a memory map, so that no document has to fit into memory.
+    The text of many files as one file of UTF-8 without a name in `folder`, and the places of its documents:
+    text[begin:end] are its bytes. So no document has to fit into memory.
     """
 
     def __init__(self, folder=None):
@@ -345,10 +344,9 @@ class Text:
         """Where each document begins and ends, int64 (documents, 2)."""
         return np.array(self.places, dtype=np.int64).reshape(-1, 2)
 
-    def map(self):
-        """The bytes of all text so far."""
+    def __getitem__(self, place):
         self.file.flush()
-        return mmap.mmap(self.file.fileno(), 0, access=mmap.ACCESS_READ) if self.size else b""
+        return os.pread(self.file.fileno(), place.stop - place.start, place.start)
 
 
 def open_bytes(file):
@@ -546,10 +544,14 @@ class TextReader:
             text.write(block)
         separator = self.separator or ("<|endoftext|>" if suffix_of(file) in (".txt", ".text") else None)
         if separator and not self.plain:
-            pattern = rb"(?:\r?\n)?%b(?:\r?\n)?" % re.escape(separator.encode())
-            for match in re.compile(pattern).finditer(text.map(), begin):
-                text.add_document(begin, match.start())
-                begin = match.end()
+            pattern, at = rb"(?:\r?\n)?%b(?:\r?\n)?" % re.escape(separator.encode()), begin
+            while at < text.size:
+                block, next_block = text[at : at + BLOCK + len(separator.encode()) + 4], at + BLOCK
+                for match in re.finditer(pattern, block):
+                    if match.start() < BLOCK:  # else it may go on after this block, and is found in the next
+                        text.add_document(begin, at + match.start())
+                        begin = at + match.end()
+                at = max(next_block, begin)
         text.add_document(begin, text.size)
         if (documents := (len(text.places) - before) // 2) > 1:
             self.note(f"documents parted at {separator!r}", file, documents)
@@ -599,8 +601,12 @@ def choose_split(text, places, named):
     begins, ends = places.T
     if named < len(places):
         return "files", np.where(np.arange(len(places)) < named, ends, begins)
-    hashes = (hashlib.sha256(memoryview(text)[begin:end]).digest() for begin, end in places)
-    held_out = np.array([int.from_bytes(digest[:4], "big") < VAL_SHARE * 2**32 for digest in hashes])
+    held_out = np.empty(len(places), dtype=bool)
+    for number, (begin, end) in enumerate(places):
+        digest = hashlib.sha256()
+        for at in range(begin, end, BLOCK):
+            digest.update(text[at : min(end, at + BLOCK)])
+        held_out[number] = int.from_bytes(digest.digest()[:4], "big") < VAL_SHARE * 2**32
     if 0.01 <= (ends - begins)[held_out].sum() / (ends - begins).sum() <= 0.20:
         return "hash", np.where(held_out, begins, ends)
     return "tail", np.array([find_cut(text, begin, end) for begin, end in places])
@@ -609,16 +615,18 @@ def choose_split(text, places, named):
 def find_cut(text, begin, end):
     """Where the last 5% of a document begin, at a line's start if there is one near, else a letter's."""
     cut = begin + int((1 - VAL_SHARE) * (end - begin))
-    line = text.rfind(b"\n", max(cut - BLOCK, begin + int(0.8 * (end - begin))), cut) + 1
-    while not line and cut < end and text[cut] & 0xC0 == 0x80:  # a letter goes on here
+    first = max(cut - BLOCK, begin + int(0.8 * (end - begin)))
+    if line := text[first:cut].rfind(b"\n") + 1:
+        return first + line
+    while cut < end and text[cut : cut + 1][0] & 0xC0 == 0x80:  # a letter goes on here
         cut += 1
-    return line or cut
+    return cut
 
 
 def cut_into_pieces(text, places, size=PIECE_CHARS):
     """
-    Yield documents of `text`, bytes of UTF-8, as (does it start one, piece): up to `size` letters, cut after
-    a line end if there is one.
+    Yield documents of a Text, or of bytes, as (does it start one, piece): up to `size` letters, cut after a
+    line end if there is one.
     """
     for begin, end in places:
         at = begin
@@ -897,8 +905,8 @@ def prepare_text(data, found, reader, vocab_size, say, largest_vocab, tokenizer)
             what = f"--data {data}: there is no text in it to train on"
             what += f"; left out: {describe_left_out(left_out)}" if left_out else ""
             raise DataError(f"{what}.\nKnown are {known}.")
-        content, places = text.map(), text.documents()
-        split, cuts = choose_split(content, places, named)
+        places = text.documents()
+        split, cuts = choose_split(text, places, named)
         train, val = np.stack([places[:, 0], cuts], axis=1), np.stack([cuts, places[:, 1]], axis=1)
         train_size = int((train[:, 1] - train[:, 0]).sum())
         files = len(sources) - len(reader.left_out)
@@ -907,13 +915,13 @@ def prepare_text(data, found, reader, vocab_size, say, largest_vocab, tokenizer)
         if encoding is None:
             share = min(1.0, TOKENIZER_BYTES / max(1, train_size))
             say(f"training a BPE of {vocab_size:,} tokens on {share * train_size / 1e6:,.1f} MB")
-            pieces = (piece for _, piece in cut_into_pieces(content, train))
+            pieces = (piece for _, piece in cut_into_pieces(text, train))
             encoding = train_tokenizer(pieces, vocab_size, share)
         manifest = {"split": split, "sources": [[path, size] for path, size, _ in sources]}
         manifest["tokenizer"] = save_tokenizer(encoding, temporary / "tokenizer")
         say(f"tokenizing {text.size / 1e6:,.1f} MB")
-        manifest["train"] = encode_texts(encoding, content, train, temporary, "train", say)
-        manifest["val"] = encode_texts(encoding, content, val, temporary, "val", say)
+        manifest["train"] = encode_texts(encoding, text, train, temporary, "train", say)
+        manifest["val"] = encode_texts(encoding, text, val, temporary, "val", say)
         manifest["fingerprint"] = fingerprint(manifest)
         manifest["digests"] = {path: digest for path, _, digest in sources}
         return manifest | {"left_out": reader.left_out, "notes": list(reader.told())}
@@ -1064,7 +1072,7 @@ def prepare_public(public, vocab_size, say, reader, tokenizer):
             text = Text(temporary)
             reader.read(fetch(public, first, say), text)
             say(f"training a BPE of {vocab_size:,} tokens on {first}")
-            pieces = (piece for _, piece in cut_into_pieces(text.map(), text.documents()))
+            pieces = (piece for _, piece in cut_into_pieces(text, text.documents()))
             return save_tokenizer(train_tokenizer(pieces, vocab_size), temporary)
 
         kept = f"{public.name}-tokenizer-{vocab_size}{reader.text_field or ''}"
@@ -1108,7 +1116,7 @@ def take(corpus, split, path, say):
             say(f"tokenizing {path.name}")
             text = Text(temporary)
             corpus.reader.read(path, text)
-            return encode_texts(corpus.tokenizer, text.map(), text.documents(), temporary, split, say)
+            return encode_texts(corpus.tokenizer, text, text.documents(), temporary, split, say)
         say(f"checking {path.name}")
         tokens, digest = open_shard(path), sha256(path)
         if len(tokens) and tokens.max() > corpus.bos:
@@ -1289,8 +1297,7 @@ def read_documents(data):
     found, reader, text = find_files(data), TextReader(), Text()
     for file in found.train + found.val + found.unused:
         reader.read(file, text)
-    content = text.map()
-    yield from (content[begin:end].decode() for begin, end in text.documents())
+    yield from (text[begin:end].decode() for begin, end in text.documents())
 
 
 def encode_held_out(encoding, texts, whole=False):

@@ -97,7 +97,7 @@ def read_file(file, **how):
     """The documents in a file, as a TextReader finds them, and what it tells of them."""
     reader, text = dataloader.TextReader(**how), dataloader.Text()
     reader.read(file, text)
-    return [text.map()[begin:end].decode() for begin, end in text.documents()], list(reader.told())
+    return [text[begin:end].decode() for begin, end in text.documents()], list(reader.told())
 
 
 def documents(corpus, split):
