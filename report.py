@@ -24,6 +24,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -86,21 +87,20 @@ class Clock:
     """
 
     def __init__(self, start):
-        self.last, self.spent = start, {}
+        self.last, self.spent = start, Counter()
 
     def lap(self, name):
         now = time.monotonic()
-        self.spent[name] = self.spent.get(name, 0.0) + now - self.last
+        self.spent[name] += now - self.last
         self.last = now
 
     def add(self, spent):
         """Book what earlier starts have spent, {name: seconds}."""
-        for name, seconds in spent.items():
-            self.spent[name] = self.spent.get(name, 0.0) + seconds
+        self.spent.update(spent)  # a Counter's adds
 
     def elapsed(self, without=None):
         """Seconds so far, those of earlier starts included, those booked under the name `without` not."""
-        return sum(self.spent.values()) - self.spent.get(without, 0.0) + time.monotonic() - self.last
+        return self.spent.total() - self.spent[without] + time.monotonic() - self.last
 
 
 # -----------------------------------------------------------------------------
@@ -109,8 +109,7 @@ class Clock:
 
 def plain(fields):
     """The fields as JSON can hold them: a float that is not finite becomes None."""
-    floats = [name for name, value in fields.items() if isinstance(value, float)]
-    return fields | {name: None for name in floats if not math.isfinite(fields[name])}
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}
 
 
 class Log:
