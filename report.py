@@ -25,8 +25,8 @@ import sys
 import textwrap
 import time
 from collections import Counter
-from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -386,7 +386,7 @@ def finish(folder, summary):
     summary["slow_share"] = run.numbers.get("slow_share") if run else None
     text = json.dumps(plain(summary), indent=2, default=str)
     written = attempt("summary.json", replace, folder / "summary.json", text)
-    for line in attempt("the log", rise, run) if run else ():
+    for line in (run and attempt("the log", rise, run)) or ():
         tell("val", line)
     show("---")
     for name, value in summary.items():
@@ -435,13 +435,13 @@ class Run:
             self.numbers["slow_share"] = slow_share(self.steps)
         self.facts = {"device": self.config["device"], "processes": self.config["world_size"]}
         self.facts |= {"corpus": self.config["corpus"]["fingerprint"], **self.config["versions"]}
+        self.all_facts = self.config["settings"] | self.facts
         edited = self.config["versions"].get("edited_settings", "").split()
-        own = dict.fromkeys((*self.config["given"], *edited))
-        self.chosen = {name: self.config["settings"].get(name) for name in own}
+        self.chosen = {name: self.config["settings"].get(name) for name in (*self.config["given"], *edited)}
         ended = self.numbers["event"] in ("finished", "interrupted", "failed")
         self.state = self.numbers["event"] if ended else "still going, or cut off"
-        finished = self.state == "finished"
-        self.kind = [finished, {**self.chosen, **self.facts, "seed": None}]  # equal if only the seed differs
+        # equal if only the seed differs
+        self.kind = [self.state == "finished", {**self.chosen, **self.facts, "seed": None}]
 
 
 def slow_share(steps):
@@ -474,8 +474,7 @@ class Group:
 
     def facts(self, name):
         """A setting's or fact's value in these runs, or their values."""
-        values = [str({**run.config["settings"], **run.facts}.get(name)) for run in self.runs]
-        return ", ".join(dict.fromkeys(values))
+        return ", ".join(dict.fromkeys(str(run.all_facts.get(name)) for run in self.runs))
 
 
 def group_runs(runs):
@@ -623,8 +622,8 @@ def draw(groups, path):
 
 COSTS = {"steps": "step", "tokens": "tokens"}
 COSTS |= {"FLOPs": "total_training_flops", "seconds": "total_training_time"}
-EQUAL = "Two groups at the largest cost that both have paid; then the share of one's cost at which the other "
-EQUAL += "has come as low as it did in the end."
+EQUAL = "The best group and each other one, at the largest cost that both have paid; then the share of one's "
+EQUAL += "cost at which the other has come as low as it did in the end."
 
 
 def val_curve(group, cost):
@@ -639,17 +638,15 @@ def value_at(curve, cost):
     return math.exp(np.interp(math.log(cost), np.log(xs), np.log(ys), left=math.nan))
 
 
-def cost_of(curve, goal):
-    """The cost at which a curve first comes down to a val_bpb, None if it never does."""
-    xs, ys = curve
-    below = np.flatnonzero(ys <= goal)
+def share_needed(curve, other):
+    """At which share of the other's cost a curve first comes as low as the other did in the end, as text."""
+    (xs, ys), (their_xs, their_ys) = curve, other
+    goal, below = their_ys[-1], np.flatnonzero(ys <= their_ys[-1])
     if not len(below):
-        return None
-    last = below[0]
-    if last == 0:  # at the latest
-        return xs[0]
-    two = slice(last - 1, last + 1)
-    return math.exp(np.interp(-math.log(goal), -np.log(ys[two]), np.log(xs[two])))
+        return "never"
+    two = slice(max(0, below[0] - 1), below[0] + 1)  # where it goes by the goal; it may begin below
+    cost = math.exp(np.interp(-math.log(goal), -np.log(ys[two]), np.log(xs[two])))
+    return f"{cost / their_xs[-1]:.2f}"
 
 
 def frontier(curves):
@@ -660,30 +657,42 @@ def frontier(curves):
 
 
 def equal_costs(groups):
-    """A table: for each two groups val_bpb at equal cost, and what one had to pay for the other's last."""
-    rows = []
-    for pair in itertools.combinations(groups, 2):
-        curves = {cost: [val_curve(group, name) for group in pair] for cost, name in COSTS.items()}
-        if any(len(xs) == 0 for two in curves.values() for xs, _ in two):
+    """A table: the best group and each other one at equal cost, and what one needs for the other's last."""
+    curves = {group.name: [val_curve(group, cost) for cost in COSTS.values()] for group in groups}
+    curves = {name: found for name, found in curves.items() if all(len(xs) for xs, _ in found)}
+    last = {name: found[0][1][-1] for name, found in curves.items()}  # val_bpb
+    best, rows = min(last, key=last.get, default=None), []
+    for name in last:
+        if name == best:
             continue
-        cells = []
-        for two in curves.values():
-            first, second = (value_at(curve, min(xs[-1] for xs, _ in two)) for curve in two)
-            cells.append(f"{first:.4f}, {second:.4f} ({second / first - 1:+.1%})")
-        rows.append([f"val_bpb of {pair[0].name}, {pair[1].name}", *cells])
-        for one, other in ((0, 1), (1, 0)):
-            cells = []
-            for two in curves.values():
-                (xs, ys), paid = two[one], cost_of(two[other], two[one][1][-1])
-                cells.append(f"{paid / xs[-1]:.2f}" if paid else "never")
-            rows.append([f"{pair[other].name} comes to {pair[one].name}'s {ys[-1]:.4f}", *cells])
+        columns = []
+        for one, other in zip(curves[best], curves[name]):
+            both = min(one[0][-1], other[0][-1])
+            first, second = value_at(one, both), value_at(other, both)
+            at_equal = f"{first:.4f}, {second:.4f} ({second / first - 1:+.1%})"
+            columns.append([at_equal, share_needed(other, one), share_needed(one, other)])
+        titles = [f"val_bpb of {best}, {name}", f"{name} comes to {best}'s {last[best]:.4f}"]
+        titles.append(f"{best} comes to {name}'s {last[name]:.4f}")
+        rows += zip(titles, *columns)
     return table(["at equal", *COSTS], rows) if rows else ""
+
+
+class PowerLaw(NamedTuple):
+    """What a loss is after so many FLOPs: E + a · (flops / middle)^-b, where E cannot be reduced."""
+
+    E: float
+    a: float
+    b: float
+    middle: float
+
+    def __call__(self, flops):
+        return self.E + self.a * (flops / self.middle) ** -self.b
 
 
 def power_law(flops, losses, irreducible):
     """
-    Fit losses = E + a · (flops / their geometric mean)^-b by least squares of logarithms (arXiv 2001.08361; E
-    as in 2203.15556) -> (E, a, b, the geometric mean); E is 0 unless `irreducible`.
+    The PowerLaw of these losses, by least squares of logarithms (arXiv 2001.08361; E as in 2203.15556); E is
+    0 unless `irreducible`, and middle the geometric mean of the flops.
     """
     middle = math.exp(np.log(flops).mean())
     x = np.log(np.asarray(flops) / middle)
@@ -693,7 +702,7 @@ def power_law(flops, losses, irreducible):
     log_a = y.mean(axis=1)
     fitted = E[:, None] + np.exp(log_a[:, None] - b[:, None] * x)
     best = np.argmin(np.square(np.log(fitted) - np.log(losses)).sum(axis=1))
-    return E[best], math.exp(log_a[best]), b[best], middle
+    return PowerLaw(E[best], math.exp(log_a[best]), b[best], middle)
 
 
 def scaling_law(groups, path):
@@ -705,28 +714,27 @@ def scaling_law(groups, path):
     flops = [statistics.mean(group.values("total_training_flops")) for group in groups]
     losses = [statistics.mean(group.values("val_bpb")) for group in groups]
     irreducible, beyond = len(groups) >= 5, 10 * max(flops)
-    law = lambda x, fit: fit[0] + fit[1] * (x / fit[3]) ** -fit[2]  # noqa: E731
-    fit = power_law(flops, losses, irreducible)
-    text = f"val_bpb = {fit[0]:.4f} + " if irreducible else "val_bpb = "
-    text += f"{fit[1]:.4f} · (FLOPs / {fit[3]:.3g})^-{fit[2]:.4f}"
+    law = power_law(flops, losses, irreducible)
+    text = f"val_bpb = {law.E:.4f} + " if irreducible else "val_bpb = "
+    text += f"{law.a:.4f} · (FLOPs / {law.middle:.3g})^-{law.b:.4f}"
     text += "" if irreducible else ": a plain power law, for an irreducible term takes five sizes"
-    forecast = f"{law(beyond, fit):.4f}"
+    forecast = f"{law(beyond):.4f}"
     if all(len(group.values("val_bpb")) > 1 for group in groups):
-        random, fits = np.random.RandomState(0), []
+        random, laws = np.random.RandomState(0), []
         for _ in range(1000):
             drawn = [random.choice(group.values("val_bpb"), len(group.runs)).mean() for group in groups]
-            fits.append(power_law(flops, drawn, irreducible))
-        low, high = np.quantile([f[2] for f in fits], [0.025, 0.975])
+            laws.append(power_law(flops, drawn, irreducible))
+        low, high = np.quantile([one.b for one in laws], [0.025, 0.975])
         text += f". Exponent {low:.4f} to {high:.4f} by bootstrap over seeds, 95%"
-        low, high = np.quantile([law(beyond, f) for f in fits], [0.025, 0.975])
+        low, high = np.quantile([one(beyond) for one in laws], [0.025, 0.975])
         forecast += f", {low:.4f} to {high:.4f}"
     rows = []
     for group, x, y in sorted(zip(groups, flops, losses), key=lambda row: row[1]):
-        rows.append([group.name, f"{x:.3g}", f"{y:.4f}", f"{law(x, fit):.4f}", f"{y / law(x, fit) - 1:+.2%}"])
+        rows.append([group.name, f"{x:.3g}", f"{y:.4f}", f"{law(x):.4f}", f"{y / law(x) - 1:+.2%}"])
     rows.append(["ten times as many FLOPs", f"{beyond:.3g}", "", forecast, ""])
     parts = [f"{text}.", table(["group", "FLOPs", "val_bpb", "the law", "residual"], rows)]
     with contextlib.suppress(Exception):  # no matplotlib, or a broken one
-        draw_law(flops, losses, partial(law, fit=fit), path)
+        draw_law(flops, losses, law, path)
         parts.append(f"![scaling law]({path.name})")
     return parts
 
@@ -811,6 +819,12 @@ def how_to_repeat(run):
         count = f"{run.numbers['steps']:,}"
         exactly = f"By the clock: another run takes as many steps as its machine makes, not these {count}. "
         exactly += "What can be repeated exactly is a run by steps, --num-iterations instead of --minutes."
+    planned = {r["step"]: r["planned_iterations"] for r in run.records if "planned_iterations" in r}
+    changes = [next(same) for _, same in itertools.groupby(planned.items(), key=lambda item: item[1])]
+    if len(changes) > 1:
+        horizons = ", ".join(f"at step {step:,} for {steps:,} steps" for step, steps in changes)
+        exactly += f"\n\nThe command is the last start's. The run was planned {horizons}: to repeat it, "
+        exactly += "begin with the first horizon, stop where the next one begins, and --resume with that."
     return f"    git checkout {commit}{note}\n    {run.config['command']}\n\n{exactly}"
 
 
@@ -835,8 +849,7 @@ def write_report(folder):
         texts = {"The model writes:": text} | ({"The text goes on:": real[0]} if real else {})
         parts += [f"## Sample from {prompt!r}", side_by_side(texts)]
     parts += ["## How to repeat it", how_to_repeat(run)]
-    replace(run.folder / "report.md", "\n\n".join(parts) + "\n")
-    return run.folder / "report.md"
+    return replace(run.folder / "report.md", "\n\n".join(parts) + "\n")
 
 
 def compare(folders):
@@ -850,8 +863,7 @@ def compare(folders):
         for group in groups:
             group.name = str(group.runs[0].folder)
         names = [group.name for group in groups]
-    keys = {**runs[0].config["settings"], **runs[0].facts}
-    rows = [[key, *(group.facts(key) for group in groups)] for key in keys]
+    rows = [[key, *(group.facts(key) for group in groups)] for key in runs[0].all_facts]
     differing = [row for row in rows if any(cell != row[1] for cell in row[1:])]
     parts = ["# " + ", ".join(names), COMPARED, results(groups), show_curves(groups, target)]
     texts = dict.fromkeys(run.config["corpus"]["name"] for run in runs)
@@ -862,8 +874,7 @@ def compare(folders):
     if len(texts) == 1 and (law := scaling_law(groups, target / "scaling.png")):
         parts += ["## Scaling law", *law]
     parts += ["## Settings that differ", table(["setting", *names], differing)]
-    replace(target / "compare.md", "\n\n".join(parts) + "\n")
-    return target / "compare.md"
+    return replace(target / "compare.md", "\n\n".join(parts) + "\n")
 
 
 def glance(folder):
@@ -887,7 +898,8 @@ def report_on(folders):
         return glance(folders[0])
     runs = [folder for folder in folders if (Path(folder) / "config.json").exists()]
     for folder in sorted({*folders} - {*runs}) if runs else ():
-        tell("skipped", f"{folder}, which is no run")
+        if not (Path(folder) / "compare.md").exists():
+            tell("skipped", f"{folder}, which is no run")
     return compare(runs) if len(runs) > 1 else write_report((runs or folders)[0])
 
 

@@ -704,6 +704,18 @@ def test_the_command_repeats_the_run(make, monkeypatch):
     assert end("c", versions={"git_commit": None})[0] == "    git checkout unknown"
 
 
+def test_a_horizon_that_a_resume_has_changed_is_told(make, monkeypatch):
+    monkeypatch.setattr(report, "show_curves", lambda runs, folder: "")
+    folder = make("a", timed=False)
+    for step, steps in ((40, 100), (60, 150), (60, 200)):  # the third start began where the second one had
+        with (folder / "log.jsonl").open("a") as log:
+            event = {"kind": "event", "step": step, "event": "resumed", "planned_iterations": steps}
+            log.write(json.dumps(event) + "\n")
+    text = report.write_report(folder).read_text()
+    assert "planned at step 0 for 100 steps, at step 60 for 200 steps: to repeat it" in text
+    assert "was planned" not in report.write_report(make("b")).read_text()
+
+
 def test_a_run_cut_off_has_a_report(make):
     folder = make("a", steps=90, ending=None, tail='{"kind": "step", "step": 100, "train_lo')
     text = report.write_report(folder).read_text()
@@ -859,6 +871,12 @@ def test_equal_runs_cost_the_same_and_groups_are_compared_by_their_means(by_law)
     assert found[f"b comes to a's {last}"] == found[f"a comes to b's {last}"] == ["1.00"] * 4
     seeds = [by_law(f"c-{i}", lambda step, i=i: (1.9 + i / 5) * step**-0.2, depth=4) for i in range(2)]
     assert compared(a, *seeds)["val_bpb of a, c"] == [f"{last}, {last} (+0.0%)"] * 4
+
+
+def test_of_many_groups_each_is_compared_with_the_best_alone(by_law):
+    runs = [by_law(f"r{n}", lambda step, n=n: (2 + n % 3) * step**-0.2, depth=n) for n in range(1, 6)]
+    pairs = [name for name in compared(*runs) if name.startswith("val_bpb of ")]
+    assert pairs == [f"val_bpb of r3, r{n}" for n in (1, 2, 4, 5)]
 
 
 def test_a_run_that_is_going_or_damaged_is_compared_as_far_as_it_is_known(by_law, make):
@@ -1092,7 +1110,7 @@ def test_the_command_line(make, monkeypatch, capsys):
     every = sorted(a.parent.iterdir())  # out/*, the comparison among them
     assert len(every) == 4
     assert call(*every).splitlines() == [
-        *(f"skipped  {a.parent / name}, which is no run" for name in ("compare-a-b", "notes")),
+        f"skipped  {a.parent / 'notes'}, which is no run",  # the comparison is passed over in silence
         str(a.parent / "compare-a-b" / "compare.md"),
     ]
     assert call(a, a.parent / "notes").endswith(str(a / "report.md"))
