@@ -41,7 +41,7 @@ PUBLISHED_PEAKS = {
     "GH200": 989, "H200": 989, "H100 HBM3": 989, "H100 PCIE": 756, "H100 NVL": 835,
     "L40S": 362, "L4": 121, "RTX 4090": 165.2,
     "A100 SXM4": 312, "A100 PCIE": 312, "RTX 3090": 71,
-}
+}  # fmt: skip
 
 
 class MachineError(Exception):

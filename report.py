@@ -315,6 +315,11 @@ def short(number, gap=""):
         number /= 1000
 
 
+def plural(number, noun):
+    """1, "step" -> '1 step'; 2840.0, "step" -> '2,840 steps'."""
+    return f"{number:,.10g} {noun}{'' if number == 1 else 's'}"
+
+
 def duration(seconds):
     """90 -> '1m30s'; hours without seconds."""
     minutes, seconds = divmod(max(0, round(seconds)), 60)
@@ -364,11 +369,11 @@ def command_line(start, settings):
     """A shell command: how it starts, then each setting that is not None as a flag."""
     words = [start]
     for name, value in settings.items():
-        flag = "--" + name.replace("_", "-")
+        name = name.replace("_", "-")
         if isinstance(value, bool):
-            words.append(flag if value else flag.replace("--", "--no-", 1))
+            words.append(f"--{name}" if value else f"--no-{name}")
         elif value is not None:
-            words.append(f"{flag} {quoted(value)}")
+            words.append(f"--{name} {quoted(value)}")
     return " ".join(words)
 
 
@@ -440,8 +445,8 @@ class Run:
         self.chosen = {name: self.config["settings"].get(name) for name in (*self.config["given"], *edited)}
         ended = self.numbers["event"] in ("finished", "interrupted", "failed")
         self.state = self.numbers["event"] if ended else "still going, or cut off"
-        # equal if only the seed differs
-        self.kind = [self.state == "finished", {**self.chosen, **self.facts, "seed": None}]
+        kind = [self.state == "finished", {**self.chosen, **self.facts, "seed": None}]
+        self.kind = json.dumps(kind, sort_keys=True)  # equal if only the seed differs
 
 
 def slow_share(steps):
@@ -479,11 +484,10 @@ class Group:
 
 def group_runs(runs):
     """Runs -> groups, in the order of their first runs."""
-    alike = []
+    alike = {}
     for run in runs:
-        others = [group for group in alike if group[0].kind == run.kind]
-        others[0].append(run) if others else alike.append([run])
-    return [Group(group) for group in alike]
+        alike.setdefault(run.kind, []).append(run)
+    return [Group(runs) for runs in alike.values()]
 
 
 def t_quantile(freedom):
@@ -517,14 +521,15 @@ def table(header, rows):
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-NUMBERS = {  # results by their names in summary.json, and how they are written
+# results by their names in summary.json, and how they are written
+NUMBERS = {
     "val_bpb": "{:.4f}".format, "min_val_bpb": "{:.4f}".format, "train_loss_ema": "{:.4f}".format,
     "steps": "{:,.0f}".format, "tokens": short, "total_training_flops": "{:.3g}".format,
     "total_training_time": duration, "wall_time": duration, "tok_per_sec": short,
     "flops_per_sec": lambda flops: short(flops, " ") + "FLOP/s", "mfu": "{:.1%}".format,
     "mfu_causal": "{:.1%}".format, "peak_memory": lambda size: short(size, " ") + "B",
     "slow_share": "{:.1%}".format, "skipped_steps": "{:,.0f}".format,
-}
+}  # fmt: skip
 COMPARED = "Runs that differ only in seed form one column: mean ± standard deviation, n. In brackets the "
 COMPARED += "difference of the means from the first column, ± the 95% interval of Student's t: where it "
 COMPARED += "contains 0, the difference may be noise."
@@ -822,7 +827,7 @@ def how_to_repeat(run):
     planned = {r["step"]: r["planned_iterations"] for r in run.records if "planned_iterations" in r}
     changes = [next(same) for _, same in itertools.groupby(planned.items(), key=lambda item: item[1])]
     if len(changes) > 1:
-        horizons = ", ".join(f"at step {step:,} for {steps:,} steps" for step, steps in changes)
+        horizons = ", ".join(f"at step {step:,} for {plural(steps, 'step')}" for step, steps in changes)
         exactly += f"\n\nThe command is the last start's. The run was planned {horizons}: to repeat it, "
         exactly += "begin with the first horizon, stop where the next one begins, and --resume with that."
     return f"    git checkout {commit}{note}\n    {run.config['command']}\n\n{exactly}"
@@ -836,7 +841,7 @@ def write_report(folder):
     counts["FLOPs per token, PaLM convention"] = config["num_flops_per_token"]
     counts["FLOPs per token, exact causal"] = config["num_flops_per_token_causal"]
     counts = [[name, f"{count:,.0f}"] for name, count in counts.items()]
-    state = f"{run.state}: {numbers['steps']:,} steps, {numbers['progress']:.1%} of the run"
+    state = f"{run.state}: {plural(numbers['steps'], 'step')}, {numbers['progress']:.1%} of the run"
     parts = [f"# {run.name}", state]
     parts += rise(run)
     alone = [Group([run])]

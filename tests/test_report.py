@@ -154,6 +154,11 @@ def test_short_numbers(number, text):
     assert report.short(2.5e15, " ") + "FLOP/s" == "2.5 PFLOP/s"
 
 
+def test_one_of_a_thing_is_no_more_than_one():
+    told = [report.plural(n, "minute") for n in (0.3, 1.0, 5.0, 2840, 1_234_567)]
+    assert told == ["0.3 minutes", "1 minute", "5 minutes", "2,840 minutes", "1,234,567 minutes"]
+
+
 def test_durations():
     texts = ["0s", "59s", "1m00s", "59m59s", "1h00m", "100h00m"]
     assert [report.duration(s) for s in (-5, 59.4, 59.6, 3599, 3600, 360_000)] == texts
