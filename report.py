@@ -568,10 +568,14 @@ PANELS = (  # title, x, what is drawn over it, options of the axes
 
 
 def mean_curve(runs, x, y, start):
-    """-> (x, mean of y, its standard deviation) over runs: at the first one's points, as far as all reach."""
+    """
+    -> (x, mean of y, its standard deviation) over runs: at the first one's points, as far as all reach, after
+    the step `start` and where x is above 0.
+    """
     curves = []
     for run in runs:
-        points = [(r[x], r[y]) for r in run.records if r.get(y) is not None and r["step"] > start]
+        records = [r for r in run.records if r.get(y) is not None and r["step"] > start and r[x] > 0]
+        points = [(r[x], r[y]) for r in records]
         if points:
             curves.append(np.array(points).T)
     if not curves:
@@ -604,7 +608,7 @@ def draw(groups, path):
     for axes, (title, x, names, options) in zip(figure.subplots(4, 2).flat, PANELS):
         for group, colour in zip(groups, itertools.cycle(COLOURS)):
             # the start of a loss would flatten all that follows
-            hidden = 0.03 if "val_bpb" in names or "train_loss" in names else -1.0
+            hidden = 0.03 if "val_bpb" in names or "train_loss" in names else 0.0
             for name in names.split():
                 start = hidden * group.runs[0].numbers["steps"]
                 xs, ys, spread = mean_curve(group.runs, x, name, start)
@@ -633,8 +637,7 @@ EQUAL += "cost at which the other has come as low as it did in the end."
 
 def val_curve(group, cost):
     """-> (what a group has paid, its mean val_bpb then), of the evaluations that have cost something."""
-    xs, ys, _ = mean_curve(group.runs, cost, "val_bpb", 0)
-    return xs[xs > 0], ys[xs > 0]
+    return mean_curve(group.runs, cost, "val_bpb", 0)[:2]
 
 
 def value_at(curve, cost):

@@ -980,6 +980,7 @@ def test_a_group_is_drawn_as_its_mean_as_far_as_all_runs_reach():
     assert [*x] == [1, 2, 3] and [*mean] == [3, 4, 5] and spread == pytest.approx([2**0.5] * 3)
     assert report.mean_curve(runs[:1], "x", "y", 2)[2].tolist() == [0.0, 0.0]
     assert report.mean_curve(runs, "x", "nothing", 0).shape == (3, 0)
+    assert report.mean_curve(runs[:1], "x", "y", -1)[0].tolist() == [1, 2, 3, 4]  # a logarithm begins above 0
 
 
 def test_interruptions_are_told_and_the_better_peak_counts(make):
