@@ -659,9 +659,9 @@ def share_needed(curve, other):
 
 def frontier(curves):
     """-> (costs, the lowest val_bpb that any curve has reached for as much)"""
-    costs = np.unique(np.concatenate([xs for xs, _ in curves]))
-    lowest = [min((ys[xs <= cost].min() for xs, ys in curves if xs[0] <= cost)) for cost in costs]
-    return costs, lowest
+    costs, values = np.hstack(curves)
+    order = np.argsort(costs)
+    return costs[order], np.minimum.accumulate(values[order])
 
 
 def equal_costs(groups):
