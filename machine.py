@@ -237,7 +237,7 @@ def peak_memory(device):
 class Ranks:
     """
     The processes that train together, as torchrun numbers them: rank, local_rank, world_size. `first`,
-    `decide`, `agree` and `total` are collective calls; of a process alone they return what they were given.
+    `agree` and `total` are collective calls; of a process alone they return what they were given.
     """
 
     def __init__(self):
@@ -260,20 +260,13 @@ class Ranks:
             dist.broadcast_object_list(box, 0)
         return box[0]
 
-    def decide(self, *numbers):
-        """Rank 0's numbers, as a list of floats: what `first` does, but quick enough for every window."""
-        return self.exchange(numbers, lambda tensor: dist.broadcast(tensor, 0))
-
     def agree(self, *numbers):
-        """Of each number the largest that any rank has, as a list of floats."""
-        return self.exchange(numbers, lambda tensor: dist.all_reduce(tensor, dist.ReduceOp.MAX))
-
-    def exchange(self, numbers, collective):
+        """Of each number the largest that any rank has, as a list, of floats if there are several ranks."""
         if self.world_size == 1:
             return list(numbers)
-        tensor = torch.tensor(numbers, dtype=torch.float64, device=self.device)
-        collective(tensor)
-        return tensor.tolist()
+        largest = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return largest.tolist()
 
     def total(self, tensor):
         """The sum of the ranks' tensors, in place."""

@@ -774,7 +774,7 @@ while True:
         window = timetable.window(time.monotonic(), dt, most, step)
     else:
         window = (min(1.0, step / num_iterations), 0.0, max(0, min(most, num_iterations - step)), 0.0)
-    progress, increment, window_steps, stall = ranks.decide(*window)
+    progress, increment, window_steps, stall = ranks.first(window)
     if stall:
         tell("time", f"the run stood still: its deadline is put off by {stall:.1f} s")
     if window_steps == 0:  # what the end needs, then out
