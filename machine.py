@@ -150,8 +150,7 @@ def device_name(device):
 
 def synchronizer(device):
     """The function that waits until the device has done its work; on CPU work is already synchronous."""
-    waits = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize, "cpu": lambda: None}
-    return waits[device.type]
+    return torch.get_device_module(device).synchronize
 
 
 def find_peak(device, dtype, given_tflops=None):
