@@ -247,7 +247,8 @@ class Live:
 def put(text):
     """Print text, above the live row. That nobody reads it (a closed pipe, a full disk) stops no run."""
     try:
-        print(f"\r\033[K{text}{Live.row}" if Live.row else text, end="", flush=True)
+        erase = "\r\033[K" if is_lively() else ""  # the live row, which is written anew
+        print(f"{erase}{text}{Live.row}", end="", flush=True)
     except Exception:
         sys.stdout = open(os.devnull, "w")
 
@@ -278,10 +279,9 @@ def show_step(record, total, val_bpb, mfu_source, eta):
 
 def end_live():
     """Print the line of the newest step record for good, if it has not been."""
-    line, Live.waiting = Live.waiting, ""
-    erase, Live.row = "\r\033[K" if Live.row else "", ""
+    line, Live.waiting, Live.row = Live.waiting, "", ""
     if line:
-        put(f"{erase}{line}\n")
+        show(line)
 
 
 def tell(label, text):
