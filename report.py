@@ -404,7 +404,7 @@ def finish(folder, summary):
 
 
 # -----------------------------------------------------------------------------
-# The report of a run, and the comparison of several
+# A run as it is read, runs that differ only in seed as a group, and what both show: results and curves
 
 
 class Run:
@@ -762,6 +762,10 @@ def draw_law(flops, losses, law, path):
     figure.savefig(path, dpi=110)
 
 
+# -----------------------------------------------------------------------------
+# The pages: report.md of a run, compare.md of several
+
+
 def sparkline(values):
     """'first ▇▅▃▂▁ last' in at most 60 bars; None is left out."""
     values = [value for value in values if value is not None] or [0.0]
@@ -864,23 +868,22 @@ def compare(folders):
     """compare.md and its picture, in a folder beside the first run -> its path."""
     runs = [Run(folder) for folder in folders]
     groups = group_runs(runs)
-    names = [group.name for group in groups]
-    target = runs[0].folder.parent / ("compare-" + "-".join(names))[:120]
+    target = runs[0].folder.parent / ("compare-" + "-".join(group.name for group in groups))[:120]
     target.mkdir(exist_ok=True)
-    if len(set(names)) < len(names):
+    if len({group.name for group in groups}) < len(groups):
         for group in groups:
             group.name = str(group.runs[0].folder)
-        names = [group.name for group in groups]
+    names = [group.name for group in groups]
     rows = [[key, *(group.facts(key) for group in groups)] for key in runs[0].all_facts]
     differing = [row for row in rows if any(cell != row[1] for cell in row[1:])]
     parts = ["# " + ", ".join(names), COMPARED, results(groups), show_curves(groups, target)]
     texts = dict.fromkeys(run.config["corpus"]["name"] for run in runs)
     if len(texts) > 1:
         parts.insert(1, f"Their texts differ, {', '.join(texts)}: val_bpb and losses cannot be compared.")
-    elif equal := equal_costs(groups):
-        parts += ["## At equal cost", EQUAL, equal]
-    if len(texts) == 1 and (law := scaling_law(groups, target / "scaling.png")):
-        parts += ["## Scaling law", *law]
+    else:
+        equal, law = equal_costs(groups), scaling_law(groups, target / "scaling.png")
+        parts += ["## At equal cost", EQUAL, equal] if equal else []
+        parts += ["## Scaling law", *law] if law else []
     parts += ["## Settings that differ", table(["setting", *names], differing)]
     return replace(target / "compare.md", "\n\n".join(parts) + "\n")
 
