@@ -451,12 +451,12 @@ class Run:
 
 def slow_share(steps):
     """Of step records: the share of training time in windows slower than twice the median, interruptions."""
-    clock = [record["total_training_time"] for record in steps]
-    windows = [(r["dt"], after - before) for before, after, r in zip(clock, clock[1:], steps[1:])]
-    windows = [(dt, seconds) for dt, seconds in windows if seconds > 0]  # without the first, untimed ones
-    limit = 2 * statistics.median([dt for dt, _ in windows] or [0.0])
-    slow = sum(seconds for dt, seconds in windows if dt > limit)
-    return slow / sum(seconds for _, seconds in windows) if windows else 0.0
+    seconds = np.diff([record["total_training_time"] for record in steps])
+    timed = seconds > 0  # all but the first windows of each start
+    if not timed.any():
+        return 0.0
+    dt = np.array([record["dt"] for record in steps[1:]])
+    return float(seconds[dt > 2 * np.median(dt[timed])].sum() / seconds.sum())
 
 
 class Group:
@@ -480,14 +480,6 @@ class Group:
     def facts(self, name):
         """A setting's or fact's value in these runs, or their values."""
         return ", ".join(dict.fromkeys(str(run.all_facts.get(name)) for run in self.runs))
-
-
-def group_runs(runs):
-    """Runs -> groups, in the order of their first runs."""
-    alike = {}
-    for run in runs:
-        alike.setdefault(run.kind, []).append(run)
-    return [Group(runs) for runs in alike.values()]
 
 
 def t_quantile(freedom):
@@ -866,8 +858,10 @@ def write_report(folder):
 
 def compare(folders):
     """compare.md and its picture, in a folder beside the first run -> its path."""
-    runs = [Run(folder) for folder in folders]
-    groups = group_runs(runs)
+    runs, alike = [Run(folder) for folder in folders], {}
+    for run in runs:
+        alike.setdefault(run.kind, []).append(run)
+    groups = [Group(same) for same in alike.values()]
     target = runs[0].folder.parent / ("compare-" + "-".join(group.name for group in groups))[:120]
     target.mkdir(exist_ok=True)
     if len({group.name for group in groups}) < len(groups):
