@@ -331,11 +331,12 @@ def duration(seconds):
 
 def step_line(record, total, val_bpb, mfu_source, eta):
     """The console's line for a step record, at most 120 columns; total: steps in all, None if unknown."""
-    loss, places = record["train_loss_ema"], f"{record['step']}/{total}" if total else f"{record['step']:,}"
+    step, loss = record["step"], record["train_loss_ema"]
+    places = f"{step}/{total}".rjust(2 * len(str(total)) + 1) if total else f"{step:6,}"
+    loss = f"{loss:6.4f}" if loss < 10 else f"{loss:6.3f}"
     mfu = f"{record['mfu']:3.0%} of measured" if mfu_source == "measured" else f"{record['mfu']:5.1%}"
     return (
-        f"step {places:>{2 * len(str(total)) + 1 if total else 6}} {record['progress']:6.1%}  "
-        f"loss {loss:6.{4 if loss < 10 else 3}f}  val {val_bpb:.4f}  lr {record['lrm']:.2f}  "
+        f"step {places} {record['progress']:6.1%}  loss {loss}  val {val_bpb:.4f}  lr {record['lrm']:.2f}  "
         f"{short(record['tok_per_sec']):>5} tok/s  mfu {mfu}  data {record['data_wait']:3.0%}  "
         f"eta {duration(eta)}"
     )[:120]
