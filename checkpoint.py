@@ -122,7 +122,7 @@ def check_room(root, weights, whole, saves, best=False):
     time, and the best weights if asked for -> a warning or None. CheckpointError if not even the weights, of
     so many bytes, have room.
     """
-    free, there = shutil.disk_usage(root).free, len(complete(root))
+    free, there = shutil.disk_usage(root).free, len(newest_first(root))
     if free < weights:
         need = f"the weights alone take {weights / 1e9:.2g} GB, and {root} has {free / 1e9:.2g} GB free"
         raise CheckpointError(f"{need}.\nMake room there, or choose another --out-dir.")
@@ -157,18 +157,15 @@ class Saver:
         name = f"{kind}_{step:06d}"
         self.wait()
         try:
-            try:
-                copies = self.copy(tensors)
-            except RuntimeError:
-                if not self.pin:
-                    raise
-                self.pin, self.buffers = False, {}  # a host may limit what can be pinned
-                copies = self.copy(tensors)
+            copies = self.copy(tensors)
             self.synchronize()  # the copies from the device are asynchronous
         except (RuntimeError, MemoryError) as error:
+            if self.pin:  # a host may limit what can be pinned
+                self.pin, self.buffers = False, {}
+                return self.save(step, tensors, state, prune, kind)
             self.ended.append((name, error))
             return
-        keep = self.keep if prune else None
+        keep = 1 if kind == "best" else self.keep if prune else None
         self.pending = self.thread.submit(self.write, name, copies, state, keep)
 
     def copy(self, content, place=""):
@@ -205,8 +202,8 @@ class Saver:
 
 def write(root, name, tensors, state, keep):
     """
-    Write the checkpoint `name`, then delete what it takes the place of: of the kind step_<step> all but the
-    `keep` newest valid ones (None: none), of the kind best_<step> all others -> its folder.
+    Write the checkpoint <kind>_<step>, then delete the others of its kind but for the newest valid ones, with
+    it `keep` in number (None: all) -> its folder.
     """
     folder, temporary = root / name, root / f".tmp-{name}"
     clean_up(root)  # what a killed run has left
@@ -233,17 +230,14 @@ def write(root, name, tensors, state, keep):
         discard(folder)
     os.rename(temporary, folder)
     sync(root)
-    if name.startswith("best"):
-        for old in newest_first(root, "best"):
-            if old != folder:
-                discard(old)
-    elif keep:
-        valid = 0
-        for old in complete(root):
-            if valid >= keep:
-                discard(old)
-            elif old == folder or fault(old) is None:
-                valid += 1
+    valid = 1  # the new one
+    for old in newest_first(root, name.split("_")[0]):
+        if keep is None or old == folder:
+            continue
+        if valid >= keep:
+            discard(old)
+        elif fault(old) is None:
+            valid += 1
     clean_up(root)
     return folder
 
@@ -277,11 +271,6 @@ def entry(path):
 def own_entry(manifest):
     """What the manifest holds of itself: the checksum of its entries for the other files."""
     return {"sha256": hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()}
-
-
-def complete(root):
-    """The checkpoints under `root` that were written to their end, newest first."""
-    return [folder for folder in newest_first(root) if (folder / "manifest.json").exists()]
 
 
 def newest_first(root, kind="step"):

@@ -41,7 +41,7 @@ PUBLISHED_PEAKS = {
     "GH200": 989, "H200": 989, "H100 HBM3": 989, "H100 PCIE": 756, "H100 NVL": 835,
     "L40S": 362, "L4": 121, "RTX 4090": 165.2,
     "A100 SXM4": 312, "A100 PCIE": 312, "RTX 3090": 71,
-}
+}  # fmt: skip
 
 
 class MachineError(Exception):
@@ -150,8 +150,7 @@ def device_name(device):
 
 def synchronizer(device):
     """The function that waits until the device has done its work; on CPU work is already synchronous."""
-    waits = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize, "cpu": lambda: None}
-    return waits[device.type]
+    return torch.get_device_module(device).synchronize
 
 
 def find_peak(device, dtype, given_tflops=None):
@@ -237,7 +236,7 @@ def peak_memory(device):
 class Ranks:
     """
     The processes that train together, as torchrun numbers them: rank, local_rank, world_size. `first`,
-    `decide`, `agree` and `total` are collective calls; of a process alone they return what they were given.
+    `agree` and `total` are collective calls; of a process alone they return what they were given.
     """
 
     def __init__(self):
@@ -260,20 +259,13 @@ class Ranks:
             dist.broadcast_object_list(box, 0)
         return box[0]
 
-    def decide(self, *numbers):
-        """Rank 0's numbers, as a list of floats: what `first` does, but quick enough for every window."""
-        return self.exchange(numbers, lambda tensor: dist.broadcast(tensor, 0))
-
     def agree(self, *numbers):
-        """Of each number the largest that any rank has, as a list of floats."""
-        return self.exchange(numbers, lambda tensor: dist.all_reduce(tensor, dist.ReduceOp.MAX))
-
-    def exchange(self, numbers, collective):
+        """Of each number the largest that any rank has, as a list, of floats if there are several ranks."""
         if self.world_size == 1:
             return list(numbers)
-        tensor = torch.tensor(numbers, dtype=torch.float64, device=self.device)
-        collective(tensor)
-        return tensor.tolist()
+        largest = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return largest.tolist()
 
     def total(self, tensor):
         """The sum of the ranks' tensors, in place."""

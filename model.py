@@ -762,6 +762,8 @@ if __name__ == "__main__":
     parser.add_argument("--export", type=Path, metavar="DIR", help=text)
     parser.add_argument("--device-type", help="cuda, mps or cpu [the first of them that is there]")
     given = parser.parse_args()
+    if given.stride and given.score is None:
+        refuse("--stride needs --score")
     if len(given.words) > 2:
         refuse(f"there is more than a run and a prompt: {given.words[2]!r}. Put the prompt into quotes")
     try:

@@ -24,8 +24,9 @@ import subprocess
 import sys
 import textwrap
 import time
-from functools import partial
+from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -86,21 +87,20 @@ class Clock:
     """
 
     def __init__(self, start):
-        self.last, self.spent = start, {}
+        self.last, self.spent = start, Counter()
 
     def lap(self, name):
         now = time.monotonic()
-        self.spent[name] = self.spent.get(name, 0.0) + now - self.last
+        self.spent[name] += now - self.last
         self.last = now
 
     def add(self, spent):
         """Book what earlier starts have spent, {name: seconds}."""
-        for name, seconds in spent.items():
-            self.spent[name] = self.spent.get(name, 0.0) + seconds
+        self.spent.update(spent)  # a Counter's adds
 
     def elapsed(self, without=None):
         """Seconds so far, those of earlier starts included, those booked under the name `without` not."""
-        return sum(self.spent.values()) - self.spent.get(without, 0.0) + time.monotonic() - self.last
+        return self.spent.total() - self.spent[without] + time.monotonic() - self.last
 
 
 # -----------------------------------------------------------------------------
@@ -109,8 +109,7 @@ class Clock:
 
 def plain(fields):
     """The fields as JSON can hold them: a float that is not finite becomes None."""
-    floats = [name for name, value in fields.items() if isinstance(value, float)]
-    return fields | {name: None for name in floats if not math.isfinite(fields[name])}
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}
 
 
 class Log:
@@ -248,7 +247,8 @@ class Live:
 def put(text):
     """Print text, above the live row. That nobody reads it (a closed pipe, a full disk) stops no run."""
     try:
-        print(f"\r\033[K{text}{Live.row}" if Live.row else text, end="", flush=True)
+        erase = "\r\033[K" if is_lively() else ""  # the live row, which is written anew
+        print(f"{erase}{text}{Live.row}", end="", flush=True)
     except Exception:
         sys.stdout = open(os.devnull, "w")
 
@@ -279,10 +279,9 @@ def show_step(record, total, val_bpb, mfu_source, eta):
 
 def end_live():
     """Print the line of the newest step record for good, if it has not been."""
-    line, Live.waiting = Live.waiting, ""
-    erase, Live.row = "\r\033[K" if Live.row else "", ""
+    line, Live.waiting, Live.row = Live.waiting, "", ""
     if line:
-        put(f"{erase}{line}\n")
+        show(line)
 
 
 def tell(label, text):
@@ -316,6 +315,11 @@ def short(number, gap=""):
         number /= 1000
 
 
+def plural(number, noun):
+    """1, "step" -> '1 step'; 2840.0, "step" -> '2,840 steps'."""
+    return f"{number:,.10g} {noun}{'' if number == 1 else 's'}"
+
+
 def duration(seconds):
     """90 -> '1m30s'; hours without seconds."""
     minutes, seconds = divmod(max(0, round(seconds)), 60)
@@ -327,11 +331,12 @@ def duration(seconds):
 
 def step_line(record, total, val_bpb, mfu_source, eta):
     """The console's line for a step record, at most 120 columns; total: steps in all, None if unknown."""
-    loss, places = record["train_loss_ema"], f"{record['step']}/{total}" if total else f"{record['step']:,}"
+    step, loss = record["step"], record["train_loss_ema"]
+    places = f"{step}/{total}".rjust(2 * len(str(total)) + 1) if total else f"{step:6,}"
+    loss = f"{loss:6.4f}" if loss < 10 else f"{loss:6.3f}"
     mfu = f"{record['mfu']:3.0%} of measured" if mfu_source == "measured" else f"{record['mfu']:5.1%}"
     return (
-        f"step {places:>{2 * len(str(total)) + 1 if total else 6}} {record['progress']:6.1%}  "
-        f"loss {loss:6.{4 if loss < 10 else 3}f}  val {val_bpb:.4f}  lr {record['lrm']:.2f}  "
+        f"step {places} {record['progress']:6.1%}  loss {loss}  val {val_bpb:.4f}  lr {record['lrm']:.2f}  "
         f"{short(record['tok_per_sec']):>5} tok/s  mfu {mfu}  data {record['data_wait']:3.0%}  "
         f"eta {duration(eta)}"
     )[:120]
@@ -365,11 +370,11 @@ def command_line(start, settings):
     """A shell command: how it starts, then each setting that is not None as a flag."""
     words = [start]
     for name, value in settings.items():
-        flag = "--" + name.replace("_", "-")
+        name = name.replace("_", "-")
         if isinstance(value, bool):
-            words.append(flag if value else flag.replace("--", "--no-", 1))
+            words.append(f"--{name}" if value else f"--no-{name}")
         elif value is not None:
-            words.append(f"{flag} {quoted(value)}")
+            words.append(f"--{name} {quoted(value)}")
     return " ".join(words)
 
 
@@ -387,7 +392,7 @@ def finish(folder, summary):
     summary["slow_share"] = run.numbers.get("slow_share") if run else None
     text = json.dumps(plain(summary), indent=2, default=str)
     written = attempt("summary.json", replace, folder / "summary.json", text)
-    for line in attempt("the log", rise, run) if run else ():
+    for line in (run and attempt("the log", rise, run)) or ():
         tell("val", line)
     show("---")
     for name, value in summary.items():
@@ -400,7 +405,7 @@ def finish(folder, summary):
 
 
 # -----------------------------------------------------------------------------
-# The report of a run, and the comparison of several
+# A run as it is read, runs that differ only in seed as a group, and what both show: results and curves
 
 
 class Run:
@@ -436,23 +441,23 @@ class Run:
             self.numbers["slow_share"] = slow_share(self.steps)
         self.facts = {"device": self.config["device"], "processes": self.config["world_size"]}
         self.facts |= {"corpus": self.config["corpus"]["fingerprint"], **self.config["versions"]}
+        self.all_facts = self.config["settings"] | self.facts
         edited = self.config["versions"].get("edited_settings", "").split()
-        own = dict.fromkeys((*self.config["given"], *edited))
-        self.chosen = {name: self.config["settings"].get(name) for name in own}
+        self.chosen = {name: self.config["settings"].get(name) for name in (*self.config["given"], *edited)}
         ended = self.numbers["event"] in ("finished", "interrupted", "failed")
         self.state = self.numbers["event"] if ended else "still going, or cut off"
-        finished = self.state == "finished"
-        self.kind = [finished, {**self.chosen, **self.facts, "seed": None}]  # equal if only the seed differs
+        kind = [self.state == "finished", {**self.chosen, **self.facts, "seed": None}]
+        self.kind = json.dumps(kind, sort_keys=True)  # equal if only the seed differs
 
 
 def slow_share(steps):
     """Of step records: the share of training time in windows slower than twice the median, interruptions."""
-    clock = [record["total_training_time"] for record in steps]
-    windows = [(r["dt"], after - before) for before, after, r in zip(clock, clock[1:], steps[1:])]
-    windows = [(dt, seconds) for dt, seconds in windows if seconds > 0]  # without the first, untimed ones
-    limit = 2 * statistics.median([dt for dt, _ in windows] or [0.0])
-    slow = sum(seconds for dt, seconds in windows if dt > limit)
-    return slow / sum(seconds for _, seconds in windows) if windows else 0.0
+    seconds = np.diff([record["total_training_time"] for record in steps])
+    timed = seconds > 0  # all but the first windows of each start
+    if not timed.any():
+        return 0.0
+    dt = np.array([record["dt"] for record in steps[1:]])
+    return float(seconds[dt > 2 * np.median(dt[timed])].sum() / seconds.sum())
 
 
 class Group:
@@ -475,17 +480,7 @@ class Group:
 
     def facts(self, name):
         """A setting's or fact's value in these runs, or their values."""
-        values = [str({**run.config["settings"], **run.facts}.get(name)) for run in self.runs]
-        return ", ".join(dict.fromkeys(values))
-
-
-def group_runs(runs):
-    """Runs -> groups, in the order of their first runs."""
-    alike = []
-    for run in runs:
-        others = [group for group in alike if group[0].kind == run.kind]
-        others[0].append(run) if others else alike.append([run])
-    return [Group(group) for group in alike]
+        return ", ".join(dict.fromkeys(str(run.all_facts.get(name)) for run in self.runs))
 
 
 def t_quantile(freedom):
@@ -519,14 +514,15 @@ def table(header, rows):
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-NUMBERS = {  # results by their names in summary.json, and how they are written
+# results by their names in summary.json, and how they are written
+NUMBERS = {
     "val_bpb": "{:.4f}".format, "min_val_bpb": "{:.4f}".format, "train_loss_ema": "{:.4f}".format,
     "steps": "{:,.0f}".format, "tokens": short, "total_training_flops": "{:.3g}".format,
     "total_training_time": duration, "wall_time": duration, "tok_per_sec": short,
     "flops_per_sec": lambda flops: short(flops, " ") + "FLOP/s", "mfu": "{:.1%}".format,
     "mfu_causal": "{:.1%}".format, "peak_memory": lambda size: short(size, " ") + "B",
     "slow_share": "{:.1%}".format, "skipped_steps": "{:,.0f}".format,
-}
+}  # fmt: skip
 COMPARED = "Runs that differ only in seed form one column: mean ± standard deviation, n. In brackets the "
 COMPARED += "difference of the means from the first column, ± the 95% interval of Student's t: where it "
 COMPARED += "contains 0, the difference may be noise."
@@ -565,10 +561,14 @@ PANELS = (  # title, x, what is drawn over it, options of the axes
 
 
 def mean_curve(runs, x, y, start):
-    """-> (x, mean of y, its standard deviation) over runs: at the first one's points, as far as all reach."""
+    """
+    -> (x, mean of y, its standard deviation) over runs: at the first one's points, as far as all reach, after
+    the step `start` and where x is above 0.
+    """
     curves = []
     for run in runs:
-        points = [(r[x], r[y]) for r in run.records if r.get(y) is not None and r["step"] > start]
+        records = [r for r in run.records if r.get(y) is not None and r["step"] > start and r[x] > 0]
+        points = [(r[x], r[y]) for r in records]
         if points:
             curves.append(np.array(points).T)
     if not curves:
@@ -601,7 +601,7 @@ def draw(groups, path):
     for axes, (title, x, names, options) in zip(figure.subplots(4, 2).flat, PANELS):
         for group, colour in zip(groups, itertools.cycle(COLOURS)):
             # the start of a loss would flatten all that follows
-            hidden = 0.03 if "val_bpb" in names or "train_loss" in names else -1.0
+            hidden = 0.03 if "val_bpb" in names or "train_loss" in names else 0.0
             for name in names.split():
                 start = hidden * group.runs[0].numbers["steps"]
                 xs, ys, spread = mean_curve(group.runs, x, name, start)
@@ -624,14 +624,13 @@ def draw(groups, path):
 
 COSTS = {"steps": "step", "tokens": "tokens"}
 COSTS |= {"FLOPs": "total_training_flops", "seconds": "total_training_time"}
-EQUAL = "Two groups at the largest cost that both have paid; then the share of one's cost at which the other "
-EQUAL += "has come as low as it did in the end."
+EQUAL = "The best group and each other one, at the largest cost that both have paid; then the share of one's "
+EQUAL += "cost at which the other has come as low as it did in the end."
 
 
 def val_curve(group, cost):
     """-> (what a group has paid, its mean val_bpb then), of the evaluations that have cost something."""
-    xs, ys, _ = mean_curve(group.runs, cost, "val_bpb", 0)
-    return xs[xs > 0], ys[xs > 0]
+    return mean_curve(group.runs, cost, "val_bpb", 0)[:2]
 
 
 def value_at(curve, cost):
@@ -640,51 +639,61 @@ def value_at(curve, cost):
     return math.exp(np.interp(math.log(cost), np.log(xs), np.log(ys), left=math.nan))
 
 
-def cost_of(curve, goal):
-    """The cost at which a curve first comes down to a val_bpb, None if it never does."""
-    xs, ys = curve
-    below = np.flatnonzero(ys <= goal)
+def share_needed(curve, other):
+    """At which share of the other's cost a curve first comes as low as the other did in the end, as text."""
+    (xs, ys), (their_xs, their_ys) = curve, other
+    goal, below = their_ys[-1], np.flatnonzero(ys <= their_ys[-1])
     if not len(below):
-        return None
-    last = below[0]
-    if last == 0:  # at the latest
-        return xs[0]
-    two = slice(last - 1, last + 1)
-    return math.exp(np.interp(-math.log(goal), -np.log(ys[two]), np.log(xs[two])))
+        return "never"
+    two = slice(max(0, below[0] - 1), below[0] + 1)  # where it goes by the goal; it may begin below
+    cost = math.exp(np.interp(-math.log(goal), -np.log(ys[two]), np.log(xs[two])))
+    return f"{cost / their_xs[-1]:.2f}"
 
 
 def frontier(curves):
     """-> (costs, the lowest val_bpb that any curve has reached for as much)"""
-    costs = np.unique(np.concatenate([xs for xs, _ in curves]))
-    lowest = [min((ys[xs <= cost].min() for xs, ys in curves if xs[0] <= cost)) for cost in costs]
-    return costs, lowest
+    costs, values = np.hstack(curves)
+    order = np.argsort(costs)
+    return costs[order], np.minimum.accumulate(values[order])
 
 
 def equal_costs(groups):
-    """A table: for each two groups val_bpb at equal cost, and what one had to pay for the other's last."""
-    rows = []
-    for pair in itertools.combinations(groups, 2):
-        curves = {cost: [val_curve(group, name) for group in pair] for cost, name in COSTS.items()}
-        if any(len(xs) == 0 for two in curves.values() for xs, _ in two):
+    """A table: the best group and each other one at equal cost, and what one needs for the other's last."""
+    curves = {group.name: [val_curve(group, cost) for cost in COSTS.values()] for group in groups}
+    curves = {name: found for name, found in curves.items() if all(len(xs) for xs, _ in found)}
+    last = {name: found[0][1][-1] for name, found in curves.items()}  # val_bpb
+    best, rows = min(last, key=last.get, default=None), []
+    for name in last:
+        if name == best:
             continue
-        cells = []
-        for two in curves.values():
-            first, second = (value_at(curve, min(xs[-1] for xs, _ in two)) for curve in two)
-            cells.append(f"{first:.4f}, {second:.4f} ({second / first - 1:+.1%})")
-        rows.append([f"val_bpb of {pair[0].name}, {pair[1].name}", *cells])
-        for one, other in ((0, 1), (1, 0)):
-            cells = []
-            for two in curves.values():
-                (xs, ys), paid = two[one], cost_of(two[other], two[one][1][-1])
-                cells.append(f"{paid / xs[-1]:.2f}" if paid else "never")
-            rows.append([f"{pair[other].name} comes to {pair[one].name}'s {ys[-1]:.4f}", *cells])
+        columns = []
+        for one, other in zip(curves[best], curves[name]):
+            both = min(one[0][-1], other[0][-1])
+            first, second = value_at(one, both), value_at(other, both)
+            at_equal = f"{first:.4f}, {second:.4f} ({second / first - 1:+.1%})"
+            columns.append([at_equal, share_needed(other, one), share_needed(one, other)])
+        titles = [f"val_bpb of {best}, {name}", f"{name} comes to {best}'s {last[best]:.4f}"]
+        titles.append(f"{best} comes to {name}'s {last[name]:.4f}")
+        rows += zip(titles, *columns)
     return table(["at equal", *COSTS], rows) if rows else ""
+
+
+class PowerLaw(NamedTuple):
+    """What a loss is after so many FLOPs: E + a · (flops / middle)^-b, where E cannot be reduced."""
+
+    E: float
+    a: float
+    b: float
+    middle: float
+
+    def __call__(self, flops):
+        return self.E + self.a * (flops / self.middle) ** -self.b
 
 
 def power_law(flops, losses, irreducible):
     """
-    Fit losses = E + a · (flops / their geometric mean)^-b by least squares of logarithms (arXiv 2001.08361; E
-    as in 2203.15556) -> (E, a, b, the geometric mean); E is 0 unless `irreducible`.
+    The PowerLaw of these losses, by least squares of logarithms (arXiv 2001.08361; E as in 2203.15556); E is
+    0 unless `irreducible`, and middle the geometric mean of the flops.
     """
     middle = math.exp(np.log(flops).mean())
     x = np.log(np.asarray(flops) / middle)
@@ -694,7 +703,7 @@ def power_law(flops, losses, irreducible):
     log_a = y.mean(axis=1)
     fitted = E[:, None] + np.exp(log_a[:, None] - b[:, None] * x)
     best = np.argmin(np.square(np.log(fitted) - np.log(losses)).sum(axis=1))
-    return E[best], math.exp(log_a[best]), b[best], middle
+    return PowerLaw(E[best], math.exp(log_a[best]), b[best], middle)
 
 
 def scaling_law(groups, path):
@@ -706,28 +715,27 @@ def scaling_law(groups, path):
     flops = [statistics.mean(group.values("total_training_flops")) for group in groups]
     losses = [statistics.mean(group.values("val_bpb")) for group in groups]
     irreducible, beyond = len(groups) >= 5, 10 * max(flops)
-    law = lambda x, fit: fit[0] + fit[1] * (x / fit[3]) ** -fit[2]  # noqa: E731
-    fit = power_law(flops, losses, irreducible)
-    text = f"val_bpb = {fit[0]:.4f} + " if irreducible else "val_bpb = "
-    text += f"{fit[1]:.4f} · (FLOPs / {fit[3]:.3g})^-{fit[2]:.4f}"
+    law = power_law(flops, losses, irreducible)
+    text = f"val_bpb = {law.E:.4f} + " if irreducible else "val_bpb = "
+    text += f"{law.a:.4f} · (FLOPs / {law.middle:.3g})^-{law.b:.4f}"
     text += "" if irreducible else ": a plain power law, for an irreducible term takes five sizes"
-    forecast = f"{law(beyond, fit):.4f}"
+    forecast = f"{law(beyond):.4f}"
     if all(len(group.values("val_bpb")) > 1 for group in groups):
-        random, fits = np.random.RandomState(0), []
+        random, laws = np.random.RandomState(0), []
         for _ in range(1000):
             drawn = [random.choice(group.values("val_bpb"), len(group.runs)).mean() for group in groups]
-            fits.append(power_law(flops, drawn, irreducible))
-        low, high = np.quantile([f[2] for f in fits], [0.025, 0.975])
+            laws.append(power_law(flops, drawn, irreducible))
+        low, high = np.quantile([one.b for one in laws], [0.025, 0.975])
         text += f". Exponent {low:.4f} to {high:.4f} by bootstrap over seeds, 95%"
-        low, high = np.quantile([law(beyond, f) for f in fits], [0.025, 0.975])
+        low, high = np.quantile([one(beyond) for one in laws], [0.025, 0.975])
         forecast += f", {low:.4f} to {high:.4f}"
     rows = []
     for group, x, y in sorted(zip(groups, flops, losses), key=lambda row: row[1]):
-        rows.append([group.name, f"{x:.3g}", f"{y:.4f}", f"{law(x, fit):.4f}", f"{y / law(x, fit) - 1:+.2%}"])
+        rows.append([group.name, f"{x:.3g}", f"{y:.4f}", f"{law(x):.4f}", f"{y / law(x) - 1:+.2%}"])
     rows.append(["ten times as many FLOPs", f"{beyond:.3g}", "", forecast, ""])
     parts = [f"{text}.", table(["group", "FLOPs", "val_bpb", "the law", "residual"], rows)]
     with contextlib.suppress(Exception):  # no matplotlib, or a broken one
-        draw_law(flops, losses, partial(law, fit=fit), path)
+        draw_law(flops, losses, law, path)
         parts.append(f"![scaling law]({path.name})")
     return parts
 
@@ -745,6 +753,10 @@ def draw_law(flops, losses, law, path):
     axes.set(xscale="log")
     make_up(axes, "val_bpb over training FLOPs: the sizes, their law, and a decade more")
     figure.savefig(path, dpi=110)
+
+
+# -----------------------------------------------------------------------------
+# The pages: report.md of a run, compare.md of several
 
 
 def sparkline(values):
@@ -812,6 +824,12 @@ def how_to_repeat(run):
         count = f"{run.numbers['steps']:,}"
         exactly = f"By the clock: another run takes as many steps as its machine makes, not these {count}. "
         exactly += "What can be repeated exactly is a run by steps, --num-iterations instead of --minutes."
+    planned = {r["step"]: r["planned_iterations"] for r in run.records if "planned_iterations" in r}
+    changes = [next(same) for _, same in itertools.groupby(planned.items(), key=lambda item: item[1])]
+    if len(changes) > 1:
+        horizons = ", ".join(f"at step {step:,} for {plural(steps, 'step')}" for step, steps in changes)
+        exactly += f"\n\nThe command is the last start's. The run was planned {horizons}: to repeat it, "
+        exactly += "begin with the first horizon, stop where the next one begins, and --resume with that."
     return f"    git checkout {commit}{note}\n    {run.config['command']}\n\n{exactly}"
 
 
@@ -823,7 +841,7 @@ def write_report(folder):
     counts["FLOPs per token, PaLM convention"] = config["num_flops_per_token"]
     counts["FLOPs per token, exact causal"] = config["num_flops_per_token_causal"]
     counts = [[name, f"{count:,.0f}"] for name, count in counts.items()]
-    state = f"{run.state}: {numbers['steps']:,} steps, {numbers['progress']:.1%} of the run"
+    state = f"{run.state}: {plural(numbers['steps'], 'step')}, {numbers['progress']:.1%} of the run"
     parts = [f"# {run.name}", state]
     parts += rise(run)
     alone = [Group([run])]
@@ -836,35 +854,33 @@ def write_report(folder):
         texts = {"The model writes:": text} | ({"The text goes on:": real[0]} if real else {})
         parts += [f"## Sample from {prompt!r}", side_by_side(texts)]
     parts += ["## How to repeat it", how_to_repeat(run)]
-    replace(run.folder / "report.md", "\n\n".join(parts) + "\n")
-    return run.folder / "report.md"
+    return replace(run.folder / "report.md", "\n\n".join(parts) + "\n")
 
 
 def compare(folders):
     """compare.md and its picture, in a folder beside the first run -> its path."""
-    runs = [Run(folder) for folder in folders]
-    groups = group_runs(runs)
-    names = [group.name for group in groups]
-    target = runs[0].folder.parent / ("compare-" + "-".join(names))[:120]
+    runs, alike = [Run(folder) for folder in folders], {}
+    for run in runs:
+        alike.setdefault(run.kind, []).append(run)
+    groups = [Group(same) for same in alike.values()]
+    target = runs[0].folder.parent / ("compare-" + "-".join(group.name for group in groups))[:120]
     target.mkdir(exist_ok=True)
-    if len(set(names)) < len(names):
+    if len({group.name for group in groups}) < len(groups):
         for group in groups:
             group.name = str(group.runs[0].folder)
-        names = [group.name for group in groups]
-    keys = {**runs[0].config["settings"], **runs[0].facts}
-    rows = [[key, *(group.facts(key) for group in groups)] for key in keys]
+    names = [group.name for group in groups]
+    rows = [[key, *(group.facts(key) for group in groups)] for key in runs[0].all_facts]
     differing = [row for row in rows if any(cell != row[1] for cell in row[1:])]
     parts = ["# " + ", ".join(names), COMPARED, results(groups), show_curves(groups, target)]
     texts = dict.fromkeys(run.config["corpus"]["name"] for run in runs)
     if len(texts) > 1:
         parts.insert(1, f"Their texts differ, {', '.join(texts)}: val_bpb and losses cannot be compared.")
-    elif equal := equal_costs(groups):
-        parts += ["## At equal cost", EQUAL, equal]
-    if len(texts) == 1 and (law := scaling_law(groups, target / "scaling.png")):
-        parts += ["## Scaling law", *law]
+    else:
+        equal, law = equal_costs(groups), scaling_law(groups, target / "scaling.png")
+        parts += ["## At equal cost", EQUAL, equal] if equal else []
+        parts += ["## Scaling law", *law] if law else []
     parts += ["## Settings that differ", table(["setting", *names], differing)]
-    replace(target / "compare.md", "\n\n".join(parts) + "\n")
-    return target / "compare.md"
+    return replace(target / "compare.md", "\n\n".join(parts) + "\n")
 
 
 def glance(folder):
@@ -888,7 +904,8 @@ def report_on(folders):
         return glance(folders[0])
     runs = [folder for folder in folders if (Path(folder) / "config.json").exists()]
     for folder in sorted({*folders} - {*runs}) if runs else ():
-        tell("skipped", f"{folder}, which is no run")
+        if not (Path(folder) / "compare.md").exists():
+            tell("skipped", f"{folder}, which is no run")
     return compare(runs) if len(runs) > 1 else write_report((runs or folders)[0])
 
 

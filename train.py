@@ -350,7 +350,7 @@ parameters = "{} matrix, {} head, {} embedding parameters".format(*counts)
 flops = f"{report.short(num_flops_per_token, ' ')}FLOP per token"
 tell("onedial", f"depth {depth}, width {config.n_embd} · {parameters} · {flops}")
 if from_budget:
-    budget = f"{minutes:g} minutes" if minutes else f"{target_flops:.2g} FLOPs"
+    budget = report.plural(minutes, "minute") if minutes else f"{target_flops:.2g} FLOPs"
     again = f"--depth {depth} --vocab-size {vocab_size} --max-seq-len {max_seq_len}"
     tell("dial", f"the best depth for {budget}; the same shape: {again}")
 
@@ -549,8 +549,8 @@ if most_tokens < math.inf:
     planned_iterations = min(planned_iterations, max(step + 1, last_step))
 ends_early = minutes and planned_iterations >= last_step
 planned_tokens = planned_iterations * total_batch_size
-horizon = f"{minutes:g} minutes, about " if minutes else ""
-horizon += f"{planned_iterations:,} steps, {report.short(planned_tokens)} tokens, "
+horizon = f"{report.plural(minutes, 'minute')}, about " if minutes else ""
+horizon += f"{report.plural(planned_iterations, 'step')}, {report.short(planned_tokens)} tokens, "
 horizon += f"{num_flops_per_token * planned_tokens:.2g} FLOPs"
 horizon += f", about {report.duration(planned_iterations * planned_dt)}" if not minutes else ""
 horizon += f"; it ends early, after reading the text {rules.MOST_EPOCHS} times" if ends_early else ""
@@ -564,7 +564,7 @@ for entry in roles.values():
     entry["lr"] *= muon_scale if entry["kind"] == "muon" else adamw_scale
 warmup = min(warmup_steps, planned_iterations / 10)
 scales = f"AdamW × {adamw_scale:.3g}, Muon × {muon_scale:.3g}"
-tell("plan", f"3) learning rates: {scales}, {warmup:.0f} steps of warmup")
+tell("plan", f"3) learning rates: {scales}, {report.plural(round(warmup), 'step')} of warmup")
 
 # 4) weight decay: 2,840 steps × 2^19 tokens -> 0.28; four times as many -> 0.07
 if weight_decay is None:
@@ -774,7 +774,7 @@ while True:
         window = timetable.window(time.monotonic(), dt, most, step)
     else:
         window = (min(1.0, step / num_iterations), 0.0, max(0, min(most, num_iterations - step)), 0.0)
-    progress, increment, window_steps, stall = ranks.decide(*window)
+    progress, increment, window_steps, stall = ranks.first(window)
     if stall:
         tell("time", f"the run stood still: its deadline is put off by {stall:.1f} s")
     if window_steps == 0:  # what the end needs, then out

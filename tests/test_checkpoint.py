@@ -135,7 +135,7 @@ def test_the_saver_copies_before_it_returns_and_reuses_its_buffers(tmp_path):
         weights.fill_(-1)  # the loop goes on while the thread writes
     saver.wait()
     assert saver.outcomes() == [(f"step_00000{n}", None) for n in (1, 2, 3)] and saver.outcomes() == []
-    assert [f.name for f in checkpoint.complete(tmp_path)] == ["step_000003", "step_000002"]
+    assert [f.name for f in checkpoint.newest_first(tmp_path)] == ["step_000003", "step_000002"]
     for step in (2, 3):
         assert checkpoint.load(tmp_path / f"step_{step:06d}", "model")["w"].unique().tolist() == [step]
     saver.save(4, {"model": {"w": weights}}, {})
@@ -694,4 +694,4 @@ def test_a_rank_whose_weights_differ_is_named_and_nothing_is_saved(train, tmp_pa
     result = train("--num-iterations", 12, "--save-every", 6, script=script, processes=2)
     assert result.code == 1
     assert "the weights of rank 1 differ from those of rank 0" in result.output
-    assert [f.name for f in checkpoint.complete(result.folder / "checkpoints")] == ["step_000006"]
+    assert [f.name for f in checkpoint.newest_first(result.folder / "checkpoints")] == ["step_000006"]

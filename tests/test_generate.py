@@ -211,6 +211,7 @@ def test_what_cannot_be_is_told_in_two_lines(out, tmp_path):
         ("out/a", "x", "--top-p", "1.1"): "--top-p: 1.1 is out of range",
         ("out/a", "x", "--num-samples", "0"): "--num-samples: 0 is out of range",
         ("out/a", "def", "main("): "Put the prompt into quotes",
+        ("out/a", "x", "--stride", "8"): "--stride needs --score",
         ("out/a", "x", "--device-type", "abacus"): "abacus is unknown",
         ("out/b", "x"): "there is no run out/b",
         ("out/b",): "there is no run out/b",  # no prompt for the newest run

@@ -154,6 +154,11 @@ def test_short_numbers(number, text):
     assert report.short(2.5e15, " ") + "FLOP/s" == "2.5 PFLOP/s"
 
 
+def test_one_of_a_thing_is_no_more_than_one():
+    told = [report.plural(n, "minute") for n in (0.3, 1.0, 5.0, 2840, 1_234_567)]
+    assert told == ["0.3 minutes", "1 minute", "5 minutes", "2,840 minutes", "1,234,567 minutes"]
+
+
 def test_durations():
     texts = ["0s", "59s", "1m00s", "59m59s", "1h00m", "100h00m"]
     assert [report.duration(s) for s in (-5, 59.4, 59.6, 3599, 3600, 360_000)] == texts
@@ -704,6 +709,18 @@ def test_the_command_repeats_the_run(make, monkeypatch):
     assert end("c", versions={"git_commit": None})[0] == "    git checkout unknown"
 
 
+def test_a_horizon_that_a_resume_has_changed_is_told(make, monkeypatch):
+    monkeypatch.setattr(report, "show_curves", lambda runs, folder: "")
+    folder = make("a", timed=False)
+    for step, steps in ((40, 100), (60, 150), (60, 200)):  # the third start began where the second one had
+        with (folder / "log.jsonl").open("a") as log:
+            event = {"kind": "event", "step": step, "event": "resumed", "planned_iterations": steps}
+            log.write(json.dumps(event) + "\n")
+    text = report.write_report(folder).read_text()
+    assert "planned at step 0 for 100 steps, at step 60 for 200 steps: to repeat it" in text
+    assert "was planned" not in report.write_report(make("b")).read_text()
+
+
 def test_a_run_cut_off_has_a_report(make):
     folder = make("a", steps=90, ending=None, tail='{"kind": "step", "step": 100, "train_lo')
     text = report.write_report(folder).read_text()
@@ -861,6 +878,12 @@ def test_equal_runs_cost_the_same_and_groups_are_compared_by_their_means(by_law)
     assert compared(a, *seeds)["val_bpb of a, c"] == [f"{last}, {last} (+0.0%)"] * 4
 
 
+def test_of_many_groups_each_is_compared_with_the_best_alone(by_law):
+    runs = [by_law(f"r{n}", lambda step, n=n: (2 + n % 3) * step**-0.2, depth=n) for n in range(1, 6)]
+    pairs = [name for name in compared(*runs) if name.startswith("val_bpb of ")]
+    assert pairs == [f"val_bpb of r3, r{n}" for n in (1, 2, 4, 5)]
+
+
 def test_a_run_that_is_going_or_damaged_is_compared_as_far_as_it_is_known(by_law, make):
     a = by_law("a", lambda step: 3 * step**-0.1)
     b = by_law("b", lambda step: None if step == 300 else 3 * step**-0.1, 500, depth=3)
@@ -881,9 +904,11 @@ def test_runs_on_different_texts_are_not_compared_at_equal_cost(make, config):
 
 
 def test_the_frontier_is_the_best_so_far_for_the_money():
-    curves = [(np.array([1.0, 4.0]), np.array([3.0, 2.0])), (np.array([2.0, 8.0]), np.array([2.5, 2.2]))]
+    nothing = np.zeros((2, 0))  # the curve of a run that has not been evaluated yet
+    curves = [(np.array([1.0, 4.0]), np.array([3.0, 2.0])), nothing]
+    curves.append((np.array([2.0, 8.0]), np.array([2.5, 2.2])))
     costs, lowest = report.frontier(curves)
-    assert costs.tolist() == [1, 2, 4, 8] and lowest == [3.0, 2.5, 2.0, 2.0]
+    assert costs.tolist() == [1, 2, 4, 8] and lowest.tolist() == [3.0, 2.5, 2.0, 2.0]
 
 
 @pytest.mark.parametrize("E, a, b", [(0.0, 1.3, 0.12), (0.6, 0.5, 0.3), (0.55, 0.9, 0.08)])
@@ -957,6 +982,7 @@ def test_a_group_is_drawn_as_its_mean_as_far_as_all_runs_reach():
     assert [*x] == [1, 2, 3] and [*mean] == [3, 4, 5] and spread == pytest.approx([2**0.5] * 3)
     assert report.mean_curve(runs[:1], "x", "y", 2)[2].tolist() == [0.0, 0.0]
     assert report.mean_curve(runs, "x", "nothing", 0).shape == (3, 0)
+    assert report.mean_curve(runs[:1], "x", "y", -1)[0].tolist() == [1, 2, 3, 4]  # a logarithm begins above 0
 
 
 def test_interruptions_are_told_and_the_better_peak_counts(make):
@@ -1092,7 +1118,7 @@ def test_the_command_line(make, monkeypatch, capsys):
     every = sorted(a.parent.iterdir())  # out/*, the comparison among them
     assert len(every) == 4
     assert call(*every).splitlines() == [
-        *(f"skipped  {a.parent / name}, which is no run" for name in ("compare-a-b", "notes")),
+        f"skipped  {a.parent / 'notes'}, which is no run",  # the comparison is passed over in silence
         str(a.parent / "compare-a-b" / "compare.md"),
     ]
     assert call(a, a.parent / "notes").endswith(str(a / "report.md"))

@@ -435,6 +435,7 @@ def test_an_uncompiled_start_imports_no_compiler(train, tmp_path):
     script.write_text(LEAN.format(repo=str(REPO)))
     result = train("--num-iterations", 1, script=script)
     assert result.code == 0 and "compiler: False" in result.output, result.output
+    assert "1) horizon: 1 step, 512 tokens" in result.output  # and not 1 steps
 
 
 @pytest.mark.slow
