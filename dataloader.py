@@ -739,10 +739,10 @@ def encode_texts(encoding, text, places, folder, split, say):
     groups = iter(lambda: list(islice(pieces, 16)), [])  # each the work of one thread
     waiting, count, shards, said = [], 0, [], time.monotonic()
 
-    def write_shard(tokens):
-        header = np.array([MAGIC, VERSION, len(tokens)] + [0] * (HEADER_INTS - 3), dtype="<i4")
+    def write_shard(parts, count):
+        header = np.array([MAGIC, VERSION, count] + [0] * (HEADER_INTS - 3), dtype="<i4")
         name = f"{split}_{len(shards):06}.bin"
-        shards.append({"file": name, "tokens": len(tokens), "sha256": write(folder / name, header, tokens)})
+        shards.append({"file": name, "tokens": count, "sha256": write(folder / name, header, *parts)})
 
     with ThreadPoolExecutor(THREADS) as pool:  # tiktoken releases the GIL
         while batch := list(islice(groups, 2 * THREADS)):  # bounds the memory
@@ -750,13 +750,13 @@ def encode_texts(encoding, text, places, folder, split, say):
             count += sum(map(len, waiting[-len(batch) :]))
             while count >= SHARD_TOKENS:
                 tokens = np.concatenate(waiting)
-                write_shard(tokens[:SHARD_TOKENS])
+                write_shard([tokens[:SHARD_TOKENS]], SHARD_TOKENS)
                 waiting, count = [tokens[SHARD_TOKENS:]], count - SHARD_TOKENS
             if time.monotonic() - said > 2:
                 said = time.monotonic()
                 say(f"{len(shards) * SHARD_TOKENS + count:,} tokens are made")
     if count:
-        write_shard(np.concatenate(waiting))
+        write_shard(waiting, count)
     sizes = places[:, 1] - places[:, 0]
     counts = {"documents": int(np.count_nonzero(sizes)), "bytes": int(sizes.sum())}
     return {**counts, "tokens": sum(shard["tokens"] for shard in shards), "shards": shards}
