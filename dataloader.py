@@ -843,7 +843,7 @@ def prepare(data, vocab_size=None, say=lambda line: None, largest_vocab=2**15, t
             corpus.public, corpus.left_out = public, corpus.left_out + found.left_out
             corpus.notes[:0] = describe_split(found, corpus)
     except OSError as error:
-        raise DataError(f"{error.filename or data} cannot be read: {error.strerror}.\nMend that.") from None
+        raise DataError(f"{error.filename or data}: {error.strerror}.\nMend that.") from None
     except MemoryError:
         advice = "Cut the largest files or rows into smaller ones."
         raise DataError(f"{data} takes more memory than there is.\n{advice}") from None
