@@ -423,13 +423,16 @@ def data():
 
         warm = statistics.median(seconds_of(start)[1] for _ in range(3))
         print(f"warm start to a first batch   {warm:.2f} s")
-        reader = dataloader.TextReader(plain=True)
-        blocks = [block for file in dataloader.find_files("stdlib").train for block in reader.read(file)]
-        texts = [block for _, block in blocks]
+        reader, text = dataloader.TextReader(plain=True), dataloader.Text()
+        for file in dataloader.find_files("stdlib").train:
+            reader.read(file, text)
+        places = text.documents()
+        texts = [text[begin:end].decode() for begin, end in places]
         encoding, threads, times = corpus.tokenizer, os.cpu_count(), []
+        ready = text, places, Path(home), "train", str
         for _ in range(3):
             theirs = seconds_of(lambda: encoding.encode_ordinary_batch(texts, num_threads=threads))[1]
-            ours = seconds_of(lambda: dataloader.encode_texts(encoding, blocks, Path(home), "train", str))[1]
+            ours = seconds_of(lambda: dataloader.encode_texts(encoding, *ready))[1]
             times.append((theirs / ours, sum(map(len, texts)) / 1e6 / ours))
         ratio, speed = (statistics.median(column) for column in zip(*times))
         print(f"tokenization, {threads} threads       {ratio:.0%} of tiktoken's speed, {speed:.1f} MB/s")
