@@ -10,6 +10,7 @@ log.jsonl, config.json and summary.json are the record; the console line, report
 
 import codecs
 import contextlib
+import hashlib
 import importlib.metadata
 import itertools
 import json
@@ -37,10 +38,13 @@ import torch.distributed as dist
 
 
 def versions():
-    """Versions of Python, packages and system, the git commit, and which settings were edited since."""
+    """Versions of Python, packages, system and code, the git commit, and which settings were edited since."""
     found = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
     found |= {name: importlib.metadata.version(name) for name in ("numpy", "tiktoken", "rustbpe")}
     found |= {"system": platform.platform(), "git_commit": None, "edited_settings": ""}
+    code = "".join(file.read_text("utf-8") for file in sorted(Path(__file__).parent.glob("*.py")))
+    code = re.sub(r"^\w+: .+ = .+", "", code, flags=re.MULTILINE)  # settings are compared by themselves
+    found["code"] = hashlib.sha256(code.encode()).hexdigest()[:12]  # two edits of one commit are told apart
 
     def git(arguments):
         command = ["git", "-C", str(Path(__file__).parent), *arguments.split()]

@@ -675,6 +675,19 @@ def test_an_edited_constant_is_told(make, tmp_path, monkeypatch):
     assert edited["git_commit"] == clean["git_commit"] + "-dirty"
     rows = tables(report.write_report(make("a", versions=edited)).read_text())
     assert rows["eval_bytes"] == ["1024"] and "seed" not in rows
+    assert edited["code"] == clean["code"]  # its settings tell the difference, and the seed makes none
+
+
+def test_runs_of_edited_code_are_no_group(make, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "show_curves", lambda runs, folder: "")
+    monkeypatch.setattr(report, "__file__", str(tmp_path / "report.py"))
+    versions = {}
+    for name, code in (("a", "x = 1"), ("b", "x = 1"), ("c", "x = 2")):  # of one commit, or of none
+        (tmp_path / "model.py").write_text(code)
+        versions[name] = report.versions()
+    folders = [make(name, versions=version) for name, version in versions.items()]
+    rows = tables(report.compare(folders).read_text())
+    assert rows["result"] == ["a", "c"] and rows["code"] == [versions["a"]["code"], versions["c"]["code"]]
 
 
 def test_the_time_adds_up(make, monkeypatch):
