@@ -777,7 +777,9 @@ def show_curves(groups, folder):
     try:
         draw(groups, folder / "curves.png")
         return "![curves](curves.png)"
-    except Exception:  # no matplotlib, or a broken one
+    except Exception as error:
+        if not isinstance(error, ImportError):  # it is an extra
+            tell("report", f"the curves cannot be drawn: {type(error).__name__}: {error}")
         lines = []
         for name in ("val_bpb", "train_loss_ema", "lrm", "tok_per_sec", "grad_norm"):
             for run in itertools.chain.from_iterable(group.runs for group in groups):

@@ -781,6 +781,16 @@ def test_without_matplotlib_the_curves_are_text(make, monkeypatch):
     assert curve[0] == "█" and curve[-1] == "▁" and sorted(curve, reverse=True) == list(curve)
 
 
+@pytest.mark.parametrize("error, lines", [(ImportError("no"), 0), (ValueError("a fault of ours"), 1)])
+def test_a_picture_that_fails_is_told(make, monkeypatch, capsys, error, lines):
+    def draw(*arguments):
+        raise error
+
+    monkeypatch.setattr(report, "draw", draw)
+    assert "\n    val_bpb " in report.write_report(make("a")).read_text()
+    assert capsys.readouterr().out.count("the curves cannot be drawn: ValueError: a fault of ours") == lines
+
+
 def test_a_sparkline_keeps_the_ends_and_the_width():
     line = report.sparkline([float(n) for n in range(1000)] + [None])
     first, bars, last = line.split()
