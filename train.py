@@ -791,8 +791,10 @@ while True:
         # one step of training: accumulate gradients, set what the schedules say, update, forget the gradients
         rows = next(loader)  # this rank's: (rows_per_rank, T + 1)
         nats = torch.zeros((), device=device)
-        for micro in rows.split(device_batch_size):
+        for micro_step, micro in enumerate(rows.split(device_batch_size), 1):
             loss = model(micro[:, :-1], micro[:, 1:])  # summed over its targets
+            if micro_step == micro_steps:
+                optimizer.reduce_early()  # ranks average each gradient while the backward pass goes on
             (loss / (rows_per_rank * max_seq_len)).backward()  # a mean; the optimizer averages over ranks
             nats += loss.detach()
         lrm = lr_multiplier(step, progress, warmup, warmdown_ratio, final_lr_frac)
