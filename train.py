@@ -436,19 +436,20 @@ elif target_param_data_ratio:  # ratio 12 at depth 12, vocabulary 50,257: 12 × 
 
 # Is there time to compile? On two cores the parts of the model take 30 s and make a step 1.2 times as fast,
 # the whole graph takes 70 s for 5% more. 2e13 and 1e14 FLOPs are 3 and 15 minutes there. On a GPU the whole
-# graph takes about a minute
+# graph of depth 12 takes a minute, and 20 s more than its parts, for 1.5%; 5e17 are 20 minutes of an H100
 must_compile = given.get("compile") or given_before.get("compile")  # asked for: without it there is no run
 if minutes:
     long_enough, very_long = minutes >= (2 if on_gpu else 3), minutes >= 20
 else:
     planned_flops = num_flops_per_token * planned_tokens
-    long_enough, very_long = planned_flops >= (2e16 if on_gpu else 2e13), planned_flops >= 1e14
+    long_enough = planned_flops >= (2e16 if on_gpu else 2e13)
+    very_long = planned_flops >= (5e17 if on_gpu else 1e14)
 if compile is None:
     compile = long_enough and device_type != "mps"
-if compile and (on_gpu or very_long):
+if compile and very_long and world_size == 1:
     model.compile(dynamic=False)
-elif compile:
-    model.compile_parts()
+elif compile:  # and ranks average a part's gradients meanwhile: the whole graph gives all at its end
+    model.compile_parts(blocks=on_gpu)
 
 # -----------------------------------------------------------------------------
 # The trial: a few steps on random rows compile, find the batch that fits, and measure the speed

@@ -53,11 +53,11 @@ VOCAB, ROW, ROWS = (50_257, 2048, 32) if on_gpu else (4096, 512, 4)  # vocabular
 
 
 def compile_model(model, whole=on_gpu):
-    """Compile in place as train.py does: the whole graph on a GPU, else its parts, and on MPS nothing."""
+    """Compile in place as train.py does in long runs on a GPU, else in short ones; on MPS nothing."""
     if whole:
         model.compile(dynamic=False)
     elif not on_mps:
-        model.compile_parts()
+        model.compile_parts(blocks=on_gpu)
 
 
 def seconds_of(work):
@@ -178,7 +178,7 @@ def train(*flags):
     compute_dtype = getattr(torch, settings["dtype"])
     model = build_model(config, compute_dtype)
     if settings["compile"]:
-        compile_model(model, whole="whole" in figures["how"])
+        compile_model(model, whole="parts" not in figures["how"])
     rows, T = settings["device_batch_size"], settings["max_seq_len"]
     row = torch.randint(config.vocab_size, (rows, T + 1), device=device)
     tokens, targets = row[:, :-1], row[:, 1:]  # the strides of training: the same compiled graph
