@@ -296,7 +296,7 @@ def fits(model, rows):
     total = sum(counts.values())
     moments = 8 * total - 4 * counts["matrix"]  # bytes: AdamW has two in fp32, Muon one; ranks share them
     needed = 8 * total + moments / world_size + model.activation_bytes(rows * max_seq_len)
-    return needed < 0.95 * memory
+    return needed < 0.9 * memory  # libraries and what lies between the blocks take the rest
 
 
 def refuse_depth():
@@ -468,7 +468,9 @@ def update():
     optimizer.step(trial_loss.detach())
 
 
-micro_rows = device_batch_size or rules.whole_rows(65_536 if on_gpu else 2_048, max_seq_len) // max_seq_len
+# on an H100 depth 12 is 3% faster on 131,072 tokens at a time than on 65,536; eight ranks share 2^19
+at_once = (131_072 if world_size <= 4 else 65_536) if on_gpu else 2_048
+micro_rows = device_batch_size or rules.whole_rows(at_once, max_seq_len) // max_seq_len
 if total_batch_size:
     *_, micro_rows = dataloader.split_batch(total_batch_size, max_seq_len, world_size, micro_rows)
 while not (device_batch_size or micro_rows == 1 or fits(model, micro_rows)):

@@ -522,14 +522,17 @@ def story():
     return line, {"checks": checks, "first": figures, "resumed": again}
 
 
-def speed(depth, vocab_size, batch, steps):
-    """Speed, MFU, memory and start of train.py, compiled, on random words."""
+def speed(depth, vocab_size, batch, steps, whole=True):
+    """
+    Speed, MFU, memory and start of train.py on random words, compiled as a `whole` or by blocks: what it does
+    in long runs and in short ones. It is ended after that many steps.
+    """
     random = np.random.default_rng(0)
     words = random.integers(ord("a"), ord("z") + 1, (100_000, 8), dtype=np.uint8)
     words[:, 0] = ord(" ")  # a BPE of any size is trained on such text within a second
     Path("text.txt").write_bytes(words[random.integers(len(words), size=700_000)].tobytes())
     os.environ["ONEDIAL_HOME"] = str(Path("home").absolute())
-    flags = f"--data text.txt --num-iterations {steps} --compile --eval-every -1"
+    flags = f"--data text.txt --num-iterations {10**6 if whole else steps} --compile --eval-every {steps}"
     flags += f" --eval-bytes {4 * ROWS * ROW}"
     flags += f" --depth {depth} --total-batch-size {batch} --vocab-size {vocab_size}"
     if not on_gpu:
@@ -601,6 +604,7 @@ PARTS = {  # in order of worth: name -> (seconds that it may take, what it does)
     "depth 12": (140, partial(speed, 12, 50_257, 2**19, 20)),
     "depth 4": (90, partial(speed, 4, 50_257, 2**17, 200)),
     "depth 20": (180, partial(speed, 20, 32_768, 2**19, 16)),
+    "12 blocks": (100, partial(speed, 12, 50_257, 2**19, 20, whole=False)),
     "profile": (90, profile),
     "tests": (90, tests),
 }

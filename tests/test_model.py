@@ -182,7 +182,10 @@ def test_every_parameter_has_exactly_one_role(n_layer):
 
 @pytest.mark.parametrize(
     "depth, rows, vocab_size, gigabytes",
-    [(12, 32, 50_257, 16.70), (12, 16, 50_257, 9.26), (12, 4, 50_257, 4.49), (20, 16, 32_768, 22.74)],
+    [
+        *[(12, 64, 50_257, 32.73), (12, 32, 50_257, 16.70), (12, 16, 50_257, 9.26), (12, 4, 50_257, 4.49)],
+        (20, 16, 32_768, 22.74),
+    ],
 )
 def test_the_memory_of_activations_is_what_pytorch_plans_for_an_h100(depth, rows, vocab_size, gigabytes):
     with torch.device("meta"):
