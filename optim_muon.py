@@ -2,8 +2,9 @@
 MuonAdamW: gradients in, weights out; one optimizer, the same on one process and on many.
 
 Matrices of the blocks learn by Muon (kellerjordan.github.io/posts/muon), everything else by AdamW
-(arXiv 1711.05101). With several processes the gradients are averaged in here, each rank updates its share
-of the rows or matrices and keeps only their state (ZeRO-2, arXiv 1910.02054), and the weights are gathered.
+(arXiv 1711.05101). With several processes the gradients are averaged in here, while the backward pass goes
+on, each rank updates its share of the rows or matrices and keeps only their state (ZeRO-2, arXiv
+1910.02054), and the weights are gathered.
 Schedules and rules of thumb are pure functions at the end of the file.
 """
 
@@ -134,7 +135,7 @@ def pad(x, rows):
 
 class Bucket:
     """
-    What is reduced, updated and gathered as one: matrices of one shape (muon) or one tensor (adamw).
+    What is updated and gathered as one: matrices of one shape (muon) or one tensor (adamw).
     If `sharded`, each rank owns a chunk of the matrices or of the tensor's rows and keeps only their state.
     """
 
@@ -168,18 +169,23 @@ class Bucket:
         """One tensor for the bucket -> one per parameter."""
         return list(whole.unbind()) if self.stacked else [whole]
 
-    def reduce(self):
-        """Start to average the gradient over ranks -> (this rank's share of it, a handle or None)."""
-        grads = [p.grad for p in self.params]
-        whole = torch.stack(grads) if self.stacked else grads[0].contiguous()
+    def reduce(self, index):
+        """
+        Start to average the gradient of a parameter over ranks -> (this rank's part of it, a handle or None).
+        A matrix goes to its owner; what the others have of it then means nothing.
+        """
+        grad = self.params[index].grad.contiguous()
         if not self.distributed:
-            return whole, None
+            return grad, None
         if not self.sharded:
-            return whole, dist.all_reduce(whole, dist.ReduceOp.AVG, async_op=True)
-        chunk = whole.new_empty(self.chunk, *whole.shape[1:])
-        whole = pad(whole, self.parts * self.chunk)
-        handle = reduce_scatter(chunk, whole, dist.ReduceOp.AVG, async_op=True)
-        return chunk[: self.own.stop - self.own.start], handle
+            return grad, dist.all_reduce(grad, dist.ReduceOp.AVG, async_op=True)
+        if self.stacked:
+            handle = dist.reduce(grad, index // self.chunk, dist.ReduceOp.AVG, async_op=True)
+            return grad if self.own.start <= index < self.own.stop else grad[:0], handle
+        part = grad.new_empty(self.chunk, *grad.shape[1:])
+        whole = pad(grad, self.parts * self.chunk)
+        handle = reduce_scatter(part, whole, dist.ReduceOp.AVG, async_op=True)
+        return part[: self.own.stop - self.own.start], handle
 
     def gather(self, share):
         """Start to gather the ranks' shares -> (the whole, a handle or None)."""
@@ -229,41 +235,59 @@ class MuonAdamW(torch.optim.Optimizer):
                     names, params = map(list, zip(*pairs[start : start + count]))
                     self.buckets.append(Bucket(group, names, params, rank, self.world_size))
         self.parameters = {name: p for b in self.buckets for name, p in zip(b.names, b.params)}
+        self.places = {p: (b, index) for b in self.buckets for index, p in enumerate(b.params)}
+        owners = [1 if b.sharded else self.world_size for b, _ in self.places.values()]
+        self.owners = torch.tensor(owners, device=self.device)  # how many ranks have each averaged gradient
+        self.reductions, self.hooks = {}, []
         self.bad_norms = torch.zeros(len(self.parameters), device=self.device)  # of the last bad step
 
     def add_param_group(self, group):
         """Take over a checked group. (torch's own method would import the compiler, which takes a second.)"""
         self.param_groups.append(group)
 
+    def reduce_early(self):
+        """To be called before the last backward pass of a step, which then averages what it completes."""
+        if self.distributed:
+            self.hooks = [p.register_post_accumulate_grad_hook(self._reduce) for p in self.places]
+
+    def _reduce(self, p):
+        bucket, index = self.places[p]
+        self.reductions[p] = bucket.reduce(index)
+
     @torch.no_grad()
     def step(self, loss=None):
         """
-        One update from the parameters' .grad; `loss`: this rank's loss, a tensor, checked to be finite too.
-        ValueError for a parameter without gradient.
+        One update from the parameters' .grad, which several ranks overwrite; `loss`: this rank's loss, a
+        tensor, checked to be finite too. ValueError for a parameter without gradient.
         """
         for name, p in self.parameters.items():
             if p.grad is None:
                 raise ValueError(f"parameter {name} has no gradient.\nIt took no part in the loss.")
-        grads = [p.grad for p in self.parameters.values()]
-        norms = torch.stack(torch._foreach_norm(grads, dtype=torch.float32))
-        self.grad_norm = torch.linalg.vector_norm(norms)
-        verdict = self.grad_norm if loss is None else self.grad_norm + loss.detach().float()
-        self.skipped = (~torch.isfinite(verdict)).float()
-        reductions = (bucket.reduce() for bucket in self.buckets)
+        for hook in self.hooks:
+            hook.remove()
+        for p in self.places:
+            if p not in self.reductions:
+                self._reduce(p)
+        for _, handle in self.reductions.values():
+            if handle is not None:
+                handle.wait()
+        grads = {p: self.reductions[p][0] for p in self.places}
+        self.reductions, self.hooks = {}, []
+        norms = torch.stack(torch._foreach_norm(list(grads.values()), dtype=torch.float32))
+        square = (norms.square() / self.owners).sum()  # each gradient counts once
+        verdict = square if loss is None else square + loss.detach().float()
         if self.distributed:
-            handle = dist.all_reduce(self.skipped, dist.ReduceOp.MAX, async_op=True)
-            reductions = list(reductions)  # all are under way before the first update
-            handle.wait()
+            sums = torch.stack([square, verdict])
+            dist.all_reduce(sums)
+            square, verdict = sums
+        self.grad_norm, self.skipped = square.sqrt(), (~torch.isfinite(verdict)).float()
         self.bad_norms = torch.where(self.skipped > 0, norms, self.bad_norms)
         if self.device.type == "mps" and self.skipped:  # Metal's fused AdamW knows no flag: look here
             return
-        squares, gathers = [], []
-        for bucket, (grad, handle) in zip(self.buckets, reductions):
-            if handle is not None:
-                handle.wait()
-                square = torch.linalg.vector_norm(grad, dtype=torch.float32).square()
-                squares.append(square if bucket.sharded else square / self.world_size)  # counted once
-            share = self._update(bucket, grad)
+        gathers = []
+        for bucket in self.buckets:
+            parts = [grads[p] for p in bucket.params]
+            share = self._update(bucket, bucket.mine(parts) if bucket.stacked else parts[0])
             if bucket.sharded:
                 gathers.append((bucket, *bucket.gather(share)))  # overlaps the next bucket's update
             elif bucket.stacked:
@@ -271,10 +295,6 @@ class MuonAdamW(torch.optim.Optimizer):
         for bucket, whole, handle in gathers:
             handle.wait()
             torch._foreach_copy_(bucket.params, bucket.separate(whole))
-        if self.distributed:
-            total = torch.stack(squares).sum()
-            dist.all_reduce(total)
-            self.grad_norm = total.sqrt()
 
     def _update(self, bucket, grad):
         """Update this rank's share of a bucket by its share of the gradient -> the new weights."""

@@ -53,11 +53,11 @@ VOCAB, ROW, ROWS = (50_257, 2048, 32) if on_gpu else (4096, 512, 4)  # vocabular
 
 
 def compile_model(model, whole=on_gpu):
-    """Compile in place as train.py does: the whole graph on a GPU, else its parts, and on MPS nothing."""
+    """Compile in place as train.py does in long runs on a GPU, else in short ones; on MPS nothing."""
     if whole:
         model.compile(dynamic=False)
     elif not on_mps:
-        model.compile_parts()
+        model.compile_parts(blocks=on_gpu)
 
 
 def seconds_of(work):
@@ -178,7 +178,7 @@ def train(*flags):
     compute_dtype = getattr(torch, settings["dtype"])
     model = build_model(config, compute_dtype)
     if settings["compile"]:
-        compile_model(model, whole="whole" in figures["how"])
+        compile_model(model, whole="parts" not in figures["how"])
     rows, T = settings["device_batch_size"], settings["max_seq_len"]
     row = torch.randint(config.vocab_size, (rows, T + 1), device=device)
     tokens, targets = row[:, :-1], row[:, 1:]  # the strides of training: the same compiled graph
@@ -525,14 +525,17 @@ def story():
     return line, {"checks": checks, "first": figures, "resumed": again}
 
 
-def speed(depth, vocab_size, batch, steps):
-    """Speed, MFU, memory and start of train.py, compiled, on random words."""
+def speed(depth, vocab_size, batch, steps, whole=True):
+    """
+    Speed, MFU, memory and start of train.py on random words, compiled as a `whole` or by blocks: what it does
+    in long runs and in short ones. It is ended after that many steps.
+    """
     random = np.random.default_rng(0)
     words = random.integers(ord("a"), ord("z") + 1, (100_000, 8), dtype=np.uint8)
     words[:, 0] = ord(" ")  # a BPE of any size is trained on such text within a second
     Path("text.txt").write_bytes(words[random.integers(len(words), size=700_000)].tobytes())
     os.environ["ONEDIAL_HOME"] = str(Path("home").absolute())
-    flags = f"--data text.txt --num-iterations {steps} --compile --eval-every -1"
+    flags = f"--data text.txt --num-iterations {10**6 if whole else steps} --compile --eval-every {steps}"
     flags += f" --eval-bytes {4 * ROWS * ROW}"
     flags += f" --depth {depth} --total-batch-size {batch} --vocab-size {vocab_size}"
     if not on_gpu:
@@ -604,6 +607,7 @@ PARTS = {  # in order of worth: name -> (seconds that it may take, what it does)
     "depth 12": (140, partial(speed, 12, 50_257, 2**19, 20)),
     "depth 4": (90, partial(speed, 4, 50_257, 2**17, 200)),
     "depth 20": (180, partial(speed, 20, 32_768, 2**19, 16)),
+    "12 blocks": (100, partial(speed, 12, 50_257, 2**19, 20, whole=False)),
     "profile": (90, profile),
     "tests": (90, tests),
 }

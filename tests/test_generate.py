@@ -19,6 +19,7 @@ from test_model import build, wake
 
 import checkpoint
 import dataloader
+import model as model_module
 from model import GPT, CachedAttention, GPTConfig, letters, sample, scoring_batches
 
 BOS = 299
@@ -33,6 +34,22 @@ def uncached(model, row, count):
         new.append(model(torch.tensor([row]))[0, -1].argmax().item())
         row.append(new[-1])
     return new
+
+
+def test_generation_alone_forbids_cudnn(monkeypatch):
+    """It makes a plan for each new length. For training PyTorch orders the kernels as it likes."""
+    allowed, attend = [], model_module.causal_attention
+
+    def note(*heads):
+        allowed.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return attend(*heads)
+
+    monkeypatch.setattr(model_module, "causal_attention", note)
+    model = build(n_layer=1)
+    model(torch.zeros(1, 4, dtype=torch.int64))
+    [*model.generate([[1, 2]], BOS, 2)]
+    model(torch.zeros(1, 4, dtype=torch.int64))
+    assert allowed == [True, False, False, True]
 
 
 @pytest.mark.parametrize("n_layer", [1, 2, 3])

@@ -585,6 +585,48 @@ def train(optimizer, params, steps, rank, world):
     return norms
 
 
+def train_in_micro_steps(early, rank, world):
+    """
+    Ten steps of two backward passes each -> the weights, and how many reductions were under way before the
+    update and after another backward pass, which belongs to the next step.
+    """
+    optimizer, params = problem()
+    for step in range(10):
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * lr_multiplier(step, step / 20, 2, 0.5, 0.1)
+        for micro_step in (0, 1):
+            if early and micro_step == 1:
+                optimizer.reduce_early()
+            loss = 0.0
+            for name, p in params.items():
+                x, y = (t.chunk(world)[rank] for t in regression()[name])
+                errors = (x * p).reshape(len(y), -1).sum(1) - y
+                loss = loss + 0.5 * (errors[micro_step::2] ** 2).sum() / len(y)
+            loss.backward()
+        under_way = len(optimizer.reductions)
+        optimizer.step(loss)
+        optimizer.zero_grad(set_to_none=True)
+    weights = values(params)
+    sum((p**2).sum() for p in params.values()).backward()
+    return weights, under_way, len(optimizer.reductions)
+
+
+def order_of_events():
+    """What a backward pass through three layers does and what is reduced, as it happens."""
+    params = {name: torch.nn.Parameter(torch.eye(4)) for name in ("first", "second", "third")}
+    optimizer, x, events = MuonAdamW([dict(kind="muon", lr=0.1, params=params)]), torch.ones(4), []
+    for name, p in params.items():
+        x = p @ x
+        x.register_hook(lambda grad, name=name: events.append(f"through {name}"))
+    (bucket,) = optimizer.buckets
+    reduce, names = bucket.reduce, bucket.names
+    bucket.reduce = lambda index: (events.append(f"reduce {names[index]}"), reduce(index))[1]
+    optimizer.reduce_early()
+    x.sum().backward()
+    optimizer.step()
+    return events
+
+
 def values(params):
     return {name: p.detach().clone() for name, p in params.items()}
 
@@ -613,6 +655,9 @@ def one_rank(rank, world, folder):
                 p.copy_(weights[name])
         train(optimizer, params, range(10, 20), rank, world)
         found["continued"] = values(params)
+
+    found["early"], found["late"] = (train_in_micro_steps(early, rank, world) for early in (True, False))
+    found["events"] = order_of_events()
 
     optimizer, params = problem()  # what is bad is bad on the last rank only
     found["skips"] = []
@@ -679,6 +724,23 @@ def test_many_processes_train_like_one(ranks, world):
         assert_same_bits(rank["weights_20"], ranks[world][0]["weights_20"])
         assert_close(rank["weights_20"], values(params))
         assert rank["norms"] == pytest.approx(norms, rel=1e-5)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_reducing_during_the_last_backward_pass_changes_no_bit(ranks, world):
+    all_of_them = len(MATRICES) + len(TENSORS)
+    for rank in ranks[world]:
+        (weights, under_way, next_step), (expected, *none_early) = rank["early"], rank["late"]
+        assert_same_bits(weights, expected)
+        assert_same_bits(weights, ranks[world][0]["early"][0])
+        assert_close(weights, ranks[1][0]["weights_10"])
+        assert (under_way, next_step) == (all_of_them if world > 1 else 0, 0) and none_early == [0, 0]
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_late_layers_are_reduced_before_early_ones_have_their_gradients(ranks, world):
+    steps = [f"{what} {layer}" for layer in ("third", "second", "first") for what in ("through", "reduce")]
+    assert all(rank["events"] == steps for rank in ranks[world])
 
 
 @pytest.mark.parametrize("world", WORLDS)

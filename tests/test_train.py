@@ -622,7 +622,8 @@ def step(self, loss=None):
     good(self, loss)
 optim_muon.MuonAdamW.step = step
 """)
-    script.write_text(script.read_text().replace("model.compile_parts()", "pass"))  # it would take a minute
+    text = script.read_text().replace("model.compile_parts(blocks=on_gpu)", "pass")  # it would take a minute
+    script.write_text(text)
     flags = [flag for flag in TINY if flag != "--no-compile"]
     flags += ["--data", train.home / "text", "--out-dir", train.out, "--run-name", "a", "--num-iterations", 3]
     process = train.start(*flags, tiny=False, script=script, processes=processes)
@@ -707,8 +708,8 @@ def test_whether_to_compile_is_decided_once(train, tmp_path):
     """By the FLOPs of the run; a resume keeps it, but for another horizon it is decided anew."""
     script = edited_copy(tmp_path, "else 2e13)", "else 2e10)")
     text = script.read_text()
-    assert text.count("    model.compile_parts()\n") == 1
-    script.write_text(text.replace("    model.compile_parts()\n", "    pass\n"))
+    assert text.count("    model.compile_parts(blocks=on_gpu)\n") == 1
+    script.write_text(text.replace("    model.compile_parts(blocks=on_gpu)\n", "    pass\n"))
     flags = [flag for flag in TINY if flag != "--no-compile"]
     flags += ["--data", train.home / "text", "--out-dir", train.out, "--eval-every", -1]
 
