@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ import pytest
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: more threads only wait for each other
+signal.signal(signal.SIGINT, signal.default_int_handler)  # else what is started in the background ignores it
 
 import report  # noqa: E402  torch, which it imports, reads that variable
 

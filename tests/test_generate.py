@@ -143,7 +143,7 @@ def test_each_token_is_scored_once_and_with_a_stride_it_is_told_more(stride, len
 
 
 def test_without_a_stride_rows_are_those_of_an_evaluation():
-    tokenizer = dataloader.train_tokenizer([(True, "some text to learn from " * 9)], 270)
+    tokenizer = dataloader.train_tokenizer(["some text to learn from " * 9], 270)
     texts = [(REPO / "model.py").read_text(), "x", "y" * 5000]
     tokens = dataloader.encode_held_out(tokenizer, texts)
     token_bytes = torch.from_numpy(dataloader.token_bytes(tokenizer).astype(np.int64))
