@@ -579,7 +579,7 @@ if eval_every is None:
     training_seconds = planned_dt * (planned_iterations - step)
     evaluations = min(10.0, 0.05 * training_seconds / eval_seconds) if minutes else 10.0
     eval_every = math.ceil(planned_iterations / evaluations) if evaluations >= 1 else -1
-between = f", and every {eval_every:,} steps" if eval_every > 0 else ""
+between = f", and every {report.plural(eval_every, 'step')}" if eval_every > 0 else ""
 tell("plan", f"5) evaluations: at the start and the end{between}")
 
 if resumed_from:
