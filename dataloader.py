@@ -546,12 +546,11 @@ class TextReader:
         if separator and not self.plain:
             pattern, at = rb"(?:\r?\n)?%b(?:\r?\n)?" % re.escape(separator.encode()), begin
             while at < text.size:
-                block, next_block = text[at : at + BLOCK + len(separator.encode()) + 4], at + BLOCK
-                for match in re.finditer(pattern, block):
-                    if match.start() < BLOCK:  # else it may go on after this block, and is found in the next
+                for match in re.finditer(pattern, text[at : at + BLOCK + len(separator.encode()) + 4]):
+                    if match.start() < BLOCK:  # else it may be cut off, and is found in the next block
                         text.add_document(begin, at + match.start())
                         begin = at + match.end()
-                at = max(next_block, begin)
+                at = max(at + BLOCK, begin)
         text.add_document(begin, text.size)
         if (documents := (len(text.places) - before) // 2) > 1:
             self.note(f"documents parted at {separator!r}", file, documents)
@@ -631,7 +630,8 @@ def cut_into_pieces(text, places, size=PIECE_CHARS):
     for begin, end in places:
         at = begin
         while at < end:
-            piece = text[at : min(end, at + 4 * (size + 1))].decode("utf-8", "ignore")  # a letter has 1 to 4
+            # of 1 to 4 bytes a letter, and one more to see whether there are more
+            piece = text[at : min(end, at + 4 * (size + 1))].decode("utf-8", "ignore")
             if len(piece) > size:
                 piece = piece[: piece.rfind("\n", 0, size) + 1 or size]
             yield at == begin, piece
