@@ -1128,35 +1128,43 @@ def take(corpus, split, path, say):
 
 def fetch(public, name, say):
     """-> the path of a file of a public data set, which is then in the cache: whole, and its header valid."""
-    folder = cache_folder() / public.name
-    path = folder / name
+    path = cache_folder() / public.name / name
+    temporary = path.with_name(f".tmp-{path.name}")
     if path.exists():
         return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(path.with_name(f".{path.name}.lock")):
+        if not path.exists():  # by another process, meanwhile
+            try:
+                download(public, name, temporary, say)
+                if path.suffix == ".bin":
+                    open_shard(temporary / name)
+                os.rename(temporary / name, path)
+            finally:  # what a killed start has left goes too
+                shutil.rmtree(temporary, ignore_errors=True)
+    return path
+
+
+def download(public, name, folder, say):
+    """Download a file of a public data set to folder/name. DataError says why it cannot be had."""
     import huggingface_hub  # slow to import, and seldom needed
 
-    folder.mkdir(parents=True, exist_ok=True)
+    place = cache_folder() / public.name
     megabytes = public.train.get(name) or max(public.train.values())
-    free = shutil.disk_usage(folder).free / 1e6
+    free = shutil.disk_usage(place).free / 1e6
     say(f"fetching {name} of {public.repository}, about {megabytes:,.0f} MB")
     if public.revision != "main" and megabytes > free:  # a size that was asked for, and no estimate
-        what = f"{path} takes {megabytes:,.0f} MB, and {free:,.0f} MB are free"
+        what = f"{place / name} takes {megabytes:,.0f} MB, and {free:,.0f} MB are free"
         raise DataError(f"{what}.\nMake room there, or set ONEDIAL_HOME to another folder.")
-    try:  # it goes on where an earlier try was cut off, and checks the size
+    try:
         options = {"repo_type": "dataset", "revision": public.revision, "local_dir": folder}
-        huggingface_hub.hf_hub_download(public.repository, name, **options)
+        huggingface_hub.hf_hub_download(public.repository, name, **options)  # checks the size
     except Exception as error:  # the hub lets any error of the network through
         if type(error) in (OSError, PermissionError) and error.errno:
             raise  # the disk failed
         what = f"{name} of {public.repository} cannot be fetched: {why_not(error)}"
-        advice = f"Put it (and those after it, for a long run) into {path.parent} by hand, {INSTEAD}"
+        advice = f"Put it (and those after it, for a long run) into {place} by hand, {INSTEAD}"
         raise DataError(f"{what}.\n{advice}") from None
-    try:
-        if path.suffix == ".bin":
-            open_shard(path)
-    except DataError:
-        path.unlink()
-        raise
-    return path
 
 
 # -----------------------------------------------------------------------------

@@ -675,6 +675,7 @@ def equal_costs(groups):
             both = min(one[0][-1], other[0][-1])
             first, second = value_at(one, both), value_at(other, both)
             at_equal = f"{first:.4f}, {second:.4f} ({second / first - 1:+.1%})"
+            at_equal = "not evaluated" if math.isnan(first + second) else at_equal  # by one of them so early
             columns.append([at_equal, share_needed(other, one), share_needed(one, other)])
         titles = [f"val_bpb of {best}, {name}", f"{name} comes to {best}'s {last[best]:.4f}"]
         titles.append(f"{best} comes to {name}'s {last[name]:.4f}")

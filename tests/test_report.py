@@ -901,6 +901,11 @@ def test_equal_runs_cost_the_same_and_groups_are_compared_by_their_means(by_law)
     assert compared(a, *seeds)["val_bpb of a, c"] == [f"{last}, {last} (+0.0%)"] * 4
 
 
+def test_where_one_was_not_evaluated_so_early_no_number_is_made_up(by_law):
+    a, b = by_law("a", lambda step: 2 * step**-0.2), by_law("b", lambda step: 3.0, 100, 0.01, depth=3)
+    assert [cell[:6] for cell in compared(a, b)["val_bpb of a, b"]] == ["0.7962"] * 3 + ["not ev"]
+
+
 def test_of_many_groups_each_is_compared_with_the_best_alone(by_law):
     runs = [by_law(f"r{n}", lambda step, n=n: (2 + n % 3) * step**-0.2, depth=n) for n in range(1, 6)]
     pairs = [name for name in compared(*runs) if name.startswith("val_bpb of ")]
