@@ -3,220 +3,152 @@ onedial: train a GPT from text to report. One dial, --depth, sets the model; --m
 
     python train.py                                               # a laptop: five minutes, no GPU, no network
     python train.py --depth 12                                    # one GPU
-    torchrun --standalone --nproc_per_node=8 train.py --depth 12  # eight
+    torchrun --standalone --nproc_per_node=8 train.py --depth 12  # eight GPUs
 
-On one H100 depth 12 trains on 485 thousand tokens a second. Every setting below is also a flag
-(--max-seq-len 1024, --no-compile); None is `auto`: what is found instead is printed and saved.
+On one H100, depth 12 trains on 485 thousand tokens per second. Every setting below is also a flag
+(--max-seq-len 1024, --no-compile). None means auto: the value that is found is printed and saved.
 """
 
 import time
 
-process_start = time.monotonic()  # --minutes counts from here, the slow imports included
+process_start = time.monotonic()  # --minutes counts from here: the imports below are slow
 
-import machine  # before torch: it sets what torch reads from the environment
+import machine  # before torch: it sets environment variables that torch reads
 
-ranks = machine.Ranks()  # this process is one of those that torchrun has started, or alone
+ranks = machine.Ranks()  # one process of several that torchrun has started, or a single one
 rank, world_size = ranks.rank, ranks.world_size
 
-import argparse
 import gc
-import inspect
 import json
 import math
-import re
-import shutil
 import signal
+import socket
 import sys
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
+import dataset
 import torch
 
 import checkpoint
 import dataloader
-import optim_muon as rules
+import plan
 import report
+from checkpoint import RunFolder
 from model import GPT, GPTConfig, attention_backend
-from optim_muon import MuonAdamW, Timetable, lr_multiplier, muon_momentum, weight_decay_multiplier
+from optim_muon import MuonAdamW, optimizer_state_bytes
+from settings import SettingError, Settings
 
 # -----------------------------------------------------------------------------
 # Settings: name: type = value  # comment. Edit them here, or give a flag
 
 # run
-run_name: str | None = None  # a folder in out_dir (auto: <date>-<time>)
-out_dir: str = "out"  # where runs are written
+run_name: str | None = None  # folder in out_dir (auto: <date>-<time>)
+out_dir: str = "out"  # folder that holds all runs
 resume: bool = False  # continue the newest run, or --run-name NAME, from its newest valid checkpoint
 wandb: bool = False  # log to Weights & Biases too
 # device
-device_type: str | None = None  # cuda, mps or cpu (auto: the first of them that is there)
+device_type: str | None = None  # cuda, mps or cpu (auto: the first one that is available)
 dtype: str | None = None  # of activations: bfloat16 or float32 (auto: bfloat16 where the hardware has it)
-compile: bool | None = None  # torch.compile (auto: where the run is long enough to win the time back)
+compile: bool | None = None  # torch.compile (auto: if the run is long enough to gain time by it)
 seed: int = 42  # of weights, data order and samples
 # data
 data: str | None = None  # a path, stdlib, fineweb, climbmix, tinystories, hf:OWNER/NAME (auto: by the device)
 text_field: str | None = None  # field or column with the text (auto: text, content, story, … if a string)
-document_separator: str | None = None  # what parts documents in a file (auto: <|endoftext|>, in .txt files)
-vocab_size: int | None = None  # of the BPE trained on the corpus (auto: by its bytes and the time)
-init_from: str | None = None  # a run, out/NAME, to begin with: its weights, shape and tokenizer (auto: none)
+document_separator: str | None = None  # between documents in a file (auto: <|endoftext|> in .txt files)
+vocab_size: int | None = None  # of the BPE trained on the corpus (auto: from its size and the time)
+init_from: str | None = None  # start with weights, shape and tokenizer of another run, out/NAME (auto: none)
 # model
-depth: int | None = None  # layers, the dial for all the rest (auto: from the time; else 12, 4 without CUDA)
-aspect_ratio: int | None = None  # width = depth × aspect_ratio, in whole heads (auto: 64, of one layer 128)
-head_dim: int | None = None  # width of an attention head (auto: 128, below depth 8: 64)
+depth: int | None = None  # number of layers; sets all the rest (auto: from the time; else 12, 4 without CUDA)
+aspect_ratio: int | None = None  # width = depth × aspect_ratio, in whole heads (auto: 64, at depth 1 128)
+head_dim: int | None = None  # width of an attention head (auto: 128, below depth 8 64)
 max_seq_len: int | None = None  # T, tokens in a row (auto: 2048 on CUDA, else 512)
 # horizon: at most one of these four (auto: compute-optimal on CUDA, else five minutes)
 num_iterations: int | None = None  # steps
-minutes: float | None = None  # wall time from start to report, without the preparation of a corpus
+minutes: float | None = None  # wall time from start to report, without preparing the corpus
 target_flops: float | None = None  # total training FLOPs
 target_param_data_ratio: float | None = None  # tokens per matrix and head parameter (optimal: 12)
 # batch
 total_batch_size: int | None = None  # tokens per step over all devices (auto: from the horizon)
-device_batch_size: int | None = None  # rows per forward pass of one device (auto: the largest that fits)
-# optimizer: peak learning rates for a batch of 2^19 tokens at width 768; scaled to the batch and width in use
-embedding_lr: float = 0.3  # token embedding; value embeddings get half
+device_batch_size: int | None = None  # rows per forward pass on one device (auto: the most that fit)
+# optimizer: peak learning rates for 2^19 tokens per step and width 768; scaled to the batch and width in use
+embedding_lr: float = 0.3  # token embedding; value embeddings get half of it
 unembedding_lr: float = 0.008  # head
 matrix_lr: float = 0.02  # matrices of the blocks
 scalar_lr: float = 0.5  # residual scalars
 weight_decay: float | None = None  # of the matrices (auto: 0.28, less in long runs)
 warmup_steps: int = 40  # of the learning rate, at most a tenth of the run
 warmdown_ratio: float = 0.65  # share of the run over which the learning rate decays
-final_lr_frac: float = 0.05  # what it decays to, as a share of the peak
+final_lr_frac: float = 0.05  # learning rate at the end, as a share of the peak
 # evaluation, log, checkpoints; -1 turns a periodic action off
 eval_every: int | None = None  # steps between evaluations (auto: about ten over the run)
-eval_bytes: int | None = None  # bytes of held-out text used (auto: 50,000,000 on CUDA, else 131,072)
-log_every: int | None = None  # steps between records, 10 s at most (auto: the first 10, then two a second)
-sample_every: int = -1  # steps between samples; the end always has one
+eval_bytes: int | None = None  # bytes of validation text to evaluate (auto: 50,000,000 on CUDA, else 131,072)
+log_every: int | None = None  # steps between records, at most 10 s (auto: each of the first 10, then 2 per s)
+sample_every: int = -1  # steps between samples; there is always one at the end
 save_every: int = -1  # steps between checkpoints
 save_minutes: float = 10.0  # minutes between checkpoints
-keep_checkpoints: int = 2  # how many of the newest are kept
+keep_checkpoints: int = 2  # number of newest checkpoints to keep
 peak_tflops: float | None = None  # peak of one device, for the MFU (auto: as published, else measured)
 
 HORIZONS = ("num_iterations", "minutes", "target_flops", "target_param_data_ratio")
-DEPTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32)  # what the dial tries
+DEPTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32)  # candidates for an automatic depth
 SHAPE = ("depth", "aspect_ratio", "head_dim")
-CALL = ("run_name", "out_dir", "resume")  # what belongs to the call and not to the run
-# what belongs to the machine: --resume keeps what was given, and finds anew what was auto
-MACHINE = ("device_type", "dtype", "device_batch_size", "log_every", "peak_tflops")
-LIMITS = {  # lowest and highest value; all other numbers need only be above 0
+OF_THE_CALL = ("run_name", "out_dir", "resume")  # not saved with the run
+# auto values that belong to the machine: a resumed run finds them again
+OF_THE_MACHINE = ("device_type", "dtype", "device_batch_size", "log_every", "peak_tflops")
+LIMITS = {  # lowest and highest value; all other numbers must be above 0
     **{"seed": (0, 2**31), "vocab_size": (257, 65_535), "max_seq_len": (32, 2**20), "minutes": (0.05, 1e6)},
     **dict.fromkeys(("weight_decay", "warmup_steps"), (0, 1e9)),
     **dict.fromkeys(("warmdown_ratio", "final_lr_frac"), (0, 1)),
     **dict.fromkeys(("eval_every", "sample_every", "save_every", "save_minutes"), (-1, 1e9)),
 }
 
-# -----------------------------------------------------------------------------
-# Flags: one for each setting above, read as its type says
+
+def absolute(path):
+    """A path that a run can be resumed with from any folder; names of data sets stay as they are."""
+    is_name = path == "stdlib" or dataset.is_public(path)
+    return path if is_name else str(Path(path).expanduser().absolute())
+
 
 report.open_console()
-tell, show, show_step = report.tell, report.show, report.show_step
-if rank > 0:  # rank 0 alone prints
-    tell = show = show_step = lambda *words: None
-new_folder = None  # what this start has made, and takes away again if it ends before its first step
-
-
-class SettingError(Exception):
-    """A setting that cannot be; the message says which, and what to do, in two lines."""
-
-
-def end_with_error(kind, error, trace):
-    """What a person can mend is told in two lines, with status 2; anything else shows its trace, status 1."""
-    report.end_live()
-    mendable = (SettingError, machine.MachineError, dataloader.DataError, checkpoint.CheckpointError)
-    if machine.is_out_of_memory(error):
-        advice = "Try a smaller --depth or --device-batch-size."
-        error = SettingError(f"the device has too little memory.\n{advice}")
-    if new_folder and isinstance(error, (*mendable, KeyboardInterrupt)):
-        shutil.rmtree(new_folder, ignore_errors=True)
-    if kind is KeyboardInterrupt:  # before the loop, which saves first
-        sys.exit(130)
-    if not isinstance(error, mendable):
-        return sys.__excepthook__(kind, error, trace)
-    if rank > 0:
-        time.sleep(2)  # what is wrong on all ranks is told by rank 0, and torchrun ends the others
-    print(f"error: {error}", file=sys.stderr, flush=True)
-    sys.exit(2)
-
-
-def refuse(message):
-    """argparse's errors, told like all others."""
-    raise SettingError(f"{message}.\n`python train.py --help` lists all settings.")
-
-
-def or_auto(base):
-    """The function that reads a flag of this type, `auto` as None."""
-
-    def read(text):
-        return None if text == "auto" else base(text)
-
-    read.__name__ = base.__name__  # argparse's errors name it
-    return read
-
-
-sys.excepthook = end_with_error
-kinds = inspect.get_annotations(sys.modules[__name__])  # {name of a setting: its type}
-flag = {name: "--" + name.replace("_", "-") for name in kinds}
-comments = dict(re.findall(r"^(\w+): .*?# *(.+)$", Path(__file__).read_text(encoding="utf-8"), re.MULTILINE))
-parser = argparse.ArgumentParser(usage="python train.py [--NAME VALUE ...]", allow_abbrev=False)
-parser.error = refuse
-for name, kind in kinds.items():
-    base, *may_be_none = getattr(kind, "__args__", (kind,))  # the parts of int | None
-    default = "auto" if globals()[name] is None else globals()[name]
-    help_text = f"{comments.get(name, '')} [{default}]".replace("%", "%%")
-    options = {"help": help_text, "default": argparse.SUPPRESS}
-    if base is bool:
-        options["action"] = argparse.BooleanOptionalAction
-    else:
-        options |= {"type": or_auto(base) if may_be_none else base, "metavar": base.__name__.upper()}
-    parser.add_argument(flag[name], **options)
-given = vars(parser.parse_args())
+console = report.Console(rank)
+print0 = console.print0  # "label    text", on rank 0 only
+errors = machine.ErrorHook(rank)  # user-fixable errors print two lines, all others a traceback
+errors.clean_up = [lambda error: console.end_live()]
+convert = {"data": absolute, "init_from": absolute}
+settings = Settings(globals(), __file__, exclusive=HORIZONS, convert=convert)  # now flags are constants too
 
 # -----------------------------------------------------------------------------
-# The run: a new one, or what was saved of an old one. Its folder is claimed before anything slow
+# The run: a new folder, or the one to resume. It is claimed before anything slow
 
-out, run_name = Path(given.get("out_dir", out_dir)).expanduser().absolute(), given.get("run_name", run_name)
+out_folder = Path(out_dir).expanduser().absolute()
 if run_name and (Path(run_name).name != run_name or run_name == ".."):
-    advice = "Use --out-dir for the folder that it shall be in."
-    raise SettingError(f"--run-name {run_name} is no plain name.\n{advice}")
-run_folder, saved, given_before, saved_device = None, {}, {}, None
-if given.get("resume", resume):
-    run_folder = checkpoint.find_run(out, run_name)
-    saved, given_before, source = checkpoint.saved_settings(run_folder)
+    raise SettingError(f"--run-name {run_name} is not a plain name.\nUse --out-dir for the folder around it.")
+run = RunFolder.find(out_folder, run_name) if resume else None
+has_begun = bool(run) and run.has_begun()
+saved_device_type = None
+if run:
+    saved_settings, requested_before, source = run.saved_settings()
     if source and source != "config.json":
-        tell("resume", f"config.json cannot be read: the settings are taken from {source}")
-    if not source and (run_folder / "config.json").exists():
-        tell("resume", f"{run_folder / 'config.json'} is damaged: nothing is taken from it")
-    saved_device = saved.get("device_type")
-    found_anew = [name for name in MACHINE if name not in given_before]
-    if any(given.get(name) is not None for name in HORIZONS):  # a new horizon takes the place of the old one
-        found_anew += [name for name in HORIZONS if name not in given]
-        found_anew += [name for name in ("compile", "eval_every") if name not in given_before]
-    saved = {name: value for name, value in saved.items() if name in kinds and name not in found_anew}
-    for name, old in saved.items():
-        if name in given and given[name] != old:
-            tell("resume", f"{flag[name]} was {old}, is {given[name]}")
-        elif name not in given | given_before and globals()[name] not in (None, old):  # edited since
-            tell("resume", f"{flag[name]} stays {old}, as saved")
-globals().update(saved | given)
-
-for name in kinds:
-    value, (low, high) = globals()[name], LIMITS.get(name, (0, math.inf))
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        neither = low == -1 and -1 < value <= 0  # off nor positive
-        if not low <= value <= high or neither or (name not in LIMITS and value in (0, math.inf)):
-            allowed = f"from {low:,} to {high:,}" if name in LIMITS and low >= 0 else "above 0"
-            allowed += ", or -1 for never" if low == -1 else ""
-            raise SettingError(f"{flag[name]} {value} is out of range.\nGive a number {allowed}.")
-horizons = [name for name in HORIZONS if globals()[name] is not None]
-if len(horizons) > 1:
-    both = f"{flag[horizons[0]]} and {flag[horizons[1]]}"
-    raise SettingError(f"two horizons were given: {both}.\nGive at most one.")
-
+        print0("resume", f"config.json cannot be read: using the settings in {source}")
+    if not source and (run.path / "config.json").exists():
+        print0("resume", f"{run.path / 'config.json'} is damaged and no checkpoint has its settings")
+    saved_device_type = saved_settings.get("device_type")
+    for line in settings.inherit(
+        {name: value for name, value in saved_settings.items() if name not in OF_THE_CALL},
+        requested_before,
+        found_again=OF_THE_MACHINE,
+        with_exclusive=("compile", "eval_every"),  # their auto values depend on the horizon
+        fixed=("init_from",) if has_begun else (),
+    ):
+        print0("resume", line)
+settings.check(LIMITS)
+asked_for_steps = num_iterations is not None
 if rank == 0:
-    is_new = run_folder is None
-    run_folder = run_folder or checkpoint.make_run(out, run_name)
-    lock = checkpoint.lock(run_folder)  # held to the end, and let go by any end
-    new_folder = run_folder if is_new else None
-    tell("run", run_folder)
+    run = run or RunFolder.create(out_folder, run_name)
+    run.claim()  # held until the process exits, however it exits
+    errors.clean_up.append(lambda error: run.abandon())  # a new folder, before the first step
+    print0("run", run.path)
 
 # -----------------------------------------------------------------------------
 # The machine
@@ -224,95 +156,102 @@ if rank == 0:
 clock = report.Clock(process_start)
 device = machine.find_device(device_type, ranks.local_rank, world_size)
 device_type, on_gpu = device.type, device.type == "cuda"
-if saved_device not in (None, device_type) and "compile" not in given | given_before:
-    compile = None  # what was found for another device
+if saved_device_type not in (None, device_type) and "compile" not in settings.requested:
+    compile = None  # the saved value was found for another device
 compute_dtype = machine.find_dtype(device, dtype)
 dtype = str(compute_dtype).removeprefix("torch.")
 device_name, synchronize = machine.device_name(device), machine.synchronizer(device)
-tell("device", f"{world_size} × {device_name} · {dtype}" if world_size > 1 else f"{device_name} · {dtype}")
+print0("device", f"{world_size} × {device_name} · {dtype}" if world_size > 1 else f"{device_name} · {dtype}")
 if on_gpu and compute_dtype == torch.float32 and not machine.has_fast_bf16(device):
-    tell("device", "this GPU has no bf16: a step takes twice the memory, and several times as long")
+    print0("device", "this GPU has no bf16: a step takes twice the memory and several times as long")
 clock.lap("setup")
 
 # -----------------------------------------------------------------------------
-# The data: prepared before the ranks are connected, so that no collective call waits for a tokenizer
+# The data, prepared before the ranks are connected: no collective call waits for the tokenizer
 
 data = data or ("fineweb" if on_gpu else "stdlib")
-if data != "stdlib" and not dataloader.is_public(data):
-    data = str(Path(data).expanduser().absolute())  # so that the run can be resumed from any folder
-if not horizons:
+if not any((num_iterations, minutes, target_flops, target_param_data_ratio)):
     minutes, target_param_data_ratio = (None, 12.0) if on_gpu else (5.0, None)
-largest_vocab = rules.largest_vocab(minutes) if minutes and not on_gpu else 2**15
 tokenizer = None
-if init_from:  # a run to begin with: its shape and tokenizer here, its weights below
-    init_from = str(Path(init_from).expanduser().absolute())
-    has_begun = bool(run_folder and [*(run_folder / "checkpoints").glob("step_*")])
-    if not has_begun:
-        origin, origin_config = checkpoint.origin(Path(init_from))
-        for name in (*SHAPE, "vocab_size"):
-            value, theirs = globals()[name], origin_config["settings"][name]
-            if value not in (None, theirs):
-                what = f"{flag[name]} {value}, and that of {init_from} is {theirs}"
-                raise SettingError(f"{what}.\nLeave {flag[name]} or --init-from out.")
-        depth, aspect_ratio, head_dim = (origin_config["settings"][name] for name in SHAPE)
-        max_seq_len = max_seq_len or origin_config["settings"]["max_seq_len"]
-        tell("init", f"from {origin}")
-    tokenizer = dataloader.load_tokenizer(Path(run_folder if has_begun else init_from) / "tokenizer")
+if init_from and not has_begun:  # shape and tokenizer of the other run; its weights are loaded below
+    initial, initial_config = checkpoint.initial_weights(Path(init_from))
+    for name in (*SHAPE, "vocab_size"):
+        value, other = settings.values()[name], initial_config["settings"][name]
+        if value not in (None, other):
+            what = f"{settings.flag(name)} {value}: {init_from} has {other}"
+            raise SettingError(f"{what}.\nRemove {settings.flag(name)} or --init-from.")
+    depth, aspect_ratio, head_dim = (initial_config["settings"][name] for name in SHAPE)
+    max_seq_len = max_seq_len or initial_config["settings"]["max_seq_len"]
+    print0("init", f"from {initial}")
+if init_from:
+    tokenizer = dataset.load_tokenizer((run.path if has_begun else Path(init_from)) / "tokenizer")
 max_seq_len = max_seq_len or (2048 if on_gpu else 512)
 eval_bytes = eval_bytes or (50_000_000 if on_gpu else 131_072)
-tell_data = partial(report.tell, "data")  # whichever rank prepares the corpus tells of it
-reading = {"text_field": text_field, "separator": document_separator}
-corpus = dataloader.prepare(data, vocab_size, tell_data, largest_vocab, tokenizer, **reading)
+
+
+def print_data(text):
+    """Progress of the preparation, on the rank that does it."""
+    console.print("data", text)
+
+
+corpus = dataset.prepare(
+    data,
+    vocab_size,
+    print_data,
+    largest_vocab=plan.largest_vocab(minutes) if minutes and not on_gpu else 2**15,
+    tokenizer=tokenizer,
+    text_field=text_field,
+    separator=document_separator,
+)
 for note in corpus.notes:
-    tell("data", note)
-vocab_size, data = corpus.tokenizer.n_vocab, corpus.data or data  # a data set of the hub by its commit
-held_out = dataloader.validation_tokens(corpus, eval_bytes)
-validation = dataloader.ValidationRows(corpus.tokenizer, held_out, max_seq_len)
+    print0("data", note)
+vocab_size, data = corpus.tokenizer.n_vocab, corpus.data or data  # a hub data set with its commit
+validation = dataloader.ValidationRows(corpus, eval_bytes, max_seq_len)
 clock.lap("corpus")
-ranks.start(device)
-peak, peak_source = machine.find_peak(device, compute_dtype, peak_tflops)
-run_folder = Path(ranks.first(str(run_folder)))
-checkpoints = run_folder / "checkpoints"
-machine.use_instead_of_no_temporary_folder(run_folder)
+ranks.connect(device)
+if rank > 0 and ranks.local_rank == 0:
+    console.print("node", f"{socket.gethostname()} has joined with rank {rank} of {world_size}")
+peak_flops, peak_source = machine.find_peak_flops(device, compute_dtype, peak_tflops)
+run_path = Path(ranks.broadcast(str(run.path) if run else None))
+checkpoints = run_path / "checkpoints"
+machine.set_fallback_temporary_folder(run_path)
 
 # -----------------------------------------------------------------------------
-# The model: everything follows from depth; and depth, where it is auto, from the time or the FLOPs
+# The model: everything follows from depth. An automatic depth follows from the time or the FLOPs
 
 
 def build_model(depth):
     """The model of a depth, without weights yet."""
-    try:
-        config = GPTConfig.of_depth(depth, vocab_size, max_seq_len, aspect_ratio, head_dim)
-    except ValueError as error:
-        raise SettingError(error) from None
+    config = GPTConfig.of_depth(depth, vocab_size, max_seq_len, aspect_ratio, head_dim)
     with torch.device("meta"):
-        # 1 GB of logits at once in bf16; on a CPU as many as its caches hold: twice as fast
+        # at most 1 GB of logits at a time in bf16; on a CPU as many as its caches hold: twice as fast
         return GPT(config, compute_dtype, max_logits=2**20 if device_type == "cpu" else 2**29)
 
 
 def fits(model, rows):
-    """Whether training with so many rows at a time fits a GPU's memory, about; True where that is unknown."""
+    """Whether training with `rows` rows at a time should fit the GPU's memory; True on other devices."""
     counts = model.num_params()
-    total = sum(counts.values())
-    moments = 8 * total - 4 * counts["matrix"]  # bytes: AdamW has two in fp32, Muon one; ranks share them
-    needed = 8 * total + moments / world_size + model.activation_bytes(rows * max_seq_len)
-    return needed < 0.9 * memory  # libraries and what lies between the blocks take the rest
+    numel = {"muon": counts["matrix"], "adamw": sum(counts.values()) - counts["matrix"]}
+    needed = model.training_bytes(rows * max_seq_len, optimizer_state_bytes(numel) / world_size)
+    return needed < 0.9 * memory  # libraries and temporary tensors take the rest
 
 
-def refuse_depth():
-    """Say that not even one row of this depth fits, and of which depth it does."""
-    largest = max((d for d in DEPTHS if d < depth and fits(build_model(d), 1)), default=1)
-    advice = f"Try --depth {largest}" if memory < math.inf else "Try a smaller --depth"
-    raise SettingError(f"depth {depth}: not even one row of {max_seq_len} tokens fits.\n{advice}.")
+def too_deep(depth):
+    """The error: not even one row fits. It suggests the largest depth that does."""
+    smaller = [d for d in DEPTHS if d < depth and fits(build_model(d), 1)]
+    advice = "Try a smaller --max-seq-len or --vocab-size"
+    if smaller:
+        advice = f"Try --depth {smaller[-1]}" if memory < math.inf else "Try a smaller --depth"
+    return SettingError(f"depth {depth}: not even one row of {max_seq_len} tokens fits.\n{advice}.")
 
 
-def affordable_tokens():
-    """How many tokens the model could be trained on in this run, about: by FLOPs, by the peak, or timed."""
+def affordable_tokens(model):
+    """Tokens that the model can be trained on with target_flops, or in the time: by peak FLOP/s or timed."""
     if target_flops:
         return target_flops / model.num_flops_per_token()
     seconds = 0.75 * (60 * minutes - clock.elapsed("corpus"))  # the rest: updates, evaluations, the end
     if on_gpu:
-        flops = world_size * peak * rules.expected_mfu(model.config.n_embd)
+        flops = world_size * peak_flops * plan.expected_mfu(model.config.n_embd)
         return seconds * flops / model.num_flops_per_token()
     model.init_weights(device, seed)
     rows, times = torch.randint(vocab_size, (4, max_seq_len + 1), device=device), []
@@ -324,21 +263,21 @@ def affordable_tokens():
     return seconds * world_size * 4 * max_seq_len / min(times)
 
 
-memory = -ranks.agree(-machine.free_memory(device))[0]  # bytes, of the device that has the least
-unique_tokens = corpus.counts["train"]["tokens"] if corpus.more is None else math.inf
-from_budget = depth is None and bool(minutes or target_flops)
-if from_budget:
-    for candidate in DEPTHS:  # the deepest whose parameters see enough tokens
-        depth, shallower = candidate, depth
-        model = build_model(depth)
-        needed = rules.needed_tokens(model.num_scaling_params(), unique_tokens)
-        if shallower and (not fits(model, 1) or ranks.first(affordable_tokens()) < needed):
-            depth = shallower
-            break
+def is_affordable(depth):
+    """Whether a model of this depth fits, and can be trained on as many tokens as its parameters need."""
+    model = build_model(depth)
+    needed = plan.needed_tokens(model.num_scaling_params(), corpus.unique_tokens)
+    return fits(model, 1) and ranks.broadcast(affordable_tokens(model)) >= needed
+
+
+memory = -ranks.all_reduce_max(-machine.free_memory(device))[0]  # bytes, of the device that has least
+depth_from_budget = depth is None and bool(minutes or target_flops)
+if depth_from_budget:
+    depth = plan.deepest(DEPTHS, is_affordable)
 depth = depth or (12 if on_gpu else 4)
 model = build_model(depth)
 if not fits(model, 1):
-    refuse_depth()
+    raise too_deep(depth)
 model.init_weights(device, seed)
 config = model.config
 aspect_ratio, head_dim = aspect_ratio or config.n_embd // depth, config.head_dim
@@ -348,58 +287,15 @@ embeddings = num_params["embedding"] + num_params["value_embedding"]
 counts = [report.short(count) for count in (num_params["matrix"], num_params["head"], embeddings)]
 parameters = "{} matrix, {} head, {} embedding parameters".format(*counts)
 flops = f"{report.short(num_flops_per_token, ' ')}FLOP per token"
-tell("onedial", f"depth {depth}, width {config.n_embd} · {parameters} · {flops}")
-if from_budget:
+print0("onedial", f"depth {depth}, width {config.n_embd} · {parameters} · {flops}")
+if depth_from_budget:
     budget = report.plural(minutes, "minute") if minutes else f"{target_flops:.2g} FLOPs"
-    again = f"--depth {depth} --vocab-size {vocab_size} --max-seq-len {max_seq_len}"
-    tell("dial", f"the best depth for {budget}; the same shape: {again}")
-
-# -----------------------------------------------------------------------------
-# The state of the loop, new or resumed
-
-step = 0  # updates done, skipped ones included
-progress = 0.0  # of the whole run, from 0 to 1; all schedules are functions of it
-min_val_bpb = val_bpb = math.inf  # bits per byte of the validation text: the lowest, the last
-val_step = -1  # of the last evaluation
-smooth_train_loss, ema_beta = 0.0, 0.9  # exponential moving average of the train loss, starting at 0
-total_training_time = 0.0  # seconds of steps, without the first 10 after each start
-mean_dt = None  # seconds per step on average
-skipped_steps = 0  # steps whose loss or gradient was not finite: nothing changed
-planned_iterations = None  # steps as planned before step 1: the warmup is a tenth of them at most
-span = None  # of a timed run: seconds from its first step to its closing work
-
-resumed_from = None
-if resume:
-    resumed_from, passed_over = ranks.first(checkpoint.to_resume(checkpoints) if rank == 0 else None)
-    for reason in passed_over:
-        tell("resume", f"passed over: {reason}")
-    tell("resume", f"from {resumed_from}" if resumed_from else "no checkpoint yet: starting at step 0")
-if resumed_from:
-    saved_state = checkpoint.load(resumed_from, "state")
-    dataloader.check_same(corpus, saved_state["data"]["fingerprint"])
-    try:
-        step, progress = saved_state["step"], saved_state["progress"]
-        min_val_bpb, val_bpb = saved_state["min_val_bpb"], saved_state["val_bpb"]
-        val_step, smooth_train_loss = saved_state["val_step"], saved_state["smooth_train_loss"]
-        total_training_time = saved_state["total_training_time"]
-        skipped_steps, data_place = saved_state["skipped_steps"], saved_state["data"]
-        planned_iterations, span = saved_state["planned_iterations"], saved_state["span"]
-        mean_dt = saved_state.get("mean_dt")
-        saved_horizon = [saved_state["settings"][name] for name in HORIZONS]
-        saved_model = saved_state["model"]
-        if saved_state["settings"]["eval_bytes"] != eval_bytes:  # on other text nothing can be compared
-            min_val_bpb, val_step = math.inf, -1
-        clock.add(saved_state["spent"])
-    except KeyError as missing:
-        advice = "Resume it with the version that has written it."
-        raise SettingError(f"{resumed_from} has no {missing.args[0]}.\n{advice}") from None
-    if other := [f"{name} {value}" for name, value in saved_model.items() if value != vars(config).get(name)]:
-        what = f"does not fit these settings: its model has {', '.join(other)}"
-        raise SettingError(f"{resumed_from} {what}.\nResume with those of its run.")
+    shape_flags = f"--depth {depth} --vocab-size {vocab_size} --max-seq-len {max_seq_len}"
+    print0("dial", f"depth chosen for {budget}; to fix this shape: {shape_flags}")
 
 # -----------------------------------------------------------------------------
 # The optimizer: one table, role -> kind and settings. Source of the numbers: nanochat, tuned at depth 12. The
-# plan scales its learning rates to the batch. A new role is named in GPT.parameter_roles and gets a line here
+# plan scales the learning rates to the batch. A new role is a line in GPT.parameter_roles and a line here
 
 width_scale = (config.n_embd / 768) ** -0.5  # for head and embeddings: width 256 -> 1.73, 1536 -> 0.71
 wide_lr = embedding_lr * width_scale
@@ -408,272 +304,331 @@ roles = {
     "head": dict(kind="adamw", lr=unembedding_lr * width_scale, betas=(0.8, 0.96), weight_decay=0.01),
     "embedding": dict(kind="adamw", lr=wide_lr, betas=(0.8, 0.995), weight_decay=0.001),
     "value_embedding": dict(kind="adamw", lr=0.5 * wide_lr, betas=(0.8, 0.995), weight_decay=0.01),
-    # eps 1e-8 and not 1e-10 for the scalars, whose first gradients are rounding alone
+    # eps is 1e-8, not 1e-10: the first gradients of the scalars are only rounding errors
     "resid_scalar": dict(kind="adamw", lr=0.01 * scalar_lr, betas=(0.8, 0.95), weight_decay=0.05, eps=1e-8),
     "x0_scalar": dict(kind="adamw", lr=scalar_lr, betas=(0.96, 0.95), eps=1e-8),
     "smear": dict(kind="adamw", lr=0.4 * scalar_lr, betas=(0.8, 0.95), eps=1e-8),
 }
 
 
-def build_optimizer():
-    """MuonAdamW over every role of the table, without any state."""
+def build_optimizer(compile):
+    """MuonAdamW over every role of the table, with a fresh state."""
     groups = [{**roles[role], "params": params} for role, params in model.parameter_roles().items()]
-    # compiling the updates costs 25 s on a CPU and gains 4% of a step there
+    # on a CPU compiling the updates takes 25 s and gains 4% of a step
     return MuonAdamW(groups, orthogonalize_dtype=compute_dtype, compile=compile and on_gpu)
 
 
 # -----------------------------------------------------------------------------
-# The plan, 1) horizon: how far to train, in tokens; a timed run knows it once its speed has been measured
+# The state of the loop, new or resumed
 
-new_horizon = bool(resumed_from) and saved_horizon != [globals()[name] for name in HORIZONS]
+step = 0  # updates done, skipped ones included
+progress = 0.0  # of the run, from 0 to 1; all schedules are functions of it
+tokens = 0  # trained so far
+flops_so_far = 0
+min_val_bpb = val_bpb = math.inf  # bits per byte of the validation text: lowest, latest
+val_step = -1  # of the latest evaluation
+smooth_train_loss, ema_beta = 0.0, 0.9  # exponential moving average of the train loss; it starts at 0
+total_training_time = 0.0  # seconds of training steps, without the first 10 after each start
+mean_dt = None  # seconds per step on average
+skipped_steps = 0  # steps with a non-finite loss or gradient: they changed nothing
+planned_iterations = None  # steps, as planned before step 1: warmup is at most a tenth of them
+span, span_used = None, 0.0  # of a timed run: seconds from first step to closing work; used so far
+
+resumed_from, new_horizon, new_batch = None, False, False
+if resume:
+    resumed_from, faults = ranks.broadcast(run.to_resume() if rank == 0 else None)
+    for fault in faults:
+        print0("resume", f"skipped: {fault}")
+    print0("resume", f"from {resumed_from}" if resumed_from else "no checkpoint yet: starting at step 0")
+if resumed_from:
+    needed = "step progress min_val_bpb val_bpb val_step smooth_train_loss total_training_time skipped_steps "
+    needed += "data planned_iterations span settings model spent"
+    saved_state = checkpoint.load_state(resumed_from, needed.split())
+    dataset.check_same(corpus, saved_state["data"]["fingerprint"])
+    other = {name: n for name, n in saved_state["model"].items() if n != asdict(config).get(name)}
+    if other:
+        what = ", ".join(f"{name} {value}" for name, value in other.items())
+        what = f"{resumed_from} does not fit these settings: its model has {what}"
+        raise SettingError(f"{what}.\nResume it with the settings of its run.")
+    step, progress = saved_state["step"], saved_state["progress"]
+    saved_batch = saved_state["settings"]["total_batch_size"]
+    tokens = saved_state.get("tokens", step * saved_batch)  # older checkpoints have no sums
+    flops_so_far = saved_state.get("total_training_flops", num_flops_per_token * tokens)
+    min_val_bpb, val_bpb, val_step = (saved_state[name] for name in ("min_val_bpb", "val_bpb", "val_step"))
+    smooth_train_loss = saved_state["smooth_train_loss"]
+    total_training_time, mean_dt = saved_state["total_training_time"], saved_state.get("mean_dt")
+    skipped_steps = saved_state["skipped_steps"]
+    planned_iterations, span = saved_state["planned_iterations"], saved_state["span"]
+    if saved_state["settings"]["eval_bytes"] != eval_bytes:  # measured on another text
+        min_val_bpb, val_step = math.inf, -1
+    clock.add(saved_state["spent"])
+    seconds = sum(clock.spent[name] for name in ("training", "evaluation", "sampling", "saving"))
+    span_used = saved_state.get("span_used") or (progress * span if span else seconds)
+    horizon_now = {"num_iterations": num_iterations, "minutes": minutes, "target_flops": target_flops}
+    horizon_now["target_param_data_ratio"] = target_param_data_ratio
+    new_horizon = any(saved_state["settings"][name] != value for name, value in horizon_now.items())
+    new_batch = total_batch_size not in (None, saved_batch)
+
+# -----------------------------------------------------------------------------
+# The plan, 1) horizon: tokens to train on. A timed run knows them once a step has been measured
+
 if num_iterations:
-    total_batch_size = total_batch_size or rules.whole_rows(2**19 if on_gpu else 2**12, max_seq_len)
+    total_batch_size = total_batch_size or plan.whole_rows(2**19 if on_gpu else 2**12, max_seq_len)
     planned_tokens = num_iterations * total_batch_size
-elif target_flops:  # 1.5e18 FLOPs at depth 12, 1e9 a token -> 1.5e9 tokens
+elif target_flops:  # 1.5e18 FLOPs at depth 12, 1e9 per token -> 1.5e9 tokens
     planned_tokens = target_flops / num_flops_per_token
 elif target_param_data_ratio:  # ratio 12 at depth 12, vocabulary 50,257: 12 × 124e6 -> 1.5e9 tokens
     planned_tokens = target_param_data_ratio * model.num_scaling_params()
 
-# Is there time to compile? On two cores the parts of the model take 30 s and make a step 1.2 times as fast,
-# the whole graph takes 70 s for 5% more. 2e13 and 1e14 FLOPs are 3 and 15 minutes there. On a GPU the whole
-# graph of depth 12 takes a minute, and 20 s more than its parts, for 1.5%; 5e17 are 20 minutes of an H100
-must_compile = given.get("compile") or given_before.get("compile")  # asked for: without it there is no run
-if minutes:
-    long_enough, very_long = minutes >= (2 if on_gpu else 3), minutes >= 20
-else:
-    planned_flops = num_flops_per_token * planned_tokens
-    long_enough = planned_flops >= (2e16 if on_gpu else 2e13)
-    very_long = planned_flops >= (5e17 if on_gpu else 1e14)
+must_compile = settings.requested.get("compile", False)  # then a failure to compile is an error
+planned_flops = None if minutes else num_flops_per_token * planned_tokens
+compile_mode = plan.compile_mode(device_type, minutes, planned_flops)
 if compile is None:
-    compile = long_enough and device_type != "mps"
-if compile and very_long and world_size == 1:
+    compile = compile_mode != "nothing"
+if compile and compile_mode == "graph" and world_size == 1:
     model.compile(dynamic=False)
-elif compile:  # and ranks average a part's gradients meanwhile: the whole graph gives all at its end
+elif compile:  # blocks, too, on several ranks: they average each block's gradients during the backward pass
     model.compile_parts(blocks=on_gpu)
 
 # -----------------------------------------------------------------------------
-# The trial: a few steps on random rows compile, find the batch that fits, and measure the speed
+# The benchmark: a few steps on random rows find the micro-batch that fits, compile, and measure a step
 
 
-def passes():
-    """Forward and backward over micro_rows random rows."""
-    global trial_loss
-    random_rows = torch.randint(vocab_size, (micro_rows, max_seq_len + 1), device=device)
-    trial_loss = model(random_rows[:, :-1], random_rows[:, 1:])
-    (trial_loss / (micro_rows * max_seq_len)).backward()
+def benchmark_step(compile):
+    """A fresh optimizer -> the two parts of a training step on random rows."""
+    optimizer = build_optimizer(compile)
+
+    def micro_step(rows):
+        random_rows = torch.randint(vocab_size, (rows, max_seq_len + 1), device=device)
+        loss = model(random_rows[:, :-1], random_rows[:, 1:])
+        (loss / (rows * max_seq_len)).backward()
+        return loss.detach()
+
+    return micro_step, optimizer.step
 
 
-def update():
-    """A step of the optimizer. The gradients stay: memory peaks in micro-steps that find some."""
-    optimizer.step(trial_loss.detach())
+def benchmark(sizes, compile):
+    """-> (first of `sizes` that fits, in rows; seconds of a micro-step; seconds of an optimizer step)"""
+    what = "compiling, up to a minute the first time, and " if compile else ""
+    print0("benchmark", f"{what}measuring steps of {sizes[0]} × {max_seq_len} tokens")
+    with console.waiting("benchmark", "compiling" if compile else "measuring"):
+        return machine.benchmark(
+            lambda: benchmark_step(compile),
+            sizes,
+            device,
+            ranks,
+            headroom=0.0 if device_batch_size else 0.05,
+            release=lambda: model.zero_grad(set_to_none=True),
+        )
 
 
-# on an H100 depth 12 is 3% faster on 131,072 tokens at a time than on 65,536; eight ranks share 2^19
-at_once = (131_072 if world_size <= 4 else 65_536) if on_gpu else 2_048
-micro_rows = device_batch_size or rules.whole_rows(at_once, max_seq_len) // max_seq_len
+# on an H100 depth 12 is 3% faster with 131,072 tokens at a time than with 65,536; eight ranks share 2^19
+tokens_at_once = (131_072 if world_size <= 4 else 65_536) if on_gpu else 2_048
+largest = device_batch_size or plan.whole_rows(tokens_at_once, max_seq_len) // max_seq_len
+batch_was_given = "total_batch_size" in settings.requested
 if total_batch_size:
-    *_, micro_rows = dataloader.split_batch(total_batch_size, max_seq_len, world_size, micro_rows)
-while not (device_batch_size or micro_rows == 1 or fits(model, micro_rows)):
-    micro_rows = dataloader.largest_divisor(micro_rows, micro_rows - 1)
-optimizer = build_optimizer()
-what = "compiling, which can take a minute the first time, and " if compile else ""
-tell("trial", f"{what}measuring steps of {micro_rows} × {max_seq_len} tokens")
-spare = 0.0 if device_batch_size else 0.05  # share of the memory
-timings = []  # (seconds of the passes, seconds of the update); the first ones compile
-while len(timings) < 4:
-    room = spare if timings else 0.0  # the first ones hold what compiling tries out, too
-    outcome, micro_seconds, error = machine.attempt(passes, device, ranks, room)
-    if outcome == machine.FITS:
-        outcome, update_seconds, error = machine.attempt(update, device, ranks, room, collective=True)
-    if outcome == machine.FITS:
-        if not timings:
-            machine.forget_memory(device)
-        timings.append((micro_seconds, update_seconds))
-        continue
-    smaller = dataloader.largest_divisor(micro_rows, max(1, micro_rows - 1))
-    if outcome == machine.FAILS and (must_compile or not compile):
-        raise error or RuntimeError("another rank failed")
-    if outcome == machine.FAILS:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200] if error else "on another rank"
-        tell("trial", f"going on without torch.compile, which does not work here: {reason}")
+    rows_per_rank = plan.share_batch(total_batch_size, max_seq_len, world_size, batch_was_given)
+    largest = plan.largest_divisor(rows_per_rank, min(rows_per_rank, largest))
+sizes = [largest]
+if not device_batch_size:
+    sizes = [rows for rows in plan.micro_batch_sizes(largest) if fits(model, rows)] or [1]
+try:
+    try:
+        measured = benchmark(sizes, compile)
+    except machine.BenchmarkFailed as failure:
+        reason = failure.__cause__ or RuntimeError("the benchmark failed on another rank")
+        if must_compile or not compile:
+            raise reason from None
+        reason = " ".join(f"{type(reason).__name__}: {reason}".split())[:200]
+        print0("benchmark", f"torch.compile does not work here, continuing without it: {reason}")
         torch.compiler.set_stance("force_eager")
         compile = False
-    elif micro_rows == 1:
-        refuse_depth()
-    elif device_batch_size:
-        advice = f"Try --device-batch-size {smaller}."
-        raise SettingError(f"{micro_rows} rows of {max_seq_len} do not fit.\n{advice}")
-    else:
-        micro_rows = smaller
-    timings, trial_loss, optimizer, error = [], None, None, None
-    model.zero_grad(set_to_none=True)
-    gc.collect()  # what the failed attempt still holds
-    machine.forget_memory(device)
-    optimizer = build_optimizer()
-model.zero_grad(set_to_none=True)
-micro_seconds, update_seconds = ranks.first([min(t) for t in zip(*timings[1:])])
-clock.lap("trial")
+        measured = benchmark(sizes, compile)
+except machine.DoesNotFit:
+    if not device_batch_size or largest == 1:
+        raise too_deep(depth) from None
+    advice = f"Try --device-batch-size {plan.largest_divisor(largest, largest - 1)}."
+    raise SettingError(f"{largest} rows of {max_seq_len} do not fit.\n{advice}") from None
+micro_batch_size, micro_step_time, update_time = measured
 
 # -----------------------------------------------------------------------------
 # The plan, continued
 
 weight_bytes = 4 * sum(num_params.values())
-checkpoint_bytes = weight_bytes + optimizer.state_bytes()
-# of an evaluation, until one has been timed: a forward pass is a third of both passes, say a half
-eval_seconds = math.ceil(len(validation) / (micro_rows * world_size)) * micro_seconds / 2
+numel = {"muon": num_params["matrix"], "adamw": sum(num_params.values()) - num_params["matrix"]}
+checkpoint_bytes = weight_bytes + optimizer_state_bytes(numel)
+# of an evaluation, until the first one is timed: a forward pass takes a third of a micro-step, say half
+eval_seconds = math.ceil(len(validation) / (micro_batch_size * world_size)) * micro_step_time / 2
+closing_seconds = 0.0
 if minutes:
-    # closing work beside an evaluation: samples of 128 tokens, a checkpoint at 250 MB/s, peak, report
+    # closing work besides an evaluation: samples of 128 tokens, a checkpoint at 250 MB/s, peak, report
     for _ in range(2):  # the first call loads kernels
         begin = time.perf_counter()
         list(model.generate([[corpus.bos] * 24] * 4, corpus.bos, 8))
     closing_seconds = 16 * (time.perf_counter() - begin) + checkpoint_bytes / 250e6 + 6.0
-    seconds_left = ranks.first(60 * minutes - clock.elapsed("corpus") - eval_seconds - closing_seconds)
-    planned_tokens = max(1.0, seconds_left) / micro_seconds * micro_rows * max_seq_len * world_size
+    seconds_left = 60 * minutes - clock.elapsed("corpus") - eval_seconds - closing_seconds
+    seconds_left = max(1.0, ranks.broadcast(seconds_left))
+    training_seconds = seconds_left - eval_seconds * plan.num_evaluations(eval_seconds, seconds_left)
+    rows_per_second = micro_batch_size * world_size / micro_step_time
+    planned_tokens = tokens + training_seconds * rows_per_second * max_seq_len
 
-# a small text is soon learnt by heart: a timed run ends before
-most_tokens = rules.MOST_EPOCHS * unique_tokens if minutes else math.inf
-planned_tokens = min(planned_tokens, most_tokens)
+# a timed run ends before it memorizes a small text
+max_tokens = plan.MAX_EPOCHS * corpus.unique_tokens if minutes else math.inf
+planned_tokens = min(planned_tokens, max_tokens)
 
-# 2) batch: 1.5e9 tokens -> 2^19; five minutes of a CPU, 4e6 -> 2^12
-total_batch_size = total_batch_size or rules.whole_rows(rules.best_batch_size(planned_tokens), max_seq_len)
-rows_per_step, rows_per_rank, device_batch_size = dataloader.split_batch(
-    total_batch_size, max_seq_len, world_size, micro_rows
-)
-total_batch_size, micro_steps = rows_per_step * max_seq_len, rows_per_rank // device_batch_size
-machine.check_sums(device, max(vocab_size, device_batch_size * max_seq_len))
-planned_dt = micro_steps * micro_seconds * device_batch_size / micro_rows + update_seconds
+# 2) batch: 1.5e9 tokens -> 2^19; five minutes of a CPU, 4e6 tokens -> 2^12
+wanted_batch = total_batch_size or plan.whole_rows(plan.best_batch_size(planned_tokens), max_seq_len)
+rows_per_rank = plan.share_batch(wanted_batch, max_seq_len, world_size, batch_was_given)
+rows_per_step = rows_per_rank * world_size
+total_batch_size = rows_per_step * max_seq_len
+wanted_rows = device_batch_size
+device_batch_size = plan.largest_divisor(rows_per_rank, min(rows_per_rank, micro_batch_size))
+micro_steps = rows_per_rank // device_batch_size
+machine.check_matmul_length(device, max(vocab_size, device_batch_size * max_seq_len))
+if device_batch_size < micro_batch_size:  # compile and measure that shape, too
+    _, micro_step_time, update_time = benchmark([device_batch_size], compile)
+planned_dt = micro_steps * micro_step_time + update_time
+clock.lap("trial")
+
 if not minutes:
-    num_iterations = num_iterations or max(1, round(planned_tokens / total_batch_size))
-if not planned_iterations or new_horizon:
-    planned_iterations = num_iterations or step + max(1, int(seconds_left / planned_dt))
-last_step = num_iterations or math.inf  # known of a timed run where it is the text that ends it
-if most_tokens < math.inf:
-    last_step = max(1, int(most_tokens / total_batch_size))
+    steps_left = (planned_tokens - tokens) / total_batch_size  # step + steps left, rounded once
+    num_iterations = num_iterations or max(1, round(step + steps_left))
+if resumed_from:
+    new_batch = total_batch_size != saved_batch
+if planned_iterations is None or new_horizon or new_batch:
+    planned_iterations = num_iterations or step + max(1, int(training_seconds / planned_dt))
+text_limit = None  # of a timed run: the progress of its steps towards MAX_EPOCHS
+if minutes:
+    last_step = max(1, step + int((max_tokens - tokens) // total_batch_size))
     planned_iterations = min(planned_iterations, max(step + 1, last_step))
-ends_early = minutes and planned_iterations >= last_step
-planned_tokens = planned_iterations * total_batch_size
+    text_limit = plan.ProgressBySteps(last_step, total_batch_size, step, tokens)
+planned_tokens = tokens + max(0, planned_iterations - step) * total_batch_size
 horizon = f"{report.plural(minutes, 'minute')}, about " if minutes else ""
 horizon += f"{report.plural(planned_iterations, 'step')}, {report.short(planned_tokens)} tokens, "
 horizon += f"{num_flops_per_token * planned_tokens:.2g} FLOPs"
-horizon += f", about {report.duration(planned_iterations * planned_dt)}" if not minutes else ""
-horizon += f"; it ends early, after reading the text {rules.MOST_EPOCHS} times" if ends_early else ""
-tell("plan", f"1) horizon: {horizon}")
-shape = f"{micro_steps} × {device_batch_size} × {max_seq_len:,}"
-tell("plan", f"2) batch: {total_batch_size:,} tokens ({shape})")
+if not minutes:
+    horizon += f", about {report.duration(planned_iterations * planned_dt)}"
+elif planned_iterations >= last_step:
+    horizon += f"; ends early, after {plan.MAX_EPOCHS} epochs of this text, or at the latest on time"
+print0("plan", f"1) horizon: {horizon}")
+batch = f"{total_batch_size:,} tokens ({micro_steps} × {device_batch_size} × {max_seq_len:,})"
+if total_batch_size != max_seq_len * max(1, round(wanted_batch / max_seq_len)):
+    batch += f"; not {wanted_batch:,}, which {world_size} processes cannot share"
+if wanted_rows and device_batch_size < wanted_rows:
+    batch += f"; {device_batch_size} rows at a time, not {wanted_rows}: it must divide {rows_per_rank} rows"
+print0("plan", f"2) batch: {batch}")
 
-# 3) learning rates: 2^19 tokens a step -> × 1; 2^20 -> × 1.41; 2^12 -> AdamW × 0.55, Muon × 2.6
-adamw_scale, muon_scale = rules.lr_scales(total_batch_size)
-for entry in roles.values():
-    entry["lr"] *= muon_scale if entry["kind"] == "muon" else adamw_scale
+# 3) learning rates: 2^19 tokens per step -> × 1; 2^20 -> × 1.41; 2^12 -> AdamW × 0.55, Muon × 2.6
+adamw_scale, muon_scale = plan.lr_scales(total_batch_size)
+for role in roles.values():
+    role["lr"] *= muon_scale if role["kind"] == "muon" else adamw_scale
 warmup = min(warmup_steps, planned_iterations / 10)
 scales = f"AdamW × {adamw_scale:.3g}, Muon × {muon_scale:.3g}"
-tell("plan", f"3) learning rates: {scales}, {report.plural(round(warmup), 'step')} of warmup")
+print0("plan", f"3) learning rates: {scales}, {report.plural(round(warmup), 'step')} of warmup")
 
-# 4) weight decay: 2,840 steps × 2^19 tokens -> 0.28; four times as many -> 0.07
+# 4) weight decay: 2,840 steps × 2^19 tokens -> 0.28; four times as many steps -> 0.07
 if weight_decay is None:
-    weight_decay = rules.best_weight_decay(total_batch_size, planned_tokens)
-tell("plan", f"4) weight decay: {weight_decay:.3g}")
+    weight_decay = plan.best_weight_decay(total_batch_size, planned_tokens)
+print0("plan", f"4) weight decay: {weight_decay:.3g}")
 
-# 5) evaluations: about ten, in a timed run for at most 5% of its time
+# 5) evaluations: about ten; in a timed run for at most 5% of its time
 if eval_every is None:
-    training_seconds = planned_dt * (planned_iterations - step)
-    evaluations = min(10.0, 0.05 * training_seconds / eval_seconds) if minutes else 10.0
+    evaluations = plan.num_evaluations(eval_seconds, training_seconds if minutes else math.inf)
     eval_every = math.ceil(planned_iterations / evaluations) if evaluations >= 1 else -1
 between = f", and every {report.plural(eval_every, 'step')}" if eval_every > 0 else ""
-tell("plan", f"5) evaluations: at the start and the end{between}")
-
-if resumed_from:
-    by_steps = sum(clock.spent.get(name, 0.0) for name in ("training", "evaluation", "sampling", "saving"))
-    used_before, progress_before = progress * span if span else by_steps, progress  # seconds, share
-    if not minutes:
-        progress, span = min(1.0, step / num_iterations), None
-    elif new_horizon:
-        span = used_before + max(seconds_left, planned_dt)
-        progress = used_before / span
-    if progress < progress_before and progress_before > 1 - warmdown_ratio:
-        what = f"{progress_before:.0%} of the run were done, of the new horizon it is {progress:.0%}"
-        tell("resume", f"{what}: the decayed learning rate rises once more")
+print0("plan", f"5) evaluations: at the start and the end{between}")
 
 # -----------------------------------------------------------------------------
-# What the loop works with: fresh weights and optimizer, or those of the checkpoint, and the loader of rows
+# What the loop works with: rows, progress, weights, optimizer, log, checkpoints
 
-model.init_weights(device, seed)  # anew: the trial leaves no trace
-optimizer = build_optimizer()
-margin = 1.25 if minutes else 1.0  # a timed run may become faster
-dataloader.fetch_more(corpus, int(margin * planned_iterations * rows_per_step), max_seq_len, tell_data)
+clock.lap("setup")
+margin = 1.25 if minutes else 1.0  # a timed run may become faster than planned
+dataset.fetch_more(corpus, int(margin * planned_tokens / max_seq_len), max_seq_len, print_data)
+clock.lap("corpus")  # a download is no training time
 loader = dataloader.DataLoader(corpus, max_seq_len, rows_per_step, seed, device, rank, world_size)
+
+saved_progress = progress
+if minutes:
+    if new_horizon:
+        span = span_used + max(seconds_left, planned_dt)
+        progress = span_used / span
+    end = time.monotonic() + 60 * minutes - clock.elapsed("corpus")
+    timeline = plan.ProgressByClock(end, span, span_used, progress, by_steps=text_limit)
+else:
+    timeline = plan.ProgressBySteps(num_iterations, total_batch_size, step, tokens)
+    progress = timeline.at(step)
+if progress < saved_progress and saved_progress > 1 - warmdown_ratio:
+    what = f"{saved_progress:.0%} of the run was done, {progress:.0%} of the new horizon"
+    print0("resume", f"{what}: the learning rate rises again")
+
+model.init_weights(device, seed)  # again: the benchmark has trained them
+optimizer = build_optimizer(compile)
 if resumed_from:
     try:
         model.load_state_dict(checkpoint.load(resumed_from, "model"))
         optimizer.load_state_dict(checkpoint.load(resumed_from, "optimizer"))
-        loader.load_state_dict(data_place)
+        loader.load_state_dict(saved_state["data"])
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[-1].strip().rstrip(".")
-        advice = "Resume with those of its run."
+        advice = "Resume it with the settings of its run."
         raise SettingError(f"{resumed_from} does not fit these settings: {reason}.\n{advice}") from None
 elif init_from:
-    origin_model = asdict(GPTConfig(**origin_config["model"])) | {"max_seq_len": max_seq_len}
-    if origin_model != asdict(config):
-        what = f"{origin} holds another model, {origin_model}"
+    initial_model = asdict(GPTConfig(**initial_config["model"])) | {"max_seq_len": max_seq_len}
+    if initial_model != asdict(config):
+        what = f"{initial} holds another model, {initial_model}"
         raise SettingError(f"{what}.\nStart from a run of this version.")
-    model.load_state_dict(checkpoint.load(origin, "model"))
+    model.load_state_dict(checkpoint.load(initial, "model"))
 corpus_size = report.short(corpus.counts["train"]["tokens"])
 epochs = planned_tokens / (loader.rows_per_epoch * max_seq_len)
 corpus_name = f"{corpus.name} · vocabulary of {vocab_size:,} · fingerprint {corpus.fingerprint}"
-tell("data", f"{corpus_name} · {corpus_size} training tokens, for {epochs:.2g} epochs")
-
-how = "eager" if not compile else "compiled in parts" if model.has_compiled_parts else "compiled"
+print0("data", f"{corpus_name} · {corpus_size} training tokens, for {epochs:.2g} epochs")
+how = "uncompiled" if not compile else "compiled in parts" if model.has_compiled_parts else "compiled"
 kernel = attention_backend(config, compute_dtype, device, compile)
-tell("train", f"{how} · {kernel} attention · peak {report.short(peak, ' ')}FLOP/s ({peak_source})")
+print0("train", f"{how} · {kernel} attention · peak {report.short(peak_flops, ' ')}FLOP/s ({peak_source})")
 
-# -----------------------------------------------------------------------------
-# The run's folder
-
-settings = {name: globals()[name] for name in kinds if name not in CALL}
-to_repeat = {name: settings[name] for name in settings if name not in ("wandb", *HORIZONS[2:])}
+saved_values = settings.values(without=OF_THE_CALL)
+to_repeat = {name: value for name, value in saved_values.items() if name not in ("wandb", *HORIZONS[2:])}
 python = "python" if world_size == 1 else f"torchrun --standalone --nproc_per_node={world_size}"
-if "num_iterations" not in horizons:  # the horizon stays what was asked for
-    settings["num_iterations"] = None
-run_config = {
-    "settings": settings,
-    "given": given_before | {name: given[name] for name in given if name not in CALL},
-    "command": report.command_line(f"{python} train.py", to_repeat),
-    "timed": bool(minutes),
-    "model": asdict(config),
-    "num_params": num_params,
-    "num_flops_per_token": num_flops_per_token,
-    "num_flops_per_token_causal": model.num_flops_per_token(exact_causal=True),
-    "corpus": {"name": corpus.name, "fingerprint": corpus.fingerprint, **corpus.counts},
-    "device": device_name,
-    "device_type": device_type,
-    "mfu_peak": peak,
-    "mfu_peak_source": peak_source,
-    "world_size": world_size,
-    "versions": report.versions(),
-}
+run_config = report.run_config(
+    settings=saved_values if asked_for_steps else saved_values | {"num_iterations": None},
+    given={name: value for name, value in settings.requested.items() if name not in OF_THE_CALL},
+    command=report.command_line(f"{python} train.py", to_repeat),
+    timed=bool(minutes),
+    model=asdict(config),
+    num_params=num_params,
+    num_flops_per_token=num_flops_per_token,
+    num_flops_per_token_causal=model.num_flops_per_token(exact_causal=True),
+    corpus={"name": corpus.name, "fingerprint": corpus.fingerprint, **corpus.counts},
+    device=device_name,
+    device_type=device_type,
+    mfu_peak=peak_flops,
+    mfu_peak_source=peak_source,
+    world_size=world_size,
+)
 if rank == 0:
     try:
         checkpoints.mkdir(exist_ok=True)
-        report.replace(run_folder / "config.json", json.dumps(run_config, indent=2))
-        if not (run_folder / "tokenizer" / "tokenizer.json").exists():  # never touch a good one
-            dataloader.save_tokenizer(corpus.tokenizer, run_folder / "tokenizer")
-        report.cut_log(run_folder, step if resumed_from else -1)
+        report.replace(run_path / "config.json", json.dumps(run_config, indent=2))
+        if not (run_path / "tokenizer" / "tokenizer.json").exists():  # never overwrite a good one
+            dataset.save_tokenizer(corpus.tokenizer, run_path / "tokenizer")
+        report.cut_log(run_path, step if resumed_from else -1)
     except OSError as error:
-        advice = "Choose another --out-dir or make room."
-        raise SettingError(f"{run_folder} cannot be written: {error.strerror}.\n{advice}") from None
+        advice = "Choose another --out-dir or free some space."
+        raise SettingError(f"{run_path} cannot be written: {error.strerror}.\n{advice}") from None
     saves = 1 + planned_iterations // save_every if save_every > 0 else 1
     saves += int(planned_iterations * planned_dt / (60 * save_minutes)) if save_minutes > 0 else 0
-    saves = min(saves, keep_checkpoints + 1)  # the oldest one goes when the new one is complete
-    if warning := checkpoint.check_room(checkpoints, weight_bytes, checkpoint_bytes, saves, best=epochs > 1):
-        tell("disk", warning)
-log = report.Log(run_folder if rank == 0 else None, wandb, run_config)
+    saves = min(saves, keep_checkpoints + 1)  # the oldest one is deleted after the newest is complete
+    sizes = weight_bytes, checkpoint_bytes
+    if warning := checkpoint.check_disk_space(checkpoints, *sizes, saves, best=epochs > 1):
+        print0("disk", warning)
+log = report.Log(run_path if rank == 0 else None, console, wandb, run_config)
 event = "resumed" if resumed_from else "started"
 log.write("event", step=step, event=event, planned_iterations=planned_iterations)
 saver = checkpoint.Saver(checkpoints, keep_checkpoints, pin=on_gpu, synchronize=synchronize)
 
 
 def write_samples():
-    """Of validation documents [[beginning, what the model writes, how the text really goes on], ...]."""
+    """For some validation documents: [[their beginning, the model's text, how they go on], ...]."""
     prompts, real = zip(*validation.beginnings(4, 24, 128))
     written = zip(*model.generate(prompts, corpus.bos, 128, seed=seed))
     decode = corpus.tokenizer.decode
@@ -681,29 +636,27 @@ def write_samples():
 
 
 # -----------------------------------------------------------------------------
-# The loop. Host and device meet only at the end of a window of steps
+# The loop. CPU and GPU synchronize once per log interval
 
 start_step, time_before = step, total_training_time
-warm_from = start_step + 10  # until then caches and allocators warm up: those steps are not timed
+warm_from = start_step + 10  # caches and allocators warm up until then: these steps are not timed
 last_saved, last_save_time = step if resumed_from else -1, time.monotonic()
-dt = planned_dt  # seconds per step in the last window
-mean_dt = mean_dt or planned_dt  # on average since `warm_from`; until there is a window, in the start before
-tokens = step * total_batch_size
-flops_so_far = num_flops_per_token * tokens
-timetable = None  # of a timed run, from its first step on
+tensors = state = None  # of the last save
+dt = planned_dt  # seconds per step in the last interval
+mean_dt = mean_dt or planned_dt  # on average since warm_from; before that, of the start before
 samples, sample_step, sample_seconds = [], -1, 0.0
-skips_in_a_row, failure = 0, None  # failure: why the run cannot go on
+skips_in_a_row, failure = 0, None  # failure: why the run cannot continue
 evaluation_due = step == 0 or (eval_every > 0 and step % eval_every == 0)
 save_due = sample_due = finished = stop = False
-signals = machine.Signals()  # from now on they are obeyed at the end of a window; stop: the one that came
-new_folder = None
+signals = machine.Signals()  # from here on they take effect at the end of an interval; stop: which one came
+errors.clean_up[-1] = lambda error: log.fail(f"{type(error).__name__}: {error}")  # the folder stays
 clock.lap("setup")
 while True:
-    # once in a while: evaluate. Another evaluation has its place here, its time within eval_seconds
+    # once in a while: evaluate. Another evaluation belongs here, its time within eval_seconds
     if evaluation_due and val_step != step:
         begin = time.monotonic()
         batches = ranks.watch(validation.batches(device_batch_size, device, rank, world_size))
-        # compiled, it is the graph that trains; and on MPS attention without gradients has looked ahead
+        # compiled, the training graph is reused; on MPS attention without gradients sees future tokens
         with torch.set_grad_enabled(compile or device_type != "cpu"):
             val_bpb = report.bits_per_byte(model, batches, device)
         min_val_bpb, val_step = min(min_val_bpb, val_bpb), step
@@ -711,11 +664,12 @@ while True:
         val_record = {"step": step, "val_bpb": val_bpb, "min_val_bpb": min_val_bpb}
         val_record |= {"total_training_flops": flops_so_far, "total_training_time": total_training_time}
         log.write("val", **val_record)
-        show(report.val_line(val_record))
+        console.val(val_record)
         clock.lap("evaluation")
-        # the text is read again: from here on val_bpb may rise, so the weights where it is lowest are kept
+        # from the second epoch on val_bpb may rise again: keep the weights where it is lowest
         if loader.epoch > 1 and val_bpb == min_val_bpb and not finished and rank == 0:
             best_state = {"step": step, "val_bpb": val_bpb, "epoch": loader.epoch}
+            best_state["settings"] = run_config["settings"]
             saver.save(step, {"model": model.state_dict()}, best_state, kind="best")
             clock.lap("saving")
 
@@ -723,7 +677,7 @@ while True:
     if save_due and last_saved != step:
         ranks.heartbeat()
         last_save_time = time.monotonic()
-        different = optimizer.different_rank()
+        different = optimizer.first_different_rank()
         if different is not None:
             failure = f"the weights of rank {different} differ from those of rank 0; nothing is saved"
             break
@@ -732,7 +686,9 @@ while True:
             tensors = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             state = {
                 "step": step,
-                "progress": timetable.at(time.monotonic()) if minutes else progress,
+                "progress": timeline.at(step, time.monotonic()),
+                "tokens": tokens,
+                "total_training_flops": flops_so_far,
                 "min_val_bpb": min_val_bpb,
                 "val_bpb": val_bpb,
                 "val_step": val_step,
@@ -741,7 +697,7 @@ while True:
                 "skipped_steps": skipped_steps,
                 "mean_dt": mean_dt,
                 "planned_iterations": planned_iterations,
-                "span": span,
+                **timeline.state_dict(time.monotonic()),
                 "spent": dict(clock.spent),
                 "data": loader.state_dict(),
                 **{name: run_config[name] for name in ("settings", "given", "versions", "model")},
@@ -749,83 +705,76 @@ while True:
             if rank == 0:
                 saver.save(step, tensors, state)
         else:
-            tell("save", "left out: the weights are not finite")
+            print0("save", "skipped: the weights are not finite")
         clock.lap("saving")
 
-    # once in a while: sample, after saving, because it only shows something
+    # once in a while: sample, after saving
     if sample_due and sample_step != step and rank == 0:
         begin, sample_step = time.monotonic(), step
-        samples = report.attempt("sampling", write_samples) or samples
-        show(report.show_samples(samples))
+        samples = console.attempt("sampling", write_samples) or samples
+        console.samples(samples)
         sample_seconds = time.monotonic() - begin
         clock.lap("sampling")
     if finished or stop:
         break
 
-    # how far the next window goes: rank 0 decides, all ranks obey
-    most = log_every or (1 if step < warm_from else min(10, max(1, int(0.5 / dt))))
-    most = min(most, max(1, int(10 / dt)))  # signals and saves wait for a window's end
+    # how many steps until the next report: rank 0 decides
+    max_steps = log_every or (1 if step < warm_from else min(10, max(1, int(0.5 / dt))))
+    max_steps = min(max_steps, max(1, int(10 / dt)))  # signals and saves wait for the end of an interval
     for period in (eval_every, sample_every, save_every):
-        most = min(most, period - step % period) if period > 0 else most
+        max_steps = min(max_steps, period - step % period) if period > 0 else max_steps
     if step < warm_from:
-        most = min(most, warm_from - step)
-    if minutes and timetable is None:  # the clock of a timed run starts with its first step
-        seconds_left = 60 * minutes - clock.elapsed("corpus") - eval_seconds - closing_seconds
-        span = span or max(seconds_left, dt)
-        timetable = Timetable(time.monotonic(), span, progress, last_step)
-    if minutes:
-        window = timetable.window(time.monotonic(), dt, most, step)
-    else:
-        window = (min(1.0, step / num_iterations), 0.0, max(0, min(most, num_iterations - step)), 0.0)
-    progress, increment, window_steps, stall = ranks.first(window)
-    if stall:
-        tell("time", f"the run stood still: its deadline is put off by {stall:.1f} s")
-    if window_steps == 0:  # what the end needs, then out
-        report.end_live()
+        max_steps = min(max_steps, warm_from - step)
+    times = {"now": time.monotonic(), "closing_seconds": eval_seconds + closing_seconds}
+    interval = ranks.broadcast(timeline.next_interval(step, dt, max_steps, **times))
+    progress = interval.progress[0]
+    if interval.suspended:
+        print0("time", f"the process was suspended: deadline extended by {interval.suspended:.1f} s")
+    if interval.steps == 0:  # the run is over: evaluate, save and sample once more
         if step == start_step and resumed_from:
-            tell("resume", "nothing is left to train: the run has come to its end")
+            print0("resume", "nothing is left to train: the run is complete")
         finished = evaluation_due = save_due = sample_due = True
         continue
 
     ranks.heartbeat()
-    step_nats, step_norms, step_skips = [], [], []  # 0-D tensors on the device
-    wait_before, window_start = loader.wait_time, time.perf_counter()
-    for _ in range(int(window_steps)):
-        # one step of training: accumulate gradients, set what the schedules say, update, forget the gradients
-        rows = next(loader)  # this rank's: (rows_per_rank, T + 1)
-        nats = torch.zeros((), device=device)
-        for micro_step, micro in enumerate(rows.split(device_batch_size), 1):
-            loss = model(micro[:, :-1], micro[:, 1:])  # summed over its targets
+    loss_sums, grad_norms, skips = [], [], []  # per step, 0-D tensors on the device
+    wait_before, interval_start = loader.wait_time, time.perf_counter()
+    for next_progress in interval.progress[1:]:
+        # one step of training: accumulate gradients, set what the schedules say, update, clear the gradients
+        rows = next(loader)  # of this rank: (rows_per_rank, T + 1)
+        loss_sum = torch.zeros((), device=device)
+        for micro_step, micro_batch in enumerate(rows.split(device_batch_size), 1):
+            loss = model(micro_batch[:, :-1], micro_batch[:, 1:])  # summed over its targets
             if micro_step == micro_steps:
-                optimizer.reduce_early()  # ranks average each gradient while the backward pass goes on
-            (loss / (rows_per_rank * max_seq_len)).backward()  # a mean; the optimizer averages over ranks
-            nats += loss.detach()
-        lrm = lr_multiplier(step, progress, warmup, warmdown_ratio, final_lr_frac)
-        momentum = muon_momentum(step, progress, warmdown_ratio)
-        decay = weight_decay * weight_decay_multiplier(progress, warmdown_ratio)
+                optimizer.reduce_early()  # ranks average each gradient while the backward pass runs
+            (loss / (rows_per_rank * max_seq_len)).backward()  # the rank's mean; step() averages over ranks
+            loss_sum += loss.detach()
+        lrm = plan.lr_multiplier(step, progress, warmup, warmdown_ratio, final_lr_frac)
+        momentum = plan.muon_momentum(step, progress, warmdown_ratio)
+        decay = weight_decay * plan.weight_decay_multiplier(progress, warmdown_ratio)
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * lrm
             if group["kind"] == "muon":
                 group["momentum"], group["weight_decay"] = momentum, decay
-        optimizer.step(nats)
+        optimizer.step(loss_sum)
         model.zero_grad(set_to_none=True)
 
-        step += 1
-        progress = progress + increment if minutes else step / num_iterations
-        step_nats.append(nats)
-        step_norms.append(optimizer.grad_norm)
-        step_skips.append(optimizer.skipped)
+        step, progress = step + 1, next_progress
+        loss_sums.append(loss_sum)
+        grad_norms.append(optimizer.grad_norm)
+        skips.append(optimizer.skipped)
         if signals.stop and world_size == 1:
             break
 
-    # the window ends: the only synchronization, one transfer, one record
-    global_nats = ranks.total(torch.stack(step_nats))
-    table = torch.stack([global_nats, torch.stack(step_norms), torch.stack(step_skips)])  # (3, steps)
-    losses, norms, skips = table.tolist()
+    # the interval ends: the only synchronization, one transfer, one record
+    global_sums = ranks.all_reduce_sum(torch.stack(loss_sums))
+    table = torch.stack([global_sums, torch.stack(grad_norms), torch.stack(skips)])  # (3, steps)
+    loss_sums, grad_norms, skips = table.tolist()
     synchronize()
-    dt = (time.perf_counter() - window_start) / len(losses)
-    for loss_sum, skipped in zip(losses, skips):
-        train_loss = math.nan if skipped else loss_sum / total_batch_size  # a mean over the global batch
+    steps_done = len(loss_sums)
+    dt = (time.perf_counter() - interval_start) / steps_done
+    for loss_sum, skipped in zip(loss_sums, skips):
+        train_loss = math.nan if skipped else loss_sum / total_batch_size  # mean over the global batch
         if skipped:
             skipped_steps, skips_in_a_row = skipped_steps + 1, skips_in_a_row + 1
             failure = "loss or gradient not finite 5 times in a row" if skips_in_a_row == 5 else failure
@@ -833,10 +782,10 @@ while True:
             smooth_train_loss, skips_in_a_row = report.update_ema(smooth_train_loss, train_loss, ema_beta), 0
     debiased_smooth_loss = report.debias(smooth_train_loss, ema_beta, step - skipped_steps)
     if step > warm_from:
-        total_training_time += dt * len(losses)
+        total_training_time += dt * steps_done
     mean_dt = (total_training_time - time_before) / (step - warm_from) if step > warm_from else dt
-    tokens = step * total_batch_size
-    flops_so_far = num_flops_per_token * tokens
+    tokens += total_batch_size * steps_done
+    flops_so_far += num_flops_per_token * total_batch_size * steps_done
     tok_per_sec = total_batch_size / dt
     record = {
         "step": step,
@@ -846,11 +795,11 @@ while True:
         "lrm": lrm,
         "muon_momentum": momentum,
         "weight_decay": decay,
-        "grad_norm": norms[-1],
+        "grad_norm": grad_norms[-1],
         "dt": dt,
         "tok_per_sec": tok_per_sec,
-        "mfu": num_flops_per_token * tok_per_sec / (peak * world_size),
-        "data_wait": (loader.wait_time - wait_before) / (dt * len(losses)),
+        "mfu": num_flops_per_token * tok_per_sec / (peak_flops * world_size),
+        "data_wait": (loader.wait_time - wait_before) / (dt * steps_done),
         "tokens": tokens,
         "total_training_flops": flops_so_far,
         "total_training_time": total_training_time,
@@ -860,62 +809,62 @@ while True:
     }
     log.write("step", **record)
     if any(skips):
-        places = range(loader.cursor - len(skips) * rows_per_step, loader.cursor, rows_per_step)
-        cursors = [place for place, skipped in zip(places, skips) if skipped]  # where those batches begin
+        begins = range(loader.cursor - steps_done * rows_per_step, loader.cursor, rows_per_step)
+        cursors = [cursor for cursor, skipped in zip(begins, skips) if skipped]  # where those batches begin
         log.write("event", step=step, event="skipped_step", skipped_steps=skipped_steps, cursors=cursors)
     log.saves(saver.outcomes(), step)
-    seconds_left = mean_dt * (last_step - step)
-    if minutes:
-        seconds_left = min(seconds_left, timetable.left(time.monotonic()))
-    show_step(record, num_iterations, val_bpb, peak_source, seconds_left)
+    seconds_left = timeline.seconds_left(step, mean_dt, time.monotonic())
+    console.step(record, num_iterations, peak_source, seconds_left)
     if failure:
-        culprit = optimizer.not_finite() or "the loss"
+        culprit = optimizer.first_nonfinite_parameter() or "the loss"
         failure = f"{failure}, first in {culprit}"
         log.write("event", step=step, event="not_finite", parameter=culprit)
         break
     if step == warm_from:
         gc.collect()
-        gc.freeze()  # what lives now lives to the end
+        gc.freeze()  # objects that live now live until the end
 
-    # what is due now: rank 0 decides, a signal may come to any rank, all ranks obey
+    # what is due: rank 0 decides; a signal may reach any rank, and all ranks act on it
     evaluation_due = eval_every > 0 and step % eval_every == 0
     sample_due = sample_every > 0 and step % sample_every == 0
     save_due = save_every > 0 and step % save_every == 0
     save_due |= 0 < 60 * save_minutes < time.monotonic() - last_save_time
-    if minutes:  # what the end does anyway is not begun shortly before it
+    if minutes:  # the end of a timed run evaluates and samples anyway: not just before it
         evaluation_due &= seconds_left > 3 * eval_seconds
         sample_due &= seconds_left > 3 * sample_seconds
     due = (evaluation_due, sample_due, save_due) if rank == 0 else (0, 0, 0)
-    *due, asked, stop = map(int, ranks.agree(*due, signals.save, signals.stop))
-    evaluation_due, sample_due, save_due = due[0] and not stop, due[1] and not stop, due[2] or asked or stop
+    *due, save_asked, stop = map(int, ranks.all_reduce_max(*due, signals.save, signals.stop))
+    evaluation_due, sample_due = due[0] and not stop, due[1] and not stop
+    save_due = due[2] or save_asked or stop
     signals.save = False
     clock.lap("training")
 
 # -----------------------------------------------------------------------------
-# The end: what was trained is safe before anything is shown
+# The end: save first, then show
 
-report.end_live()
-ranks.end()
+console.end_live()
+ranks.disconnect()
 saver.wait()
 save_error = log.saves(saver.outcomes(), step, "the last one failed")
-if checkpoint.is_full(save_error) and last_saved == step:  # perhaps there is room for the weights alone
+if checkpoint.is_full(save_error) and tensors and last_saved == step:  # the weights alone may fit
     saver.save(step, {"model": tensors["model"]}, state, prune=False)
     saver.wait()
-    if not log.saves(saver.outcomes(), step, "not even the weights alone had room"):
-        tell("save", f"the weights alone had room: step_{step:06d} can be sampled from, but not resumed")
+    if not log.saves(saver.outcomes(), step, "the weights alone do not fit either"):
+        print0("save", f"saved the weights alone: step_{step:06d} can be sampled from, but not resumed")
 failed = bool(failure or save_error or last_saved != step)
 event = "failed" if failure else "interrupted" if stop else "finished"
 log.write("event", step=step, event=event, **({"reason": failure} if failure else {}))
 if failure and rank == 0:
     good, _ = checkpoint.newest_valid(checkpoints)
-    show(f"error: {failure}.\nThe last good checkpoint: {good or 'none'}.")
+    console.show(f"error: {failure}.\nThe last good checkpoint is {good or 'none'}.")
 if stop:
-    call = {"out_dir": run_folder.parent, "run_name": run_folder.name, "resume": True}
-    tell("stopped", f"by {signal.Signals(stop).name} after step {step}; to continue:")
-    show(report.command_line(f"{python} {report.quoted(Path(__file__).absolute())}", call))
+    call = {"out_dir": run_path.parent, "run_name": run_path.name, "resume": True}
+    print0("stopped", f"by {signal.Signals(stop).name} after step {step}; to continue:")
+    console.show(report.command_line(f"{python} {report.quoted(Path(__file__).absolute())}", call))
 clock.lap("saving")
-if peak_source == "measured":  # the better of two: another program may have slowed the first
-    peak = max(peak, machine.find_peak(device, compute_dtype)[0])
+if peak_source == "measured":  # the better of two: another program may have slowed the first one
+    again = console.attempt("measuring the peak", machine.measure_peak_flops, device, compute_dtype)
+    peak_flops = max(peak_flops, again or 0.0)
 tok_per_sec = total_batch_size / mean_dt
 summary = {
     "val_bpb": val_bpb,
@@ -928,8 +877,8 @@ summary = {
     "total_training_time": total_training_time,
     "wall_time": clock.elapsed(),
     "tok_per_sec": tok_per_sec,
-    "mfu": num_flops_per_token * tok_per_sec / (peak * world_size),
-    "mfu_peak": peak,
+    "mfu": num_flops_per_token * tok_per_sec / (peak_flops * world_size),
+    "mfu_peak": peak_flops,
     "mfu_peak_source": peak_source,
     "peak_memory": machine.peak_memory(device),
     "num_params": sum(num_params.values()),
@@ -942,6 +891,6 @@ summary = {
     "samples": samples,
 }
 if rank == 0:
-    failed = not report.finish(run_folder, summary) or failed
+    failed = not report.finish(run_path, summary, console) or failed
     log.close(summary)
 sys.exit(1 if failed else 128 + stop if stop else 0)
