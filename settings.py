@@ -109,6 +109,14 @@ class Settings:
         if len(both) > 1:
             raise SettingError(f"two horizons are set: {both[0]} and {both[1]}.\nSet at most one.")
 
+    def require(self, values, source):
+        """Set these settings, {name: value}. SettingError for one that is already set to another value."""
+        for name, value in values.items():
+            if self.namespace[name] not in (None, value):
+                what = f"{self.flag(name)} {self.namespace[name]}: {source} needs {value}"
+                raise SettingError(f"{what}.\nLeave out {self.flag(name)} or {source}.")
+        self.namespace.update(values)
+
     def inherit(self, saved, requested_before, found_again=(), with_exclusive=(), fixed=()):
         """
         Take over the settings of the run to resume, {name: value}; a flag wins unless it repeats what the run

@@ -92,7 +92,7 @@ peak_tflops: float | None = None  # peak of one device, for the MFU (auto: as pu
 
 HORIZONS = ("num_iterations", "minutes", "target_flops", "target_param_data_ratio")
 DEPTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32)  # candidates for an automatic depth
-SHAPE = ("depth", "aspect_ratio", "head_dim")
+SHAPE = ("depth", "aspect_ratio", "head_dim", "vocab_size")  # taken from the run in --init-from
 OF_THE_CALL = ("run_name", "out_dir", "resume")  # not saved with the run
 # auto values that belong to the machine: a resumed run finds them again
 OF_THE_MACHINE = ("device_type", "dtype", "device_batch_size", "log_every", "peak_tflops")
@@ -128,19 +128,16 @@ run = RunFolder.find(out_folder, run_name) if resume else None
 has_begun = bool(run) and run.has_begun()
 saved_device_type = None
 if run:
-    saved_settings, requested_before, source = run.saved_settings()
-    if source and source != "config.json":
-        print0("resume", f"config.json cannot be read: using the settings in {source}")
-    if not source and (run.path / "config.json").exists():
-        print0("resume", f"{run.path / 'config.json'} is damaged and no checkpoint has its settings")
+    saved_settings, requested_before, warnings = run.saved_settings()
     saved_device_type = saved_settings.get("device_type")
-    for line in settings.inherit(
-        {name: value for name, value in saved_settings.items() if name not in OF_THE_CALL},
+    differences = settings.inherit(
+        saved_settings,
         requested_before,
         found_again=OF_THE_MACHINE,
         with_exclusive=("compile", "eval_every"),  # their auto values depend on the horizon
         fixed=("init_from",) if has_begun else (),
-    ):
+    )
+    for line in warnings + differences:
         print0("resume", line)
 settings.check(LIMITS)
 asked_for_steps = num_iterations is not None
@@ -175,12 +172,7 @@ if not any((num_iterations, minutes, target_flops, target_param_data_ratio)):
 tokenizer = None
 if init_from and not has_begun:  # shape and tokenizer of the other run; its weights are loaded below
     initial, initial_config = checkpoint.initial_weights(Path(init_from))
-    for name in (*SHAPE, "vocab_size"):
-        value, other = settings.values()[name], initial_config["settings"][name]
-        if value not in (None, other):
-            what = f"{settings.flag(name)} {value}: {init_from} has {other}"
-            raise SettingError(f"{what}.\nRemove {settings.flag(name)} or --init-from.")
-    depth, aspect_ratio, head_dim = (initial_config["settings"][name] for name in SHAPE)
+    settings.require({name: initial_config["settings"][name] for name in SHAPE}, source="--init-from")
     max_seq_len = max_seq_len or initial_config["settings"]["max_seq_len"]
     print0("init", f"from {initial}")
 if init_from:
@@ -212,9 +204,9 @@ ranks.connect(device)
 if rank > 0 and ranks.local_rank == 0:
     console.print("node", f"{socket.gethostname()} has joined with rank {rank} of {world_size}")
 peak_flops, peak_source = machine.find_peak_flops(device, compute_dtype, peak_tflops)
-run_path = Path(ranks.broadcast(str(run.path) if run else None))
-checkpoints = run_path / "checkpoints"
-machine.set_fallback_temporary_folder(run_path)
+run_path = ranks.broadcast(str(run.path) if run else None)
+run = run or RunFolder(run_path)  # on rank 0 it holds the lock
+machine.set_fallback_temporary_folder(run.path)
 
 # -----------------------------------------------------------------------------
 # The model: everything follows from depth. An automatic depth follows from the time or the FLOPs
@@ -228,21 +220,27 @@ def build_model(depth):
         return GPT(config, compute_dtype, max_logits=2**20 if device_type == "cpu" else 2**29)
 
 
+def optimizer_bytes(model):
+    """Bytes of the optimizer's state, on all ranks together. Muon is for the matrices of the blocks."""
+    counts = model.num_params()
+    return optimizer_state_bytes({"muon": counts["matrix"], "adamw": sum(counts.values()) - counts["matrix"]})
+
+
 def fits(model, rows):
     """Whether training with `rows` rows at a time should fit the GPU's memory; True on other devices."""
-    counts = model.num_params()
-    numel = {"muon": counts["matrix"], "adamw": sum(counts.values()) - counts["matrix"]}
-    needed = model.training_bytes(rows * max_seq_len, optimizer_state_bytes(numel) / world_size)
+    needed = model.training_bytes(rows * max_seq_len, optimizer_bytes(model) / world_size)
     return needed < 0.9 * memory  # libraries and temporary tensors take the rest
 
 
-def too_deep(depth):
-    """The error: not even one row fits. It suggests the largest depth that does."""
-    smaller = [d for d in DEPTHS if d < depth and fits(build_model(d), 1)]
-    advice = "Try a smaller --max-seq-len or --vocab-size"
-    if smaller:
-        advice = f"Try --depth {smaller[-1]}" if memory < math.inf else "Try a smaller --depth"
-    return SettingError(f"depth {depth}: not even one row of {max_seq_len} tokens fits.\n{advice}.")
+def does_not_fit(depth, rows):
+    """The error for it. It suggests fewer rows, or for one row the largest depth that fits."""
+    depths = [d for d in DEPTHS if d < depth and (memory == math.inf or fits(build_model(d), 1))]
+    advice = f"--depth {depths[-1]}" if depths else "a smaller --max-seq-len or --vocab-size"
+    if rows > 1:
+        advice = f"--device-batch-size {plan.largest_divisor(rows, rows - 1)}"
+    batch = f"{report.plural(rows, 'row')} of {max_seq_len} tokens"
+    what = f"depth {depth}: a step on {batch} does not fit in memory"
+    return SettingError(f"{what}.\nTry {advice}.")
 
 
 def affordable_tokens(model):
@@ -254,13 +252,9 @@ def affordable_tokens(model):
         flops = world_size * peak_flops * plan.expected_mfu(model.config.n_embd)
         return seconds * flops / model.num_flops_per_token()
     model.init_weights(device, seed)
-    rows, times = torch.randint(vocab_size, (4, max_seq_len + 1), device=device), []
-    for _ in range(4):
-        begin = time.perf_counter()
-        model(rows[:, :-1], rows[:, 1:]).backward()
-        synchronize()
-        times.append(time.perf_counter() - begin)
-    return seconds * world_size * 4 * max_seq_len / min(times)
+    rows = torch.randint(vocab_size, (4, max_seq_len + 1), device=device)
+    pass_time = machine.shortest_time(lambda: model(rows[:, :-1], rows[:, 1:]).backward(), device)
+    return seconds * world_size * 4 * max_seq_len / pass_time
 
 
 def is_affordable(depth):
@@ -277,17 +271,15 @@ if depth_from_budget:
 depth = depth or (12 if on_gpu else 4)
 model = build_model(depth)
 if not fits(model, 1):
-    raise too_deep(depth)
+    raise does_not_fit(depth, 1)
 model.init_weights(device, seed)
 config = model.config
 aspect_ratio, head_dim = aspect_ratio or config.n_embd // depth, config.head_dim
 num_params = model.num_params()  # {role: count}
 num_flops_per_token = model.num_flops_per_token()
-embeddings = num_params["embedding"] + num_params["value_embedding"]
-counts = [report.short(count) for count in (num_params["matrix"], num_params["head"], embeddings)]
-parameters = "{} matrix, {} head, {} embedding parameters".format(*counts)
+counts = report.parameter_counts(num_params)
 flops = f"{report.short(num_flops_per_token, ' ')}FLOP per token"
-print0("onedial", f"depth {depth}, width {config.n_embd} · {parameters} · {flops}")
+print0("onedial", f"depth {depth}, width {config.n_embd} · {counts} · {flops}")
 if depth_from_budget:
     budget = report.plural(minutes, "minute") if minutes else f"{target_flops:.2g} FLOPs"
     shape_flags = f"--depth {depth} --vocab-size {vocab_size} --max-seq-len {max_seq_len}"
@@ -334,7 +326,7 @@ skipped_steps = 0  # steps with a non-finite loss or gradient: they changed noth
 planned_iterations = None  # steps, as planned before step 1: warmup is at most a tenth of them
 span, span_used = None, 0.0  # of a timed run: seconds from first step to closing work; used so far
 
-resumed_from, new_horizon, new_batch = None, False, False
+resumed_from, new_horizon, new_batch = None, False, False  # new: other than in the checkpoint
 if resume:
     resumed_from, faults = ranks.broadcast(run.to_resume() if rank == 0 else None)
     for fault in faults:
@@ -345,10 +337,9 @@ if resumed_from:
     needed += "data planned_iterations span settings model spent"
     saved_state = checkpoint.load_state(resumed_from, needed.split())
     dataset.check_same(corpus, saved_state["data"]["fingerprint"])
-    other = {name: n for name, n in saved_state["model"].items() if n != asdict(config).get(name)}
-    if other:
-        what = ", ".join(f"{name} {value}" for name, value in other.items())
-        what = f"{resumed_from} does not fit these settings: its model has {what}"
+    different = [f"{k} {v}" for k, v in saved_state["model"].items() if v != asdict(config).get(k)]
+    if different:
+        what = f"{resumed_from} does not fit these settings: its model has {', '.join(different)}"
         raise SettingError(f"{what}.\nResume it with the settings of its run.")
     step, progress = saved_state["step"], saved_state["progress"]
     saved_batch = saved_state["settings"]["total_batch_size"]
@@ -364,10 +355,7 @@ if resumed_from:
     clock.add(saved_state["spent"])
     seconds = sum(clock.spent[name] for name in ("training", "evaluation", "sampling", "saving"))
     span_used = saved_state.get("span_used") or (progress * span if span else seconds)
-    horizon_now = {"num_iterations": num_iterations, "minutes": minutes, "target_flops": target_flops}
-    horizon_now["target_param_data_ratio"] = target_param_data_ratio
-    new_horizon = any(saved_state["settings"][name] != value for name, value in horizon_now.items())
-    new_batch = total_batch_size not in (None, saved_batch)
+    new_horizon = any(saved_state["settings"][name] != settings.values()[name] for name in HORIZONS)
 
 # -----------------------------------------------------------------------------
 # The plan, 1) horizon: tokens to train on. A timed run knows them once a step has been measured
@@ -411,15 +399,13 @@ def benchmark(sizes, compile):
     """-> (first of `sizes` that fits, in rows; seconds of a micro-step; seconds of an optimizer step)"""
     what = "compiling, up to a minute the first time, and " if compile else ""
     print0("benchmark", f"{what}measuring steps of {sizes[0]} × {max_seq_len} tokens")
-    with console.waiting("benchmark", "compiling" if compile else "measuring"):
-        return machine.benchmark(
-            lambda: benchmark_step(compile),
-            sizes,
-            device,
-            ranks,
-            headroom=0.0 if device_batch_size else 0.05,
-            release=lambda: model.zero_grad(set_to_none=True),
-        )
+    headroom = 0.0 if device_batch_size else 0.05
+    make_parts, release = lambda: benchmark_step(compile), lambda: model.zero_grad(set_to_none=True)
+    try:
+        with console.waiting("benchmark", "compiling" if compile else "measuring"):
+            return machine.benchmark(make_parts, sizes, device, ranks, headroom, release)
+    except machine.DoesNotFit:
+        raise does_not_fit(depth, sizes[-1]) from None
 
 
 # on an H100 depth 12 is 3% faster with 131,072 tokens at a time than with 65,536; eight ranks share 2^19
@@ -432,31 +418,25 @@ if total_batch_size:
 sizes = [largest]
 if not device_batch_size:
     sizes = [rows for rows in plan.micro_batch_sizes(largest) if fits(model, rows)] or [1]
+compile_error = None
 try:
-    try:
-        measured = benchmark(sizes, compile)
-    except machine.BenchmarkFailed as failure:
-        reason = failure.__cause__ or RuntimeError("the benchmark failed on another rank")
-        if must_compile or not compile:
-            raise reason from None
-        reason = " ".join(f"{type(reason).__name__}: {reason}".split())[:200]
-        print0("benchmark", f"torch.compile does not work here, continuing without it: {reason}")
-        torch.compiler.set_stance("force_eager")
-        compile = False
-        measured = benchmark(sizes, compile)
-except machine.DoesNotFit:
-    if not device_batch_size or largest == 1:
-        raise too_deep(depth) from None
-    advice = f"Try --device-batch-size {plan.largest_divisor(largest, largest - 1)}."
-    raise SettingError(f"{largest} rows of {max_seq_len} do not fit.\n{advice}") from None
+    measured = benchmark(sizes, compile)
+except machine.BenchmarkFailed as failure:
+    if must_compile or not compile:
+        raise failure.__cause__ or failure from None
+    compile_error = " ".join(f"{type(failure.__cause__).__name__}: {failure.__cause__}".split())[:200]
+if compile_error:
+    print0("benchmark", f"torch.compile does not work here, continuing without it: {compile_error}")
+    torch.compiler.set_stance("force_eager")
+    compile = False
+    measured = benchmark(sizes, compile)
 micro_batch_size, micro_step_time, update_time = measured
 
 # -----------------------------------------------------------------------------
 # The plan, continued
 
 weight_bytes = 4 * sum(num_params.values())
-numel = {"muon": num_params["matrix"], "adamw": sum(num_params.values()) - num_params["matrix"]}
-checkpoint_bytes = weight_bytes + optimizer_state_bytes(numel)
+checkpoint_bytes = weight_bytes + optimizer_bytes(model)
 # of an evaluation, until the first one is timed: a forward pass takes a third of a micro-step, say half
 eval_seconds = math.ceil(len(validation) / (micro_batch_size * world_size)) * micro_step_time / 2
 closing_seconds = 0.0
@@ -594,11 +574,8 @@ run_config = report.run_config(
     given={name: value for name, value in settings.requested.items() if name not in OF_THE_CALL},
     command=report.command_line(f"{python} train.py", to_repeat),
     timed=bool(minutes),
-    model=asdict(config),
-    num_params=num_params,
-    num_flops_per_token=num_flops_per_token,
-    num_flops_per_token_causal=model.num_flops_per_token(exact_causal=True),
-    corpus={"name": corpus.name, "fingerprint": corpus.fingerprint, **corpus.counts},
+    model=model,
+    corpus=corpus,
     device=device_name,
     device_type=device_type,
     mfu_peak=peak_flops,
@@ -606,25 +583,22 @@ run_config = report.run_config(
     world_size=world_size,
 )
 if rank == 0:
-    try:
-        checkpoints.mkdir(exist_ok=True)
-        report.replace(run_path / "config.json", json.dumps(run_config, indent=2))
-        if not (run_path / "tokenizer" / "tokenizer.json").exists():  # never overwrite a good one
-            dataset.save_tokenizer(corpus.tokenizer, run_path / "tokenizer")
-        report.cut_log(run_path, step if resumed_from else -1)
-    except OSError as error:
-        advice = "Choose another --out-dir or free some space."
-        raise SettingError(f"{run_path} cannot be written: {error.strerror}.\n{advice}") from None
+    with run.writing():
+        run.checkpoints.mkdir(exist_ok=True)
+        report.replace(run.path / "config.json", json.dumps(run_config, indent=2))
+        if not (run.path / "tokenizer" / "tokenizer.json").exists():  # never overwrite a good one
+            dataset.save_tokenizer(corpus.tokenizer, run.path / "tokenizer")
+        report.cut_log(run.path, step if resumed_from else -1)
     saves = 1 + planned_iterations // save_every if save_every > 0 else 1
     saves += int(planned_iterations * planned_dt / (60 * save_minutes)) if save_minutes > 0 else 0
     saves = min(saves, keep_checkpoints + 1)  # the oldest one is deleted after the newest is complete
     sizes = weight_bytes, checkpoint_bytes
-    if warning := checkpoint.check_disk_space(checkpoints, *sizes, saves, best=epochs > 1):
+    if warning := checkpoint.check_disk_space(run.checkpoints, *sizes, saves, best=epochs > 1):
         print0("disk", warning)
-log = report.Log(run_path if rank == 0 else None, console, wandb, run_config)
+log = report.Log(run.path if rank == 0 else None, console, wandb, run_config)
 event = "resumed" if resumed_from else "started"
 log.write("event", step=step, event=event, planned_iterations=planned_iterations)
-saver = checkpoint.Saver(checkpoints, keep_checkpoints, pin=on_gpu, synchronize=synchronize)
+saver = checkpoint.Saver(run.checkpoints, keep_checkpoints, pin=on_gpu, synchronize=synchronize)
 
 
 def write_samples():
@@ -855,42 +829,26 @@ failed = bool(failure or save_error or last_saved != step)
 event = "failed" if failure else "interrupted" if stop else "finished"
 log.write("event", step=step, event=event, **({"reason": failure} if failure else {}))
 if failure and rank == 0:
-    good, _ = checkpoint.newest_valid(checkpoints)
+    good, _ = checkpoint.newest_valid(run.checkpoints)
     console.show(f"error: {failure}.\nThe last good checkpoint is {good or 'none'}.")
 if stop:
-    call = {"out_dir": run_path.parent, "run_name": run_path.name, "resume": True}
+    call = {"out_dir": run.path.parent, "run_name": run.path.name, "resume": True}
     print0("stopped", f"by {signal.Signals(stop).name} after step {step}; to continue:")
     console.show(report.command_line(f"{python} {report.quoted(Path(__file__).absolute())}", call))
 clock.lap("saving")
 if peak_source == "measured":  # the better of two: another program may have slowed the first one
     again = console.attempt("measuring the peak", machine.measure_peak_flops, device, compute_dtype)
     peak_flops = max(peak_flops, again or 0.0)
-tok_per_sec = total_batch_size / mean_dt
-summary = {
-    "val_bpb": val_bpb,
-    "min_val_bpb": min_val_bpb,
-    "train_loss_ema": report.debias(smooth_train_loss, ema_beta, step - skipped_steps),
-    "steps": step,
-    "progress": progress,
-    "tokens": tokens,
-    "total_training_flops": flops_so_far,
-    "total_training_time": total_training_time,
-    "wall_time": clock.elapsed(),
-    "tok_per_sec": tok_per_sec,
-    "mfu": num_flops_per_token * tok_per_sec / (peak_flops * world_size),
-    "mfu_peak": peak_flops,
-    "mfu_peak_source": peak_source,
-    "peak_memory": machine.peak_memory(device),
-    "num_params": sum(num_params.values()),
-    "num_flops_per_token": num_flops_per_token,
-    "depth": depth,
-    "device": device_name,
-    "world_size": world_size,
-    "skipped_steps": skipped_steps,
-    "time": clock.spent,
-    "samples": samples,
-}
 if rank == 0:
-    failed = not report.finish(run_path, summary, console) or failed
+    summary = report.summary(
+        log.numbers,
+        run_config,
+        tok_per_sec=total_batch_size / mean_dt,
+        mfu_peak=peak_flops,
+        wall_time=clock.elapsed(),
+        time=clock.spent,
+        samples=samples,
+    )
+    failed = not report.finish(run.path, summary, console) or failed
     log.close(summary)
 sys.exit(1 if failed else 128 + stop if stop else 0)
