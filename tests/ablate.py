@@ -7,7 +7,7 @@ Ablations: compare variants of the settings at equal training time. Run by hand;
 
 Speed and quality are measured separately, by running train.py. Speed: two threads; the shapes take turns, and
 the median of several rounds counts. Learning rates do not change it. Quality: each run trains for the steps
-that its variant's measured speed allows in the set's seconds. Two runs share the machine, with one thread each:
+that its variant's measured speed allows in the set's seconds. Two runs share the machine, one thread each:
 its load does not change their results. Each result is saved as a line of ablations.tsv. If a call is
 interrupted, the next one continues where it stopped.
 """
