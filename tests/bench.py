@@ -473,7 +473,7 @@ def data():
 
 
 # -----------------------------------------------------------------------------
-# The parts of `gpu`. Each runs in its own process in an empty folder. Returns (a line for the table, figures).
+# The parts of `gpu`. Each runs alone, in an empty folder, and returns (line of the table, figures).
 # Without CUDA they run at tiny sizes, so that everything has run once before time on a GPU is spent
 
 
