@@ -677,7 +677,9 @@ def test_the_best_weights_are_kept_and_used_if_the_text_is_read_again(train, tmp
     assert f"val      val_bpb was lowest at step {lowest}, after {epoch:.1f} epochs" in run.output
     best, _ = checkpoint.newest_valid(run.folder / "checkpoints", "best")
     assert best.name == f"best_{lowest:06d}" and len([*best.parent.glob("best_*")]) == 1
-    assert checkpoint.load(best, "state")["val_bpb"] == run.summary["min_val_bpb"] == vals[lowest]
+    state = checkpoint.load(best, "state")
+    assert state["val_bpb"] == run.summary["min_val_bpb"] == vals[lowest]
+    assert state["settings"]["eval_bytes"] == 4096  # `checkpoint.best` compares val_bpb of the same text only
 
     def score():
         command = [sys.executable, str(REPO / "sample.py"), str(run.folder), "--score", str(text)]
