@@ -1,10 +1,9 @@
 """
-A run's folder and its checkpoints: weights and state to disk and back, so that a kill at any moment never
-costs a good one.
+A run's folder and its checkpoints. Killing the process at any moment never damages a good checkpoint.
 
-A checkpoint is a folder step_000200 with model.pt, optimizer.pt, state.json and manifest.json, which holds
-size and sha256 of the others. It is written under a temporary name, synced, and renamed once it is complete.
-A folder best_000150 holds weights alone: those with the lowest val_bpb, where a text was read repeatedly.
+A checkpoint is a folder step_000200 with model.pt, optimizer.pt, state.json, and manifest.json with the size
+and sha256 of each file. It is written under a temporary name, synced to disk, and renamed when complete.
+A folder best_000150 contains only the weights with the lowest val_bpb, if the text is read more than once.
 """
 
 import difflib
@@ -24,112 +23,141 @@ import torch
 
 
 class CheckpointError(Exception):
-    """A run's folder that cannot be used; the message says why and what to do, in two lines."""
+    """Unusable run folder or checkpoint. The message has two lines: what is wrong, and how to fix it."""
+
+    exit_status = 2
 
 
 # -----------------------------------------------------------------------------
 # The run's folder
 
 
-def make_run(out_dir, name=None):
-    """
-    Make the folder of a new run, in one step, so that no other start can have the same one -> its path.
-    Without a name it is <date>-<time>, then -2, -3 …. CheckpointError if it exists or cannot be made.
-    """
-    wanted = name or f"{datetime.now():%Y%m%d-%H%M%S}"
-    for number in itertools.count(1):
-        folder = out_dir / (wanted if number == 1 else f"{wanted}-{number}")
+class RunFolder:
+    """The folder of one run. `is_new`: created by this process."""
+
+    def __init__(self, path, is_new=False):
+        self.path, self.is_new, self.lock = Path(path), is_new, None
+        self.checkpoints = self.path / "checkpoints"
+
+    @classmethod
+    def create(cls, out_dir, name=None):
+        """
+        Create the folder of a new run with a single mkdir, so that two processes never get the same one. The
+        default name is <date>-<time>, then -2, -3 …. CheckpointError if it exists or cannot be created.
+        """
+        base = name or f"{datetime.now():%Y%m%d-%H%M%S}"
+        for number in itertools.count(1):
+            path = out_dir / (base if number == 1 else f"{base}-{number}")
+            try:
+                path.mkdir(parents=True)
+                return cls(path, is_new=True)
+            except FileExistsError:
+                if name:
+                    advice = "Continue it with --resume, or choose another --run-name."
+                    raise CheckpointError(f"the run {path} already exists.\n{advice}") from None
+            except OSError as error:
+                advice = "Choose another --out-dir or --run-name."
+                raise CheckpointError(f"cannot create {path}: {error.strerror}.\n{advice}") from None
+
+    @classmethod
+    def find(cls, out_dir, name=None):
+        """The run to resume: `name`, or the newest in `out_dir`. CheckpointError if there is none."""
+        runs = sorted(out_dir.glob("*/config.json"), key=os.path.getmtime)
+        path = out_dir / name if name else runs[-1].parent if runs else None
+        if path and path.is_dir():
+            return cls(path)
+        names = [config.parent.name for config in runs]
+        similar = difflib.get_close_matches(name or "", names, n=3) or names[-3:]
+        advice = f"Did you mean {', '.join(similar)}?" if similar else "Start one without --resume."
+        raise CheckpointError(f"there is no run {path or f'in {out_dir}'} to resume.\n{advice}")
+
+    def claim(self):
+        """
+        Lock the folder, so that only this process writes into it. The lock is held until the process exits,
+        however it exits. CheckpointError if another process has the lock, or the folder is not writable.
+        """
+        lock, owner_file = filelock.FileLock(self.path / "lock"), self.path / "lock.json"
         try:
-            folder.mkdir(parents=True)
-            return folder
-        except FileExistsError:
-            if name:
-                advice = "Continue it with --resume, or choose another --run-name."
-                raise CheckpointError(f"the run {folder} exists.\n{advice}") from None
+            lock.acquire(timeout=0)
+            owner_file.write_text(json.dumps({"host": socket.gethostname(), "process": os.getpid()}))
+        except filelock.Timeout:
+            try:
+                owner = "process {process} on {host}".format(**json.loads(owner_file.read_text()))
+            except (OSError, ValueError, KeyError):
+                owner = "another process"
+            advice = f"Stop that process first. If its machine no longer runs, delete {self.path / 'lock'}."
+            raise CheckpointError(f"{self.path} is in use by {owner}.\n{advice}") from None
         except OSError as error:
-            reason = f"{folder} cannot be made: {error.strerror}"
-            raise CheckpointError(f"{reason}.\nChoose another --out-dir or --run-name.") from None
+            what = f"cannot write to {self.path}: {error.strerror}"
+            raise CheckpointError(f"{what}.\nMake the folder writable.") from None
+        self.lock = lock  # a FileLock releases itself when it is garbage-collected
 
+    def abandon(self):
+        """Remove the folder if this process created it: called if it exits before the first step."""
+        if self.is_new:
+            shutil.rmtree(self.path, ignore_errors=True)
 
-def find_run(out_dir, name=None):
-    """-> the folder of the run to resume: `name`, or the newest. CheckpointError if there is none."""
-    runs = sorted(out_dir.glob("*/config.json"), key=os.path.getmtime)
-    if name and (out_dir / name).is_dir():
-        return out_dir / name
-    if name:
-        names = [path.parent.name for path in runs]
-        near = difflib.get_close_matches(name, names, n=3) or names[-3:]
-        advice = f"Did you mean {', '.join(near)}?" if near else "Start one without --resume."
-        raise CheckpointError(f"there is no run {out_dir / name} to resume.\n{advice}")
-    if not runs:
-        raise CheckpointError(f"{out_dir} holds no run to resume.\nStart one without --resume.")
-    return runs[-1].parent
+    def has_begun(self):
+        """Whether the folder contains a checkpoint, valid or not."""
+        return any(self.checkpoints.glob("step_*"))
 
-
-def lock(folder):
-    """Make this the one process that writes into `folder` -> the lock. CheckpointError if that cannot be."""
-    held, owner = filelock.FileLock(folder / "lock"), folder / "lock.json"
-    try:
-        held.acquire(timeout=0)
-        owner.write_text(json.dumps({"host": socket.gethostname(), "process": os.getpid()}))
-    except filelock.Timeout:
+    def saved_settings(self):
+        """
+        (settings, flags given by the user, source) of the saved run. The source is "config.json", or the
+        newest valid checkpoint if that file cannot be read, or None: then both dicts are empty.
+        """
         try:
-            by = "process {process} on {host}".format(**json.loads(owner.read_text()))
-        except (OSError, ValueError, KeyError):
-            by = "another process"
-        advice = f"Stop that run first. If it is dead and its machine gone, delete {folder / 'lock'}."
-        raise CheckpointError(f"{folder} is being written by {by}, a run still going.\n{advice}") from None
-    except OSError as error:
-        raise CheckpointError(f"{folder} cannot be written: {error.strerror}.\nMake it writable.") from None
-    return held
+            config = json.loads((self.path / "config.json").read_text())
+            return config["settings"], config["given"], "config.json"
+        except (OSError, ValueError, KeyError, TypeError):
+            newest, _ = newest_valid(self.checkpoints)
+            state = load(newest, "state") if newest else {}
+            return state.get("settings", {}), state.get("given", {}), newest
+
+    def to_resume(self):
+        """(checkpoint to resume from or None, faults of newer ones). CheckpointError if none is usable."""
+        newest, faults = newest_valid(self.checkpoints)
+        if faults and not newest:
+            what = f"no checkpoint in {self.checkpoints} is valid: {faults[0]}"
+            raise CheckpointError(f"{what}.\nRestore a valid checkpoint, or start another run.")
+        if newest and not (newest / "optimizer.pt").exists():
+            what = f"{newest} contains only the weights, because the disk was full; it cannot be resumed"
+            advice = "Free some disk space, and move that folder away to resume from the checkpoint before it"
+            raise CheckpointError(f"{what}.\n{advice}.")
+        return newest, faults
 
 
-def saved_settings(run_folder):
-    """
-    -> (the settings, the flags that were given, where they are from) of a run: from its config.json or, if
-    that is lost, from its newest valid checkpoint; empty where there is neither.
-    """
+def initial_weights(run_folder):
+    """(best checkpoint, config.json as a dict) of the run in --init-from. CheckpointError if missing."""
+    folder, faults = best(run_folder / "checkpoints")
+    if folder is None:
+        what = f"--init-from {run_folder} has no valid checkpoint" + "".join(f"; {f}" for f in faults[:1])
+        raise CheckpointError(f"{what}.\nGive the folder of a run with a checkpoint, such as out/NAME.")
     try:
-        config = json.loads((run_folder / "config.json").read_text())
-        return config["settings"], config["given"], "config.json"
-    except (OSError, ValueError, KeyError, TypeError):
-        newest, _ = newest_valid(run_folder / "checkpoints")
-        state = load(newest, "state") if newest else {}
-        return state.get("settings", {}), state.get("given", {}), newest
-
-
-def origin(run_folder):
-    """-> (the best checkpoint of a run that another one shall start from, its config). CheckpointError."""
-    found, faults = best(run_folder / "checkpoints")
-    if found is None:
-        what = f"--init-from {run_folder} holds no valid checkpoint" + "".join(f"; {f}" for f in faults[:1])
-        raise CheckpointError(f"{what}.\nGive the folder of a run that has saved, such as out/NAME.")
-    try:
-        return found, json.loads((run_folder / "config.json").read_text())
+        return folder, json.loads((run_folder / "config.json").read_text())
     except (OSError, ValueError) as error:
-        what = f"--init-from: {run_folder / 'config.json'} cannot be read: {error}"
-        raise CheckpointError(f"{what}.\nPut it back as it was.") from None
+        what = f"--init-from: cannot read {run_folder / 'config.json'}: {error}"
+        raise CheckpointError(f"{what}.\nRestore the file, or give another run.") from None
 
 
 def is_full(error):
-    """Whether an error says that a disk, or somebody's share of it, is full."""
+    """Whether an error means that the disk or the user's quota is full."""
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
-def check_room(root, weights, whole, saves, best=False):
+def check_disk_space(root, weight_bytes, checkpoint_bytes, saves, best=False):
     """
-    Compare the room for checkpoints under `root` with what a run will need: so many of `whole` bytes at a
-    time, and the best weights if asked for -> a warning or None. CheckpointError if not even the weights, of
-    so many bytes, have room.
+    Compare the free space under `root` with what a run needs: `saves` checkpoints at the same time, and the
+    best weights if `best` is set. Returns a warning or None. CheckpointError if not even the weights fit.
     """
-    free, there = shutil.disk_usage(root).free, len(newest_first(root))
-    if free < weights:
-        need = f"the weights alone take {weights / 1e9:.2g} GB, and {root} has {free / 1e9:.2g} GB free"
-        raise CheckpointError(f"{need}.\nMake room there, or choose another --out-dir.")
-    missing = max(1, saves - there) * whole + best * weights - free
+    free, existing = shutil.disk_usage(root).free, len(newest_first(root))
+    if free < weight_bytes:
+        what = f"the weights alone take {weight_bytes / 1e9:.2g} GB, but {root} has {free / 1e9:.2g} GB free"
+        raise CheckpointError(f"{what}.\nFree some disk space, or choose another --out-dir.")
+    missing = max(1, saves - existing) * checkpoint_bytes + best * weight_bytes - free
     if missing > 0:
-        what = f"{saves} × {whole / 1e9:.2g} GB of checkpoints do not fit into {free / 1e9:.2g} GB"
-        return f"{what}: {missing / 1e9:.2g} GB are missing. Make room, or keep fewer with --keep-checkpoints"
+        what = f"{saves} × {checkpoint_bytes / 1e9:.2g} GB of checkpoints do not fit into {free / 1e9:.2g} GB"
+        return f"{what}: {missing / 1e9:.2g} GB are missing. Free some space, or lower --keep-checkpoints"
     return None
 
 
@@ -140,93 +168,94 @@ def check_room(root, weights, whole, saves, best=False):
 class Saver:
     """
     Writes checkpoints into `root` from a background thread, one at a time, and keeps the `keep` newest. The
-    caller waits only while tensors are copied into host buffers: reused ones, and pinned if `pin` is set
-    and the host allows it. No error is raised: each save has an outcome.
+    caller waits only while tensors are copied into host buffers. The buffers are reused, and pinned if `pin`
+    is set and the host allows it. `save` raises no error: `outcomes` returns the result of each save.
     """
 
     def __init__(self, root, keep, pin=False, synchronize=lambda: None):
         self.root, self.keep, self.pin, self.synchronize = Path(root), keep, pin, synchronize
-        self.buffers, self.thread, self.pending, self.ended = {}, ThreadPoolExecutor(1), None, []
+        self.buffers, self.thread, self.pending, self.done = {}, ThreadPoolExecutor(1), None, []
 
     def save(self, step, tensors, state, prune=True, kind="step"):
         """
-        Begin to write <kind>_<step>: each {name: state dict} of `tensors` as name.pt, `state` as state.json.
-        A save that is still being written is waited for. Without `prune` older ones are all kept; a save of
-        the kind "best" takes the place of the one before.
+        Start writing <kind>_<step>: each {name: state dict} of `tensors` as name.pt, `state` as state.json.
+        Waits for the save before it. Without `prune` all older checkpoints are kept. Of the kind "best" only
+        one is kept.
         """
         name = f"{kind}_{step:06d}"
         self.wait()
         try:
             copies = self.copy(tensors)
-            self.synchronize()  # the copies from the device are asynchronous
+            self.synchronize()  # copies from the device are asynchronous
         except (RuntimeError, MemoryError) as error:
-            if self.pin:  # a host may limit what can be pinned
+            if self.pin:  # a host may limit how much memory can be pinned
                 self.pin, self.buffers = False, {}
                 return self.save(step, tensors, state, prune, kind)
-            self.ended.append((name, error))
+            self.done.append((name, error))
             return
         keep = 1 if kind == "best" else self.keep if prune else None
         self.pending = self.thread.submit(self.write, name, copies, state, keep)
 
-    def copy(self, content, place=""):
-        """The same nested dicts, with each tensor copied into the host buffer of its place."""
+    def copy(self, content, key=""):
+        """The same nested dicts, with each tensor copied into the host buffer for its key."""
         if isinstance(content, dict):
-            return {key: self.copy(value, f"{place}/{key}") for key, value in content.items()}
-        if place not in self.buffers:  # pinned memory comes in powers of two: up to twice the size
-            self.buffers[place] = torch.empty(content.shape, dtype=content.dtype, pin_memory=self.pin)
-        return self.buffers[place].copy_(content.detach(), non_blocking=self.pin)
+            return {name: self.copy(value, f"{key}/{name}") for name, value in content.items()}
+        if key not in self.buffers:  # pinned buffers are rounded up to a power of two: up to twice the size
+            self.buffers[key] = torch.empty(content.shape, dtype=content.dtype, pin_memory=self.pin)
+        return self.buffers[key].copy_(content.detach(), non_blocking=self.pin)
 
     def write(self, name, tensors, state, keep):
+        """Write a checkpoint in the background thread. Returns its outcome: (name, None or the error)."""
         try:
             write(self.root, name, tensors, state, keep)
             return name, None
         except Exception as error:
             while error.__context__ and not isinstance(error, OSError):
-                error = error.__context__  # torch.save wraps the disk's error in one of its own
-            clean_up(self.root)  # what was written of it takes room that the log may need
+                error = error.__context__  # torch.save raises its own error instead of the disk's
+            clean_up(self.root)  # the incomplete files take space that the log may need
             return name, error
 
     def wait(self):
-        """Wait for the save that is being written."""
+        """Wait until the pending save is written."""
         if self.pending:
-            self.ended.append(self.pending.result())
+            self.done.append(self.pending.result())
             self.pending = None
 
     def outcomes(self):
-        """-> [(folder's name, None or the error)] of the saves that have ended since the last call."""
+        """[(folder name, None or the error)] of the saves that finished since the last call."""
         if self.pending and self.pending.done():
             self.wait()
-        ended, self.ended = self.ended, []
-        return ended
+        done, self.done = self.done, []
+        return done
 
 
 def write(root, name, tensors, state, keep):
     """
-    Write the checkpoint <kind>_<step>, then delete the others of its kind but for the newest valid ones, with
-    it `keep` in number (None: all) -> its folder.
+    Write the checkpoint `name`, <kind>_<step>, and return its folder. Then delete older ones of its kind, so
+    that `keep` valid ones remain, the new one included (None: delete nothing).
     """
     folder, temporary = root / name, root / f".tmp-{name}"
-    clean_up(root)  # what a killed run has left
-    temporary.mkdir()  # if root has vanished, that is an error and no reason to make another one
+    clean_up(root)  # files of a killed process
+    temporary.mkdir()  # without parents: if root was deleted, the save must fail
 
-    def write_part(part):  # disk and checksum take about as long: of several files at the same time
+    def write_part(part):  # checksums take about as long as the disk: write several files in parallel
         file = temporary / f"{part}.pt"
-        with open(file, "wb") as handle:  # a file of Python's names the disk's error
+        with open(file, "wb") as handle:  # an error of a Python file has the disk's error number
             torch.save(tensors[part], handle)
         sync(file)
-        return entry(file)
+        return file_entry(file)
 
     with ThreadPoolExecutor() as threads:
         entries = threads.map(write_part, tensors)
-    manifest = {f"{part}.pt": found for part, found in zip(tensors, entries)}
+    manifest = {f"{part}.pt": entry for part, entry in zip(tensors, entries)}
     (temporary / "state.json").write_text(json.dumps(state, indent=2))
     sync(temporary / "state.json")
-    manifest["state.json"] = entry(temporary / "state.json")
-    manifest["manifest.json"] = own_entry(manifest)
+    manifest["state.json"] = file_entry(temporary / "state.json")
+    manifest["manifest.json"] = manifest_entry(manifest)
     (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2))
     sync(temporary / "manifest.json")
     sync(temporary)
-    if folder.exists():  # a damaged one, or else the run would have gone on from there
+    if folder.exists():  # it is damaged, otherwise the run would have resumed from it
         discard(folder)
     os.rename(temporary, folder)
     sync(root)
@@ -236,25 +265,25 @@ def write(root, name, tensors, state, keep):
             continue
         if valid >= keep:
             discard(old)
-        elif fault(old) is None:
+        elif find_fault(old) is None:
             valid += 1
     clean_up(root)
     return folder
 
 
 def discard(folder):
-    """Give a checkpoint over to `clean_up`; a kill must not leave half of it under its name."""
+    """Rename a checkpoint for `clean_up` to delete: a kill must not leave half of it under its own name."""
     os.rename(folder, folder.with_name(f".tmp-old-{folder.name}"))
 
 
 def clean_up(root):
-    """Delete what was not written to its end."""
-    for left_over in root.glob(".tmp-*"):
-        shutil.rmtree(left_over, ignore_errors=True)
+    """Delete incomplete and discarded checkpoints."""
+    for folder in root.glob(".tmp-*"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def sync(path):
-    """Force a file or folder to the disk."""
+    """Flush a file or folder to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -262,89 +291,90 @@ def sync(path):
         os.close(handle)
 
 
-def entry(path):
-    """What the manifest holds of a file: its size and its checksum."""
+def file_entry(path):
+    """The manifest's entry for a file: its size and checksum."""
     with open(path, "rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def own_entry(manifest):
-    """What the manifest holds of itself: the checksum of its entries for the other files."""
+def manifest_entry(manifest):
+    """The manifest's entry for itself: the checksum of its other entries."""
     return {"sha256": hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()}
 
 
+# -----------------------------------------------------------------------------
+# Finding and loading
+
+
 def newest_first(root, kind="step"):
-    """The folders <kind>_<number> under `root`, whatever is in them; a copy under another name is none."""
-    found = [p for p in Path(root).glob(f"{kind}_*") if p.name.removeprefix(f"{kind}_").isdigit()]
-    return sorted(found, key=lambda p: int(p.name.removeprefix(f"{kind}_")), reverse=True)
+    """The folders <kind>_<step> under `root`, valid or not. A copy such as step_000200-copy is ignored."""
+    found = [path for path in Path(root).glob(f"{kind}_*") if path.name.removeprefix(f"{kind}_").isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix(f"{kind}_")), reverse=True)
 
 
-def fault(folder):
-    """Compare each file with the manifest -> what is wrong with the first that is not as it was, or None."""
+def find_fault(folder):
+    """Compare each file with the manifest. Returns what is wrong with the first damaged file, or None."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-        intact = manifest.pop("manifest.json") == own_entry(manifest)
+        intact = manifest.pop("manifest.json") == manifest_entry(manifest)
     except (OSError, ValueError, AttributeError, TypeError, KeyError):
         intact = False
     if not intact:
         return f"{folder / 'manifest.json'} is missing or damaged"
     for name, expected in manifest.items():
         try:
-            found = entry(folder / name)
+            found = file_entry(folder / name)
         except OSError as error:
-            return f"{folder / name} cannot be read: {error.strerror}"
+            return f"cannot read {folder / name}: {error.strerror}"
         if found != expected:
             changed = "sha256" if found["bytes"] == expected["bytes"] else "size"
             return f"{folder / name} is damaged: its {changed} has changed"
     return None
 
 
-# -----------------------------------------------------------------------------
-# Loading
-
-
 def newest_valid(root, kind="step"):
-    """-> (the newest checkpoint without fault, or None; the faults of newer ones, which were passed over)."""
+    """(newest valid checkpoint, or None; the faults of newer ones, which are skipped)."""
     faults = []
     for folder in newest_first(root, kind):
-        reason = fault(folder)
-        if reason is None:
+        fault = find_fault(folder)
+        if fault is None:
             return folder, faults
-        faults.append(reason)
+        faults.append(fault)
     return None, faults
 
 
 def best(root):
-    """-> (the checkpoint under `root` whose val_bpb is lowest, the newest or the best; faults as above)."""
+    """
+    (valid checkpoint with the lowest val_bpb, or None; faults as in `newest_valid`). The candidates are the
+    newest and the best_*. If a changed --eval-bytes makes their val_bpb incomparable, the later one wins.
+    """
     newest, faults = newest_valid(root)
     lowest, _ = newest_valid(root, "best")
-    if newest and lowest and load(newest, "state")["val_bpb"] <= load(lowest, "state")["val_bpb"]:
-        return newest, faults
-    return lowest or newest, faults
+    if not newest or not lowest:
+        return newest or lowest, faults
+    states = {folder: load(folder, "state") for folder in (newest, lowest)}
+    eval_bytes = {state["settings"]["eval_bytes"] for state in states.values() if "settings" in state}
+    if len(eval_bytes) == 2:  # older versions saved best_* without settings: then val_bpb is compared
+        return max(states, key=lambda folder: states[folder]["step"]), faults
+    return min(states, key=lambda folder: states[folder]["val_bpb"]), faults
 
 
-def to_resume(root):
-    """
-    -> (the checkpoint under `root` to go on from, or None; the faults of newer ones, which are passed over).
-    CheckpointError if none of those that are there will do.
-    """
-    newest, faults = newest_valid(root)
-    if faults and not newest:
-        what = f"no checkpoint in {root} is valid: {faults[0]}"
-        raise CheckpointError(f"{what}.\nPut a good one back, or start another run.")
-    if newest and not (newest / "optimizer.pt").exists():
-        what = f"{newest} holds the weights alone, as the disk was full: training cannot go on from it"
-        raise CheckpointError(f"{what}.\nMake room, and move that folder away to resume from the one before.")
-    return newest, faults
+def load_state(folder, names):
+    """The content of state.json. CheckpointError if one of `names` is missing in it."""
+    state = load(folder, "state")
+    for name in names:
+        if name not in state:
+            raise CheckpointError(f"{folder} has no {name}.\nResume it with the version that has written it.")
+    return state
 
 
 def load(folder, name):
-    """Read name.json, or name.pt onto the CPU: tensors and plain values only, never pickled code."""
+    """Read name.json, or name.pt onto the CPU: only tensors and plain values, never pickled code."""
     if (folder / f"{name}.json").exists():
         return json.loads((folder / f"{name}.json").read_text())
     path, options = folder / f"{name}.pt", {"map_location": "cpu", "weights_only": True}
     try:
         return torch.load(path, mmap=True, **options)
-    except UnicodeEncodeError:  # PyTorch maps only files whose path is valid Unicode
+    except UnicodeEncodeError:  # PyTorch can only mmap a file whose path is valid Unicode
         with open(path, "rb") as file:
             return torch.load(file, **options)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A scaling law at a laptop's scale: five sizes, each trained on one token per matrix and head parameter. It took
-# 18 minutes on two busy cores; FLAGS=… adds flags to each run. The table and picture are those of report.py.
+# A scaling law on a laptop: five model sizes, each trained on one token per matrix and head parameter. It took
+# 18 minutes on two busy cores. FLAGS=… adds flags to each run. report.py prints a table and draws a plot.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 sizes=("--depth 1" "--depth 2" "--depth 2 --aspect-ratio 96" "--depth 3" "--depth 3 --aspect-ratio 86")

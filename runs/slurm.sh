@@ -1,10 +1,10 @@
 #!/bin/bash
-# A run on several nodes of a SLURM cluster, which goes on after preemption or the limit of time:
+# A run on several nodes of a SLURM cluster. It continues after preemption and after the time limit:
 #
-#     sbatch runs/slurm.sh NAME --depth 20        from this folder, which all nodes see
+#     sbatch runs/slurm.sh NAME --depth 20        # in this repository, on a file system that all nodes share
 #
-# Five minutes before the limit, and when it is preempted, each rank gets SIGTERM: the run saves and ends, and
-# the job puts itself into the queue again. What failed for another reason is not tried again.
+# Each rank gets SIGTERM five minutes before the time limit, and when the job is preempted. Then the run saves
+# and exits, and the job requeues itself. A run that fails for another reason is not requeued.
 
 #SBATCH --job-name=onedial
 #SBATCH --nodes=2
@@ -18,7 +18,7 @@
 
 name=$1
 host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-mkdir -p "out/$name" # with --resume an empty folder is a run that has not begun
+mkdir -p "out/$name" # --resume starts a new run if the folder is empty
 
 srun torchrun --nnodes="$SLURM_JOB_NUM_NODES" --nproc_per_node=gpu --rdzv_backend=c10d \
     --rdzv_id="$SLURM_JOB_ID" --rdzv_endpoint="$host:29500" --shutdown-timeout=240 \

@@ -1,14 +1,15 @@
 """
-Ablations: what a variant of the settings is worth at equal time. Run by hand; nothing else needs it.
+Ablations: compare variants of the settings at equal training time. Run by hand; no other file uses it.
 
-    python tests/ablate.py                                # the sets
-    python tests/ablate.py minute-1                       # what of it is missing, then its table
-    python tests/ablate.py minute-1 --seeds 5 --first 11  # five fresh seeds
+    python tests/ablate.py                                # list the sets
+    python tests/ablate.py minute-1                       # run what is missing, then print the table
+    python tests/ablate.py minute-1 --seeds 5 --first 11  # five new seeds
 
-Speed and quality are measured apart, both through train.py's front door. Speed: two threads, shapes in turn,
-the median of several rounds; learning rates do not change it. Quality: runs of as many steps as a variant's
-speed makes in the set's seconds, two at a time with a thread each, because their result does not depend on
-the machine's mood. Every result is a line of ablations.tsv: an interrupted call goes on where it stopped.
+Speed and quality are measured separately, by running train.py. Speed: two threads; the shapes take turns, and
+the median of several rounds counts. Learning rates do not change it. Quality: each run trains for the steps
+that its variant's measured speed allows in the set's seconds. Two runs share the machine, one thread each:
+its load does not change their results. Each result is saved as a line of ablations.tsv. If a call is
+interrupted, the next one continues where it stopped.
 """
 
 import argparse
@@ -31,12 +32,12 @@ import report  # noqa: E402
 
 TABLE = Path(__file__).with_suffix("").with_name("ablations.tsv")
 COLUMNS = ("set", "kind", "flags", "number", "batch", "steps", "tok_per_sec", "val_bpb", "commit")
-ROUNDS = 2  # of speed
-RATES = "lr|weight-decay|warmup-steps|warmdown-ratio|final-lr-frac"  # flags that do not change the speed
+ROUNDS = 2  # of the speed measurement
+UNTIMED = "lr|weight-decay|warmup-steps|warmdown-ratio|final-lr-frac"  # flags that do not change the speed
 
 MINUTE, FIVE = "--depth 1 --vocab-size 2048", "--depth 2 --vocab-size 4096"
-# name: (seconds of training, {variant: flags}); the first variant is what the others are compared with. Each
-# names its batch, so that a change of train.py's rule does not change it
+# name: (seconds of training, {variant: flags}). All variants are compared with the first one. Each sets its
+# batch size, so that it does not depend on train.py's rule
 SETS = {
     "minute-1": (
         45,
@@ -68,7 +69,7 @@ SETS = {
 
 
 class Results:
-    """The lines of the table file, {(set, kind, flags, number of the round or seed): line}."""
+    """The lines of ablations.tsv: {(set, kind, flags, round or seed): line}."""
 
     def __init__(self, name):
         self.name, self.lines = name, {}
@@ -80,10 +81,11 @@ class Results:
         return line["set"], line["kind"], line["flags"], int(line["number"])
 
     def get(self, kind, flags, number):
-        """A line of this set, or None."""
+        """The line with this key in this set, or None."""
         return self.lines.get((self.name, kind, flags, number))
 
     def add(self, **line):
+        """Add a line and save the file."""
         line = {"set": self.name, **line}
         self.lines[self.key(line)] = line
         with TABLE.with_suffix(".tmp").open("w", newline="") as file:
@@ -94,7 +96,7 @@ class Results:
 
 
 def train(flags, threads):
-    """Run train.py with these flags -> (summary, config). RuntimeError with its output if it fails."""
+    """Run train.py. Returns (summary, config). RuntimeError with the output if it fails."""
     folder = tempfile.mkdtemp(prefix="ablate-")
     command = [sys.executable, str(REPO / "train.py"), *flags.split(), "--out-dir", folder, "--run-name", "a"]
     try:
@@ -109,19 +111,19 @@ def train(flags, threads):
 
 
 def shape_of(flags):
-    """The flags that a variant's speed depends on."""
-    return re.sub(rf" *--\S*({RATES}) \S+", "", flags).strip()
+    """The flags without those that do not change the speed."""
+    return re.sub(rf" *--\S*({UNTIMED}) \S+", "", flags).strip()
 
 
 def measure_speed(results, variants):
-    """Tokens a second of each shape, in rounds; the first one is short and tells how long 5 seconds are."""
+    """Tokens per second of each shape, in rounds. Round 0 is short: it finds the steps for 5 seconds."""
     for number in range(ROUNDS + 1):
         for flags in dict.fromkeys(map(shape_of, variants.values())):
             if results.get("speed", flags, number):
                 continue
             first = results.get("speed", flags, 0)
             seconds_per_step = int(first["batch"]) / float(first["tok_per_sec"]) if first else 1.0
-            steps = 10 + max(20, round(5 / seconds_per_step))  # the first 10 are not timed
+            steps = 10 + max(20, round(5 / seconds_per_step))  # the first 10 steps are not timed
             call = f"{flags} --num-iterations {steps} --eval-every -1 --eval-bytes 8192"
             summary, config = train(call, threads=2)
             results.add(
@@ -134,15 +136,15 @@ def measure_speed(results, variants):
 
 
 def speed_of(results, flags):
-    """(batch, median of tokens a second at that batch)"""
+    """(batch size, median tokens per second at that batch size)"""
     lines = [results.get("speed", shape_of(flags), number) for number in range(1, ROUNDS + 1)]
     return int(lines[0]["batch"]), statistics.median(float(line["tok_per_sec"]) for line in lines)
 
 
 def measure_quality(results, seconds, variants, seeds):
-    """val_bpb of each variant and seed, after as many steps as its speed makes in the time."""
+    """val_bpb of each variant and seed after the steps that its speed allows in `seconds`."""
 
-    def one(flags, seed):
+    def measure(flags, seed):
         batch, tok_per_sec = speed_of(results, flags)
         steps = max(1, round(seconds * tok_per_sec / batch))
         call = f"{flags} --num-iterations {steps} --seed {seed} --no-compile --eval-every -1"
@@ -156,13 +158,13 @@ def measure_quality(results, seconds, variants, seeds):
     jobs = [(flags, seed) for seed in seeds for flags in variants.values()]
     jobs = [(flags, seed) for flags, seed in jobs if not results.get("quality", flags, seed)]
     with ThreadPoolExecutor(2) as pool:
-        for line in pool.map(lambda job: one(*job), jobs):
+        for line in pool.map(lambda job: measure(*job), jobs):
             results.add(**line)
             print(f"quality  {line['flags']}, seed {line['number']}: {line['val_bpb']:.4f}", flush=True)
 
 
 def table(results, variants, seeds):
-    """Markdown: a line a variant, its val_bpb over the seeds and the difference from the first variant."""
+    """Markdown table: each variant's mean val_bpb and its difference from the first variant."""
     rows, base = [], None
     for variant, flags in variants.items():
         lines = list(filter(None, (results.get("quality", flags, seed) for seed in seeds)))
@@ -180,8 +182,8 @@ def table(results, variants, seeds):
 def main():
     parser = argparse.ArgumentParser(usage="python tests/ablate.py SET [--seeds N] [--first SEED]")
     parser.add_argument("set", nargs="?")
-    parser.add_argument("--seeds", type=int, default=3, help="how many [3]")
-    parser.add_argument("--first", type=int, default=1, help="the first of them [1]")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds [3]")
+    parser.add_argument("--first", type=int, default=1, help="first seed [1]")
     options = parser.parse_args()
     if options.set not in SETS:
         for name, (seconds, variants) in SETS.items():

@@ -1,18 +1,19 @@
 """
-Benchmarks: figures to look at, not tests. Medians; what is compared takes turns in one process.
+Benchmarks. They print figures and are no tests. All figures are medians. Functions that are compared run in
+turns in one process.
 
-    python tests/bench.py train [FLAG ...]        train.py, and where its time goes; flags as of train.py
-    python tests/bench.py generate [DEPTH ...]    tokens per second with the cache, without, and at best
+    python tests/bench.py train [FLAG ...]        train.py with its flags: speed, and where a step's time goes
+    python tests/bench.py generate [DEPTH ...]    tokens per second with the KV cache, without it, and at best
     python tests/bench.py attention               the attention kernels, forward and backward
-    python tests/bench.py loss                    head and loss: whole, and in chunks
-    python tests/bench.py optimizer [DEPTH ...]   the optimizer against PyTorch's own
-    python tests/bench.py checkpoint [DEPTH ...]  the pause of the loop and the rate of writing
-    python tests/bench.py logging                 training with and without records
+    python tests/bench.py loss                    head and loss, with all logits at once and in chunks
+    python tests/bench.py optimizer [DEPTH ...]   our optimizer against PyTorch's
+    python tests/bench.py checkpoint [DEPTH ...]  how long a save stops the training, and the speed of writing
+    python tests/bench.py logging                 training with and without log records
     python tests/bench.py data                    tokenization, rows, start, resume, memory of the loader
-    python tests/bench.py all                     one after the other, at their defaults
+    python tests/bench.py all                     all of the above with their defaults
     python tests/bench.py gpu [OUT.json]          a GPU in 8 minutes: correctness, speed, profile, tests
 
-A subcommand is a function in BENCHMARKS; what follows its name on the command line are its arguments.
+A subcommand is a function in BENCHMARKS; the words after its name are its arguments.
 """
 
 import contextlib
@@ -31,7 +32,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import machine  # before torch: it sets what torch reads from the environment
+import machine  # before torch: it sets environment variables that torch reads
 
 # isort: split
 import numpy as np
@@ -41,6 +42,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import checkpoint as checkpoint_module
 import dataloader
+import dataset
 import report
 from model import GPT, QK_SCALE, ChunkedCrossEntropy, GPTConfig, Linear, blocked_attention, softcap
 from optim_muon import MuonAdamW
@@ -49,19 +51,19 @@ ROOT = Path(machine.__file__).parent
 device = machine.find_device()
 on_gpu, on_mps = device.type == "cuda", device.type == "mps"
 dtype, synchronize = machine.find_dtype(device), machine.synchronizer(device)
-VOCAB, ROW, ROWS = (50_257, 2048, 32) if on_gpu else (4096, 512, 4)  # vocabulary, T, rows of a micro-batch
+VOCAB, ROW, ROWS = (50_257, 2048, 32) if on_gpu else (4096, 512, 4)  # vocabulary, T, rows per micro-batch
 
 
-def compile_model(model, whole=on_gpu):
-    """Compile in place as train.py does in long runs on a GPU, else in short ones; on MPS nothing."""
-    if whole:
+def compile_model(model, in_parts=not on_gpu):
+    """Compile in place as train.py does: one graph in long runs, in parts in short ones, not on MPS."""
+    if not in_parts:
         model.compile(dynamic=False)
     elif not on_mps:
         model.compile_parts(blocks=on_gpu)
 
 
 def seconds_of(work):
-    """-> (what work() returns, the seconds that it and the device took)."""
+    """(result of work(), seconds until the device has finished it)."""
     synchronize()
     start = time.perf_counter()
     value = work()
@@ -70,7 +72,7 @@ def seconds_of(work):
 
 
 def timings(functions, seconds=20):
-    """Seconds of each call of each function; they take turns, and the first two calls are left out."""
+    """Seconds of each call of each function. They run in turns; the first two calls are warm-up."""
     times, begin = [], time.perf_counter()
     while len(times) < 7 or time.perf_counter() - begin < seconds:
         times.append([seconds_of(function)[1] for function in functions])
@@ -78,12 +80,12 @@ def timings(functions, seconds=20):
 
 
 def medians(functions, seconds=20):
-    """Median seconds of a call of each function; they take turns, and the first two calls do not count."""
+    """Median seconds per call of each function; see `timings`."""
     return [statistics.median(column) for column in timings(functions, seconds)]
 
 
 def headline(*facts):
-    """The line that each table starts with."""
+    """Print the first line of a table."""
     print(" · ".join([machine.device_name(device), f"torch {torch.__version__}", *facts]))
 
 
@@ -96,12 +98,12 @@ def build_model(config, compute_dtype):
 
 
 def model_of_depth(depth):
-    """The GPT that train.py makes of this depth, with this script's vocabulary and row length."""
+    """The GPT of train.py at this depth, with this script's vocabulary and row length."""
     return build_model(GPTConfig.of_depth(depth, VOCAB, ROW), dtype)
 
 
 def build_optimizer(model, compute_dtype):
-    """MuonAdamW over a model with random gradients."""
+    """MuonAdamW over the parameters of a model. Their gradients are set to random values."""
     for p in model.parameters():
         p.grad = torch.randn_like(p) * 1e-3
     roles = model.parameter_roles().items()
@@ -110,9 +112,9 @@ def build_optimizer(model, compute_dtype):
 
 
 def all_products(model, rows, dtype):
-    """A function that does every matrix product of a forward and backward pass over `rows` tokens."""
+    """(function with every matrix product of a forward and backward pass over `rows` tokens, its FLOPs)."""
     weights = [module.weight for module in model.modules() if isinstance(module, Linear)]
-    shapes = [tuple(weight.shape) for weight in weights if weight.numel() > 10_000]  # without the gates
+    shapes = [tuple(weight.shape) for weight in weights if weight.numel() > 10_000]  # without gates
     random = {(n, k): [torch.randn(s, device=device, dtype=dtype) for s in ((rows, k), (n, k), (rows, n))]
               for n, k in set(shapes)}  # fmt: skip
 
@@ -124,10 +126,10 @@ def all_products(model, rows, dtype):
     return products, 6 * sum(n * k for n, k in shapes) * rows
 
 
-def run_training(out, *flags, to_the_end=True):
+def run_training(out, *flags, kill_after_evaluation=False):
     """
-    train.py as the run out/bench -> (report.Run, {name: figure or words}). Unless it shall go on to the
-    end, it is killed once its last step is evaluated: saving can take long.
+    Run train.py in out/bench. Returns (report.Run, result of `figures_of`). With `kill_after_evaluation` it
+    is killed after the evaluation of its last step, because saving can take long.
     """
     command = [sys.executable, str(ROOT / "train.py"), "--out-dir", str(out), "--run-name", "bench", *flags]
     start, first_step, lines, killed = time.monotonic(), None, [], False
@@ -137,24 +139,24 @@ def run_training(out, *flags, to_the_end=True):
         print(line, end="", file=sys.stderr, flush=True)
         if line.startswith("step") and first_step is None:
             first_step = time.monotonic() - start
-        if not to_the_end and sum(line.startswith("val") for line in lines) == 2:  # before and after
+        if kill_after_evaluation and sum(line.startswith("val") for line in lines) == 2:  # step 0, last step
             killed = True
             process.kill()
             break
     if process.wait() and not killed:
-        sys.exit(1)  # it has said why
+        sys.exit(1)  # train.py has printed the reason
     run = report.Run(Path(out, "bench"))
     return run, figures_of(run, lines, first_step)
 
 
 def figures_of(run, lines, first_step):
-    """What run_training found: speed as train.py counts it, without the first 10 steps, memory and start."""
+    """{name: number or text}: speed without the first 10 steps, MFU, peak memory, seconds until step 1."""
     config, last = run.config, run.steps[-1]
     counted = (last["step"] - 10) * config["settings"]["total_batch_size"]
     speed = counted / last["total_training_time"] if counted > 0 else last["tok_per_sec"]
     flops, causal = (config["num_flops_per_token" + kind] / config["mfu_peak"] for kind in ("", "_causal"))
-    told = next((line.split(None, 1)[1] for line in lines if line.startswith("train ")), "")
-    how = f"{told.split(' · peak')[0]} · {config['settings']['dtype']}"
+    printed = next((line.split(None, 1)[1] for line in lines if line.startswith("train ")), "")
+    how = f"{printed.split(' · peak')[0]} · {config['settings']['dtype']}"
     memory, mfu, causal = last["peak_memory"], speed * flops, speed * causal
     figures = {"tok_per_sec": speed, "mfu": mfu, "mfu_causal": causal, "peak_memory": memory, "how": how}
     figures["start_to_first_step"] = first_step
@@ -165,7 +167,7 @@ def figures_of(run, lines, first_step):
 
 
 def train(*flags):
-    """train.py as a user runs it: speed, memory, start, and where the time of a step goes."""
+    """Run train.py; print its speed, memory, start time, and the time of each part of a step."""
     batch = 2**19 if on_gpu else 2048
     defaults = f"--data stdlib --vocab-size {VOCAB} --num-iterations {40 if on_gpu else 80} --eval-every -1"
     defaults += f" --total-batch-size {batch} --eval-bytes {4 * ROWS * ROW} {'' if on_mps else '--compile'}"
@@ -173,22 +175,23 @@ def train(*flags):
         run, figures = run_training(out, *defaults.split(), *flags)
     settings, config = run.config["settings"], GPTConfig(**run.config["model"])
     if settings["device_type"] != device.type:
-        sys.exit(f"this script measures on {device.type}: let train.py run there too")
+        sys.exit(f"this script measures on {device.type}: run train.py with --device-type {device.type}")
 
     compute_dtype = getattr(torch, settings["dtype"])
     model = build_model(config, compute_dtype)
     if settings["compile"]:
-        compile_model(model, whole="parts" not in figures["how"])
+        compile_model(model, in_parts="parts" in figures["how"])
     rows, T = settings["device_batch_size"], settings["max_seq_len"]
     row = torch.randint(config.vocab_size, (rows, T + 1), device=device)
-    tokens, targets = row[:, :-1], row[:, 1:]  # the strides of training: the same compiled graph
+    tokens, targets = row[:, :-1], row[:, 1:]  # the same strides as in training, so the same compiled graph
     products, product_flops = all_products(model, rows * T, compute_dtype)
     optimizer = build_optimizer(model, compute_dtype)
-    passes = lambda: model(tokens, targets).backward()  # noqa: E731
-    once, both, products, step = medians([lambda: model(tokens, targets), passes, products, optimizer.step])
+    forward = lambda: model(tokens, targets)  # noqa: E731
+    once, both, products, step = medians([forward, lambda: forward().backward(), products, optimizer.step])
     batch, speed = settings["total_batch_size"], figures["tok_per_sec"]
     micro_steps = batch / (rows * T)
-    parts = {"forward, with the loss's gradients": once * micro_steps}  # a loss in chunks makes them there
+    # a loss in chunks computes its gradients in the forward pass
+    parts = {"forward, with the loss's gradients": once * micro_steps}
     parts |= {"backward": (both - once) * micro_steps, "optimizer": step}
     parts["other: loop, loader, noise"] = batch / speed - sum(parts.values())
 
@@ -198,20 +201,20 @@ def train(*flags):
     for name, seconds in parts.items():
         print(f"{name:36}{1e3 * seconds:10,.1f}{seconds * speed / batch:9.1%}")
     flops = run.config["num_flops_per_token"]
-    rate, passes = product_flops / products, rows * T * flops / both
-    print(f"the passes' matrix products alone reach {rate / 1e12:,.3f} TFLOP/s; ", end="")
-    print(f"the passes {passes / rate:.0%} of that, training {speed * flops / rate:.0%}\n")
+    products, passes = product_flops / products, rows * T * flops / both  # FLOP/s
+    print(f"matrix products alone: {products / 1e12:,.3f} TFLOP/s; ", end="")
+    print(f"forward and backward: {passes / products:.0%} of that, all: {speed * flops / products:.0%}\n")
 
 
 def generate(*depths):
-    """Tokens a second with the KV cache and without, and how near that is to reading the weights alone."""
-    kind = dtype if on_gpu else torch.float32  # as in model.py
-    headline(f"{kind}, one row from its first token to its {ROW}th")
+    """Tokens per second with and without the KV cache, and compared with reading the weights alone."""
+    kind = dtype if on_gpu else torch.float32  # as in sample.py
+    headline(f"{kind}, one row, from token 1 to token {ROW}")
     for depth in [int(depth) for depth in depths] or [4, 8]:
         model = build_model(GPTConfig.of_depth(depth, VOCAB, ROW), kind).to(kind)
         weights = [module.weight for module in model.modules() if isinstance(module, Linear)]
         rows = [torch.randn(1, weight.size(1), device=device, dtype=kind) for weight in weights]
-        lengths = range(ROW // 32, ROW, ROW // 16)  # 16, from all over the row
+        lengths = range(ROW // 32, ROW, ROW // 16)  # 16 lengths, spread over the row
         with torch.inference_mode():
             cached, products, uncached = medians(
                 [
@@ -222,11 +225,11 @@ def generate(*depths):
             )
         cached, uncached = cached / ROW, uncached / len(lengths)
         print(f"depth {depth}: {1 / cached:,.0f} tokens/s, without the cache {1 / uncached:,.1f};", end=" ")
-        print(f"{products / cached:.0%} of what reading the weights would allow, {1 / products:,.0f}")
+        print(f"{products / cached:.0%} of the {1 / products:,.0f} tokens/s that reading the weights allows")
 
 
 def attention():
-    """Causal attention by each kernel that there is: forward, and forward with backward."""
+    """Causal attention with each available kernel: forward, and forward and backward."""
     headline(str(dtype), "exact causal TFLOP/s, forward / forward and backward")
     tokens, width = (32_768, 768) if on_gpu else (2048, 256)
     names = "CUDNN_ATTENTION FLASH_ATTENTION EFFICIENT_ATTENTION" if on_gpu else "FLASH_ATTENTION MATH"
@@ -238,8 +241,8 @@ def attention():
         heads = [x.transpose(1, 2) for x in leaves]
         candidates = {name.lower(): partial(sdpa, name, heads, scale) for name in names.split()}
         if device.type == "cpu":
-            in_blocks = torch.compile(blocked_attention, dynamic=False)
-            candidates["blocked"] = lambda f=in_blocks, h=heads, s=scale: f(*h, s).transpose(1, 2)
+            compiled = torch.compile(blocked_attention, dynamic=False)
+            candidates["blocked"] = lambda f=compiled, h=heads, s=scale: f(*h, s).transpose(1, 2)
         if on_gpu:
             candidates |= other_kernels(heads, scale)
         cells = []
@@ -256,13 +259,13 @@ def attention():
 
 
 def sdpa(name, heads, scale):
-    """Attention by one of PyTorch's kernels: q, k, v (B, n_head, T, head_dim) -> (B, T, n_head, head_dim)."""
+    """Attention with a kernel of PyTorch: q, k, v (B, n_head, T, head_dim) -> (B, T, n_head, head_dim)."""
     with sdpa_kernel(getattr(SDPBackend, name)):
         return F.scaled_dot_product_attention(*heads, is_causal=True, scale=scale).transpose(1, 2)
 
 
 def other_kernels(heads, scale):
-    """FlexAttention and FlashAttention-2's variable lengths: {name: function}."""
+    """{name: function} of FlexAttention and of FlashAttention-2 with variable lengths."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
     from torch.nn.attention.varlen import varlen_attn
 
@@ -282,11 +285,11 @@ def loss():
     weight = (torch.randn(V, C, device=device) / C**0.5).requires_grad_()
     targets = torch.randint(V, (N,), device=device)
 
-    def whole():
+    def at_once():
         logits = softcap(F.linear(x, weight.to(dtype)).float())
         return F.cross_entropy(logits, targets, reduction="sum")
 
-    variants = {"whole": whole}
+    variants = {"at once": at_once}
     for n in (2, 4, 8, 16):
         variants[f"{n} chunks"] = partial(ChunkedCrossEntropy.apply, x, weight, targets, V, n, True)
     headline(str(dtype), f"{N:,} rows × {V:,} logits", "head and loss, forward and backward, compiled")
@@ -306,7 +309,7 @@ def loss():
 
 
 def optimizer(*depths):
-    """Time per step, share of a training step and memory of the state, on one device."""
+    """Time per step, share of a training step, and memory of the optimizer state, on one device."""
     batch = 2**19 if on_gpu else 2**12
     for depth in map(int, depths or ((12,) if on_gpu else (4, 8))):
         model = model_of_depth(depth)
@@ -324,23 +327,23 @@ def optimizer(*depths):
         times = medians([ours.step, fused.step, lambda: (muon.step(), adamw.step())])  # noqa: B023
 
         counts = [sum(p.numel() for p in params) / 1e6 for params in (matrices, others)]
-        headline(f"depth {depth}: {counts[0]:.1f} M parameters by Muon, {counts[1]:.1f} M by AdamW")
+        headline(f"depth {depth}: {counts[0]:.1f} M parameters with Muon, {counts[1]:.1f} M with AdamW")
         print(f"forward and backward of {batch:,} tokens, compiled: {1e3 * passes:,.0f} ms")
         print(f"{'':30}{'ms':>9}{'/ ours':>9}{'of a step':>12}{'state, MB':>12}")
-        held = {
+        state_dicts = {
             "MuonAdamW": [bucket.state for bucket in ours.buckets],
             "AdamW(fused) for everything": fused.state.values(),
             "torch.optim.Muon + AdamW": [*muon.state.values(), *adamw.state.values()],
         }
-        for t, (name, states) in zip(times, held.items()):
+        for t, (name, states) in zip(times, state_dicts.items()):
             size = sum(tensor.nbytes for state in states for tensor in state.values()) / 2**20
             print(f"{name:30}{1e3 * t:9.1f}{t / times[0]:9.2f}{t / (t + passes):12.1%}{size:12,.1f}")
         print(flush=True)
-        torch.compiler.reset()  # the next depth compiles anew
+        torch.compiler.reset()  # the next depth has other shapes
 
 
 def checkpoint(*depths):
-    """How long a save holds up the loop, and how fast it is written, against torch.save."""
+    """How long a save stops the training, and how fast it is written, compared with torch.save."""
     for depth in map(int, depths or ((12,) if on_gpu else (4, 8))):
         model = model_of_depth(depth)
         optimizer = build_optimizer(model, dtype)
@@ -360,13 +363,13 @@ def checkpoint(*depths):
             size = sum(file.stat().st_size for file in newest.iterdir())
         pause, writing, plain = (statistics.median(column) for column in zip(*times[1:]))
         headline(f"depth {depth}", f"{size / 1e6:,.0f} MB, medians of {len(times) - 1} saves")
-        print(f"the loop waits           {1e3 * pause:8.1f} ms, {pause / plain:.1%} of plain torch.save")
+        print(f"training stops for       {1e3 * pause:8.1f} ms, {pause / plain:.1%} of plain torch.save")
         print(f"written and checksummed  {1e3 * writing:8.1f} ms, {size / writing / 1e6:,.0f} MB/s")
         print(f"plain torch.save, fsync  {1e3 * plain:8.1f} ms, {size / plain / 1e6:,.0f} MB/s\n")
 
 
 def logging():
-    """Training steps with train.py's synchronizations and records, twice a second, and with none."""
+    """Training with the synchronization and record of a log interval twice a second, and without."""
     model = model_of_depth(4)
     compile_model(model)
     optimizer = build_optimizer(model, dtype)
@@ -374,75 +377,81 @@ def logging():
     fields = "progress train_loss train_loss_ema lrm grad_norm dt tok_per_sec mfu data_wait".split()
     record = {"step": 1, "tokens": 1, "total_training_flops": 1e12, **dict.fromkeys(fields, 0.5)}
 
-    def block(window, log):
-        """20 steps, with a record after each `window` of them."""
+    def block(interval, log, console):
+        """20 steps with a record after each `interval` of them."""
         losses = []
         for step in range(1, 21):
-            nats = model(tokens, tokens)
-            nats.backward()
-            optimizer.step(nats.detach())
-            losses.append(nats.detach())
-            if step % window == 0:
+            loss_sum = model(tokens, tokens)
+            loss_sum.backward()
+            optimizer.step(loss_sum.detach())
+            losses.append(loss_sum.detach())
+            if step % interval == 0:
                 torch.stack([torch.stack(losses), optimizer.grad_norm.expand(len(losses))]).tolist()
                 losses.clear()
                 synchronize()
                 log.write("step", **record, peak_memory=machine.peak_memory(device))
-                print(report.step_line(record, 1000, 1.0, "published", 60.0), file=console, flush=True)
+                console.step(record, 1000, "published", 60.0)
+                console.end_live()  # prints the line that `step` keeps back
 
-    with tempfile.TemporaryDirectory() as folder, open(Path(folder, "console"), "w") as console:
-        log = report.Log(Path(folder))
-        (alone,) = medians([lambda: block(21, log)], seconds=0)
-        window = min(10, max(1, int(0.5 / (alone / 20))))
-        without, logged = timings([lambda: block(21, log), lambda: block(window, log)], seconds=40)
+    with tempfile.TemporaryDirectory() as folder, open(Path(folder, "console"), "w") as file:
+        console = report.Console()
+        log = report.Log(Path(folder), console)
+        without_records = lambda: block(21, log, console)  # noqa: E731
+        (alone,) = medians([without_records], seconds=0)
+        interval = min(10, max(1, int(0.5 / (alone / 20))))
+        with contextlib.redirect_stdout(file):
+            without, logged = timings([without_records, lambda: block(interval, log, console)], seconds=40)
         ratios = sorted(b / a - 1 for a, b in zip(without, logged))
-        headline(f"depth 4, {1e3 * statistics.median(without) / 20:.1f} ms a step, a record every {window}")
+        headline(f"depth 4, {1e3 * statistics.median(without) / 20:.1f} ms a step, a record every {interval}")
         low, middle, high = (ratios[int(share * (len(ratios) - 1))] for share in (0.25, 0.5, 0.75))
         print(f"records cost {middle:+.2%} (quartiles {low:+.2%}, {high:+.2%}, of {len(ratios)} pairs)")
         (host,) = medians([lambda: log.write("step", **record)], seconds=2)
-        print(f"of which {1e6 * host:.0f} µs a record for the host: {host / (window * alone / 20):.4%}\n")
+        share = host / (interval * alone / 20)
+        print(f"writing a record takes {1e6 * host:.0f} µs, {share:.4%} of a log interval\n")
 
 
 def data():
-    """Tokenization against tiktoken's own batches, rows, warm start, resume, memory of the loader."""
+    """Tokenization compared with tiktoken's batches, rows, warm start, resume, memory of the loader."""
     T, rows = 2048, 256
 
     def resident():
-        status = Path("/proc/self/status")  # Linux only
+        """Megabytes of this process in memory. Linux only, 0 elsewhere."""
+        status = Path("/proc/self/status")
         kilobytes = re.search(r"VmRSS:\s+(\d+)", status.read_text())[1] if status.exists() else 0
         return int(kilobytes) / 1e3
 
     with tempfile.TemporaryDirectory() as home:
         os.environ["ONEDIAL_HOME"] = home
-        corpus, cold = seconds_of(lambda: dataloader.prepare("stdlib", 4096))
+        corpus, cold = seconds_of(lambda: dataset.prepare("stdlib", 4096))
         print(f"cold start on stdlib          {cold:.1f} s, {corpus.counts['train']['bytes'] / 1e6:.0f} MB")
 
         def start():
-            again = dataloader.prepare("stdlib", 4096)
-            dataloader.validation_tokens(again, 131_072)
+            again = dataset.prepare("stdlib", 4096)
+            dataloader.ValidationRows(again, 131_072, T)
             return next(dataloader.DataLoader(again, T, 8, 0, "cpu"))
 
         warm = statistics.median(seconds_of(start)[1] for _ in range(3))
-        print(f"warm start to a first batch   {warm:.2f} s")
-        reader, text = dataloader.TextReader(plain=True), dataloader.Text()
-        for file in dataloader.find_files("stdlib").train:
+        print(f"warm start to the first batch {warm:.2f} s")
+        reader, text = dataset.TextReader(plain=True), dataset.Text()
+        for file in dataset.find_files("stdlib").train:
             reader.read(file, text)
         places = text.documents()
         texts = [text[begin:end].decode() for begin, end in places]
         encoding, threads, times = corpus.tokenizer, os.cpu_count(), []
-        ready = text, places, Path(home), "train", str
+        arguments = text, places, Path(home), "train", str
         for _ in range(3):
             theirs = seconds_of(lambda: encoding.encode_ordinary_batch(texts, num_threads=threads))[1]
-            ours = seconds_of(lambda: dataloader.encode_texts(encoding, *ready))[1]
+            ours = seconds_of(lambda: dataset.encode_texts(encoding, *arguments))[1]
             times.append((theirs / ours, sum(map(len, texts)) / 1e6 / ours))
         ratio, speed = (statistics.median(column) for column in zip(*times))
         print(f"tokenization, {threads} threads       {ratio:.0%} of tiktoken's speed, {speed:.1f} MB/s")
 
         corpus.shards["train"] = []
-        for n in range(2):  # two shards of the public size
-            tokens = np.random.default_rng(n).integers(0, 4096, dataloader.SHARD_TOKENS, dtype=np.uint16)
+        for n in range(2):  # two shards of the size of public ones
+            tokens = np.random.default_rng(n).integers(0, 4096, dataset.SHARD_TOKENS, dtype=np.uint16)
             header = np.array([20240520, 1, len(tokens)] + [0] * 253, dtype="<i4")
             path = Path(home, f"{n}.bin")
-            corpus.shards["train"].append((path, dataloader.write(path, header, tokens)))
+            corpus.shards["train"].append((path, dataset.write(path, header, tokens)))
         del tokens
         before = resident()
         loader = dataloader.DataLoader(corpus, T, rows, 0, "cpu")
@@ -450,9 +459,9 @@ def data():
         times = [seconds_of(lambda: [next(loader) for _ in range(40)])[1] for _ in range(5)]
         speed = 40 * rows * T / statistics.median(times)
         print(f"rows of {T:,}                 {speed / 1e6:.0f} M tokens/s")
-        while loader.epoch < 1.1:  # through both shards
+        while loader.epoch < 1.1:  # read both shards
             next(loader)
-        print(f"memory of the loader          {resident() - before:.0f} MB, the mapped shard included")
+        print(f"memory of the loader          {resident() - before:.0f} MB, including the mapped shard")
 
         def resume():
             again = dataloader.DataLoader(corpus, T, rows, 0, "cpu")
@@ -464,8 +473,8 @@ def data():
 
 
 # -----------------------------------------------------------------------------
-# The parts of `gpu`: each runs alone, in an empty folder, and returns (a line for the table, its figures).
-# Without CUDA they run tiny: a machine that is lent for minutes shall meet nothing that has never run
+# The parts of `gpu`. Each runs alone, in an empty folder, and returns (line of the table, figures).
+# Without CUDA they run at tiny sizes, so that everything has run once before time on a GPU is spent
 
 
 def gradients():
@@ -474,7 +483,7 @@ def gradients():
     model = build_model(GPTConfig.of_depth(depth, vocab_size, T), torch.float32)
     torch.manual_seed(1)
     with torch.no_grad():
-        for p in model.parameters():  # what starts at zero would keep the gradients of others at zero
+        for p in model.parameters():  # parameters that start at zero would make other gradients zero
             p.add_(0.05 * torch.randn_like(p))
     row = torch.randint(vocab_size, (4, T + 1), device=device)
     tokens, targets = row[:, :-1], row[:, 1:]
@@ -506,46 +515,46 @@ def gradients():
     return f"{figures['dtype'][6:]} against fp32: {'; '.join(words[::-1])}", figures
 
 
-def story():
-    """train.py for three steps and resumed to five, compiled or not as it decides: from text to report."""
+def end_to_end():
+    """train.py from text to report: three steps, then resumed to five, compiled if train.py decides so."""
     flags = "--data stdlib --vocab-size 4096 --num-iterations 3 --save-every 2"
     flags += " --depth 4 --eval-bytes 262144" if on_gpu else " --depth 2 --max-seq-len 128 --eval-bytes 4096"
-    first, figures = run_training(".", *flags.split())  # a status other than 0 fails the part
+    first, figures = run_training(".", *flags.split())  # exits if train.py fails
     second, again = run_training(".", "--resume", "--num-iterations", "5")
     newest, faults = checkpoint_module.newest_valid("bench/checkpoints")
     checks = {
-        "a save in between": any(r.get("folder") == "step_000002" for r in first.records),
+        "a save at step 2": any(r.get("folder") == "step_000002" for r in first.records),
         "resumed from step 3": [r["step"] for r in second.records if r.get("event") == "resumed"] == [3],
         "five steps in the log": [r["step"] for r in second.steps] == [1, 2, 3, 4, 5],
         "the last checkpoint is valid": newest is not None and newest.name == "step_000005" and not faults,
     }
-    failed = ", ".join(check for check, holds in checks.items() if not holds)
-    verdict = f"FAILED: {failed}" if failed else f"all {len(checks)} checks hold"
+    failed = ", ".join(check for check, passed in checks.items() if not passed)
+    verdict = f"FAILED: {failed}" if failed else f"all {len(checks)} checks passed"
     line = f"{verdict} · {figures['start']} · {again['start_to_first_step']:.1f} s when resumed"
     return line, {"checks": checks, "first": figures, "resumed": again}
 
 
-def speed(depth, vocab_size, batch, steps, whole=True):
+def speed(depth, vocab_size, batch, steps, in_parts=False):
     """
-    Speed, MFU, memory and start of train.py on random words, compiled as a `whole` or by blocks: what it does
-    in long runs and in short ones. It is ended after that many steps.
+    Speed, MFU, memory and start of `steps` steps of train.py on random words. It compiles one graph, as in
+    long runs, or each block (`in_parts`), as in short runs.
     """
     random = np.random.default_rng(0)
     words = random.integers(ord("a"), ord("z") + 1, (100_000, 8), dtype=np.uint8)
-    words[:, 0] = ord(" ")  # a BPE of any size is trained on such text within a second
+    words[:, 0] = ord(" ")  # training a BPE on such text takes less than a second
     Path("text.txt").write_bytes(words[random.integers(len(words), size=700_000)].tobytes())
     os.environ["ONEDIAL_HOME"] = str(Path("home").absolute())
-    flags = f"--data text.txt --num-iterations {10**6 if whole else steps} --compile --eval-every {steps}"
+    flags = f"--data text.txt --num-iterations {steps if in_parts else 10**6} --compile --eval-every {steps}"
     flags += f" --eval-bytes {4 * ROWS * ROW}"
     flags += f" --depth {depth} --total-batch-size {batch} --vocab-size {vocab_size}"
     if not on_gpu:
         flags += " --depth 2 --max-seq-len 128 --total-batch-size 1024 --vocab-size 512 --num-iterations 13"
-    run, figures = run_training(".", *flags.split(), to_the_end=False)
+    run, figures = run_training(".", *flags.split(), kill_after_evaluation=True)
     return f"{figures['speed']} · {figures['start']}", figures | {"settings": run.config["settings"]}
 
 
 def kind_of(kernel):
-    """What a kernel is for, by its name: Inductor's name what was fused, the libraries' what they do."""
+    """The kind of work of a kernel, from its name. Inductor's names list the fused operations."""
     by_inductor = kernel.startswith("triton_")
     if not by_inductor and re.search(r"(?i)sdpa|flash|fmha|attention|cudnn", kernel):
         return "attention"
@@ -556,7 +565,7 @@ def kind_of(kernel):
 
 
 def kernels(work, calls=3):
-    """{name of a kernel, on a CPU of an operator: ms of the device in a call of work}"""
+    """{name of a kernel, or on a CPU of an operator: its device time in ms per call of work}"""
     activity = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
     with torch.profiler.profile(activities=[activity]) as profiler:
         for _ in range(calls):
@@ -569,10 +578,10 @@ def kernels(work, calls=3):
 
 
 def profile():
-    """The device's time in a micro-step of depth 12 by kind of kernel, with its share of the optimizer."""
+    """Device time of a micro-step of depth 12 by kind of kernel, with its share of the optimizer step."""
     model = model_of_depth(12) if on_gpu else build_model(GPTConfig.of_depth(2, 512, 128), dtype)
     if on_gpu:
-        compile_model(model)  # on a CPU the kernels' names would say nothing
+        compile_model(model)  # compiled kernels on a CPU have no telling names
     T = model.config.max_seq_len
     tokens, micro_steps = ROWS * T, 2**19 // (ROWS * T) if on_gpu else 1
     row = torch.randint(model.config.vocab_size, (ROWS, T + 1), device=device)
@@ -586,13 +595,13 @@ def profile():
     ms["idle"] = total - sum(ms.values())
     words = [f"{kind} {spent:.3g} ms ({spent / total:.0%})" for kind, spent in ms.items()]
     figures = {"tokens": tokens, "ms": ms, "share": {kind: spent / total for kind, spent in ms.items()}}
-    largest = sorted(by_kernel.items(), key=lambda item: -item[1])[:25]  # to see whether kind_of is right
+    largest = sorted(by_kernel.items(), key=lambda item: -item[1])[:25]  # to check kind_of
     figures["largest"] = [[name[:150], kind_of(name), spent] for name, spent in largest]
     return f"{tokens:,} tokens in {total:.4g} ms: {', '.join(words)}", figures
 
 
 def tests():
-    """The tests that need CUDA."""
+    """Run the tests that need CUDA."""
     files = [ROOT / "tests" / f"test_{name}.py" for name in ("model", "optim", "machine")]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "cuda"]
     command += [str(file) for file in files if file.exists()]
@@ -601,59 +610,59 @@ def tests():
     return lines[-1].strip("= "), {"status": done.returncode, "last_lines": lines[-30:]}
 
 
-PARTS = {  # in order of worth: name -> (seconds that it may take, what it does)
+PARTS = {  # name: (time limit in seconds, function); the most important first, in case the time runs out
     "gradients": (100, gradients),
-    "story": (120, story),
+    "end to end": (120, end_to_end),
     "depth 12": (140, partial(speed, 12, 50_257, 2**19, 20)),
     "depth 4": (90, partial(speed, 4, 50_257, 2**17, 200)),
     "depth 20": (180, partial(speed, 20, 32_768, 2**19, 16)),
-    "12 blocks": (100, partial(speed, 12, 50_257, 2**19, 20, whole=False)),
+    "12 blocks": (100, partial(speed, 12, 50_257, 2**19, 20, in_parts=True)),
     "profile": (90, profile),
     "tests": (90, tests),
 }
-BUDGET = 470  # seconds for all parts: 8 minutes with the start of this script
+BUDGET = 470  # seconds for all parts; with the start of this script 8 minutes
 
 
 def run_part(name, limit):
-    """A part of `gpu` in a process of its own -> its figures, or {"error": what it has said last}."""
+    """Run a part of `gpu` in its own process. Returns its figures, or {"error": its last output}."""
     command = [sys.executable, str(Path(__file__).resolve()), "gpu-part", name]
-    place = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-    with tempfile.TemporaryFile() as output, place as folder:
+    directory = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+    with tempfile.TemporaryFile() as output, directory as folder:
         streams = {"stdout": output, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
         process = subprocess.Popen(command, cwd=folder, start_new_session=True, **streams)
         try:
-            ending = f"ended with status {process.wait(limit)}"
+            ending = f"exited with status {process.wait(limit)}"
         except subprocess.TimeoutExpired:
-            ending = f"was ended after {limit:.0f} s"
+            ending = f"was killed after {limit:.0f} s"
         finally:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # it, and what it has started
+                os.killpg(process.pid, signal.SIGKILL)  # the process and its children
             process.wait()
         output.seek(0)
         lines = output.read().decode(errors="replace").strip().splitlines()
-    found = [line for line in lines if line.startswith('{"line":')]  # after it something may complain
+    found = [line for line in lines if line.startswith('{"line":')]  # libraries may print more lines after it
     if found:
         return json.loads(found[-1]) | {"ending": ending}
     return {"error": "\n".join([f"no figures: it {ending}", *lines[-8:]])}
 
 
 def gpu(path="bench-gpu.json"):
-    """What a GPU can show in 8 minutes, as a table and as JSON; without CUDA a dry run of the same, tiny."""
+    """Check and measure a GPU in 8 minutes; print a table, write JSON. Without CUDA: a tiny dry run."""
     begin, results = time.monotonic(), {}
-    Path(path).touch()  # a place that cannot be written is told now
+    Path(path).touch()  # fail now if it is not writable
     about = {"device": machine.device_name(device), "dry_run": not on_gpu, "versions": report.versions()}
-    headline(*([] if on_gpu else ["a dry run: tiny sizes on a CPU, and no figure of a GPU"]))
+    headline(*([] if on_gpu else ["dry run with tiny sizes: these are not figures of a GPU"]))
     print(f"{'part':11}{'seconds':>7}", flush=True)
     for name, (limit, _) in PARTS.items():
         start = time.monotonic()
         left = BUDGET - (start - begin)
         figures = run_part(name, min(limit, left)) if left > 10 else {"error": "no time"}
         results[name] = {"seconds": time.monotonic() - start, **figures}
-        Path(path).write_text(json.dumps(about | {"parts": results}, indent=1))  # kept, whatever comes
-        told = (figures.get("line") or figures["error"]).splitlines()
-        told = f"\n{'':20}".join(part for line in told for part in textwrap.wrap(line, 100))
-        print(f"{name:11}{results[name]['seconds']:7.1f}  {told}", flush=True)
-    print(f"{'in all':11}{time.monotonic() - begin:7.1f}  the figures are in {path}")
+        Path(path).write_text(json.dumps(about | {"parts": results}, indent=1))  # saved after each part
+        lines = (figures.get("line") or figures["error"]).splitlines()
+        text = f"\n{'':20}".join(row for line in lines for row in textwrap.wrap(line, 100))
+        print(f"{name:11}{results[name]['seconds']:7.1f}  {text}", flush=True)
+    print(f"{'total':11}{time.monotonic() - begin:7.1f}  all figures: {path}")
 
 
 BENCHMARKS = (train, generate, attention, loss, optimizer, checkpoint, logging, data, gpu)
@@ -664,7 +673,7 @@ if __name__ == "__main__":
     if name == "all":
         for function in [function for function in BENCHMARKS.values() if function is not gpu]:
             function()
-            torch.compiler.reset()  # the shapes of one would count against the next one's limit
+            torch.compiler.reset()  # each benchmark has its own limit of recompilations
     elif name == "gpu-part":
         line, figures = PARTS[arguments[0]][1]()
         print(json.dumps({"line": line, **figures}))

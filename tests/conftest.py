@@ -1,7 +1,8 @@
-"""What the tests share: the path to the flat files, a small corpus, and a way to run train.py like a user."""
+"""Shared by the tests: the path to the scripts, a small corpus, and a fixture that runs train.py."""
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,22 +14,22 @@ import pytest
 
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: more threads only wait for each other
-signal.signal(signal.SIGINT, signal.default_int_handler)  # else what is started in the background ignores it
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # more threads are slower for tiny models
+signal.signal(signal.SIGINT, signal.default_int_handler)  # processes started in the background ignore it
 
-import report  # noqa: E402  torch, which it imports, reads that variable
+import report  # noqa: E402  it imports torch, which reads OMP_NUM_THREADS
 
 TINY = (
     "--depth 2 --aspect-ratio 32 --head-dim 32 --max-seq-len 64 --total-batch-size 512 --vocab-size 512 "
     "--eval-bytes 4096 --no-compile --peak-tflops 0.1 --device-type cpu --dtype float32 "
-    # mild learning rates: rounding differences between two orders of summation stay small for 20 steps
+    # low learning rates: differences from the order of summation stay small for 20 steps
     "--matrix-lr 0.004 --embedding-lr 0.06 --unembedding-lr 0.002 --scalar-lr 0.1"
 ).split()
 
 
 @pytest.fixture(scope="session")
 def home(tmp_path_factory):
-    """A cache folder and a text corpus of a few hundred kB, both for the whole session."""
+    """The session's folder: text/, a corpus of a few hundred kB; cache/; hidden/, which hides matplotlib."""
     folder = tmp_path_factory.mktemp("home")
     text = folder / "text"
     text.mkdir()
@@ -36,16 +37,16 @@ def home(tmp_path_factory):
     for file in sorted(library.glob("*.py"))[:40]:
         (text / file.name).write_bytes(file.read_bytes())
     (folder / "hidden").mkdir()
-    (folder / "hidden" / "matplotlib.py").write_text("raise ImportError('only some tests draw')")
+    (folder / "hidden" / "matplotlib.py").write_text("raise ImportError('hidden by the tests')")
     return folder
 
 
 @pytest.fixture
 def train(home, tmp_path):
     """
-    train("--num-iterations", 20, ...) runs train.py in a subprocess on the tiny corpus and model, and returns
-    code, output, folder (of --run-name a, the default), log (records), summary and config (or None).
-    Without draw=True matplotlib seems not to be there: two seconds less.
+    train("--num-iterations", 20, ...) runs train.py in a subprocess on the tiny corpus and model. It returns
+    the exit code, output, folder (of --run-name a by default), log (records), summary, config (or None).
+    Without draw=True matplotlib is hidden, which saves two seconds.
     """
 
     def start(*flags, processes=1, tiny=True, script=REPO / "train.py", threads=1, draw=False, nodes=()):
@@ -91,9 +92,11 @@ def losses(result):
 
 
 def edited_copy(folder, old, new, file="train.py"):
-    """All scripts, copied, with one place of one of them edited -> the path of train.py there."""
+    """Copy all scripts to `folder` and replace `old` in one of them. Returns the path of its train.py."""
     for path in REPO.glob("*.py"):
         (folder / path.name).write_bytes(path.read_bytes())
+    if (REPO / "export").exists():
+        shutil.copytree(REPO / "export", folder / "export", dirs_exist_ok=True)
     text = (folder / file).read_text()
     assert text.count(old) == 1
     (folder / file).write_text(text.replace(old, new))
@@ -101,15 +104,15 @@ def edited_copy(folder, old, new, file="train.py"):
 
 
 def wait_for(process, start):
-    """Read a run's output up to a line that starts so -> it."""
+    """Read a run's output until a line starts with `start`. Returns that line."""
     for line in process.stdout:
         if line.startswith(start):
             return line
 
 
 def wait_for_progress(folder, share):
-    """Wait until the log of a run in `folder` says that more than this share of it is done."""
+    """Wait until the log of the run in `folder` shows a progress above `share`."""
     deadline = time.monotonic() + 120
     while not any(record.get("progress", 0) > share for record in report.read_log(folder)):
-        assert time.monotonic() < deadline, "the run has not come so far"
+        assert time.monotonic() < deadline, f"no progress above {share} in 120 s"
         time.sleep(0.05)

@@ -1,4 +1,4 @@
-"""No kill, flipped bit or full disk costs a run: real processes, real damage."""
+"""No kill, flipped bit or full disk loses a run. Tested with real processes and real damage."""
 
 import json
 import os
@@ -17,12 +17,13 @@ import torch
 from conftest import REPO, TINY, edited_copy, losses, wait_for
 
 import checkpoint
+from checkpoint import CheckpointError, RunFolder
 
 DISK_CALLS = {"open", "os.rename", "os.mkdir", "shutil.rmtree", "os.remove", "os.rmdir", "os.scandir"}
 
 
 def write_and_die(root, moment):
-    """Write step 2 in a forked process that kills itself at its moment-th disk call -> its exit status."""
+    """Write step 2 in a forked process that kills itself at its `moment`-th disk call. Returns its status."""
     child = os.fork()
     if child == 0:
         calls = iter(range(1, moment))
@@ -43,7 +44,7 @@ def write(root, step, keep=9):
     return checkpoint.write(root, f"step_{step:06d}", tensors, {"step": step}, keep)
 
 
-def test_what_was_saved_comes_back(tmp_path):
+def test_a_saved_checkpoint_is_loaded_unchanged(tmp_path):
     folder = write(tmp_path, 7)
     assert checkpoint.newest_valid(tmp_path) == (folder, [])
     loaded = checkpoint.load(folder, "model")
@@ -59,14 +60,14 @@ def test_only_tensors_and_plain_values_are_loaded(tmp_path):
         checkpoint.load(folder, "model")
 
 
-def test_sigkill_at_any_moment_of_the_writing(tmp_path):
+def test_sigkill_at_any_moment_while_writing(tmp_path):
     for moment in range(1, 1000):
         root = tmp_path / f"kill{moment}"
         root.mkdir()
         write(root, 1)
         status = write_and_die(root, moment)
-        folder, reasons = checkpoint.newest_valid(root)
-        assert folder is not None and reasons == [], (moment, reasons)
+        folder, faults = checkpoint.newest_valid(root)
+        assert folder is not None and faults == [], (moment, faults)
         value = 2.0 if folder.name == "step_000002" else 1.0
         assert torch.equal(checkpoint.load(folder, "model")["w"], torch.full((1000,), value))
         write(root, 3)  # the next save cleans up
@@ -74,12 +75,12 @@ def test_sigkill_at_any_moment_of_the_writing(tmp_path):
         if status == 0:
             break
         assert os.WTERMSIG(status) == signal.SIGKILL
-    assert moment > 20 and value == 2.0  # the moments cover the writing from its start to its end
+    assert moment > 20 and value == 2.0  # every disk call was covered, until the write was complete
 
 
 @pytest.mark.parametrize("name", ["model.pt", "optimizer.pt", "state.json", "manifest.json"])
 @pytest.mark.parametrize("harm", ["flip", "truncate", "delete"])
-def test_damage_is_named_and_the_one_before_is_taken(tmp_path, name, harm):
+def test_a_damaged_file_is_named_and_the_previous_checkpoint_is_used(tmp_path, name, harm):
     write(tmp_path, 1)
     folder = write(tmp_path, 2)
     content = bytearray((folder / name).read_bytes())
@@ -90,34 +91,34 @@ def test_damage_is_named_and_the_one_before_is_taken(tmp_path, name, harm):
         (folder / name).write_bytes(content[: len(content) // 2])
     else:
         (folder / name).unlink()
-    assert str(folder / name) in checkpoint.fault(folder)
-    newest, reasons = checkpoint.newest_valid(tmp_path)
-    assert newest.name == "step_000001" and len(reasons) == 1 and name in reasons[0]
+    assert str(folder / name) in checkpoint.find_fault(folder)
+    newest, faults = checkpoint.newest_valid(tmp_path)
+    assert newest.name == "step_000001" and len(faults) == 1 and name in faults[0]
 
 
-def test_every_bit_of_the_manifest_counts(tmp_path):
+def test_a_flipped_bit_in_the_manifest_is_detected(tmp_path):
     folder = write(tmp_path, 1)
     content = (folder / "manifest.json").read_bytes()
     for place in range(0, len(content), 7):
         changed = bytearray(content)
         changed[place] ^= 1
         (folder / "manifest.json").write_bytes(changed)
-        if changed.split() != content.split():  # white space is not information
-            assert "manifest.json is missing or damaged" in checkpoint.fault(folder)
+        if changed.split() != content.split():  # a change of white space alone is harmless
+            assert "manifest.json is missing or damaged" in checkpoint.find_fault(folder)
 
 
-def test_pruning_counts_only_valid_ones(tmp_path):
+def test_pruning_counts_only_valid_checkpoints(tmp_path):
     first, second = write(tmp_path, 1), write(tmp_path, 2)
     third = write(tmp_path, 3)
-    (third / "model.pt").write_bytes(b"rubbish")
-    (tmp_path / "step_000004").mkdir()  # without manifest: never complete
+    (third / "model.pt").write_bytes(b"garbage")
+    (tmp_path / "step_000004").mkdir()  # no manifest: it was never complete
     fifth = write(tmp_path, 5, keep=2)
     assert not first.exists() and second.exists() and fifth.exists()
     assert (tmp_path / "step_000004").exists()
     assert checkpoint.newest_valid(tmp_path)[0] == fifth
 
 
-def test_copies_under_other_names_are_left_alone(tmp_path):
+def test_copies_with_other_names_are_ignored(tmp_path):
     first = write(tmp_path, 1)
     shutil.copytree(first, tmp_path / "step_000001-copy")
     second = write(tmp_path, 2, keep=1)
@@ -132,7 +133,7 @@ def test_the_saver_copies_before_it_returns_and_reuses_its_buffers(tmp_path):
         weights.fill_(step)
         saver.save(step, {"model": {"w": weights}}, {"step": step})
         buffer = saver.buffers["/model/w"].data_ptr()
-        weights.fill_(-1)  # the loop goes on while the thread writes
+        weights.fill_(-1)  # training continues while the thread writes
     saver.wait()
     assert saver.outcomes() == [(f"step_00000{n}", None) for n in (1, 2, 3)] and saver.outcomes() == []
     assert [f.name for f in checkpoint.newest_first(tmp_path)] == ["step_000003", "step_000002"]
@@ -143,7 +144,7 @@ def test_the_saver_copies_before_it_returns_and_reuses_its_buffers(tmp_path):
     saver.wait()
 
 
-def test_a_failed_save_is_told_and_the_next_one_tries_again(tmp_path):
+def test_a_failed_save_is_reported_and_the_next_one_works(tmp_path):
     root = tmp_path / "checkpoints"
     root.write_text("a file in the way")
     saver = checkpoint.Saver(root, keep=2)
@@ -159,16 +160,16 @@ def test_a_failed_save_is_told_and_the_next_one_tries_again(tmp_path):
     assert checkpoint.newest_valid(root)[0].name == "step_000002"
 
 
-def test_the_best_weights_stand_beside_the_checkpoints(tmp_path):
+def test_the_best_weights_are_kept_beside_the_checkpoints(tmp_path):
     saver, weights = checkpoint.Saver(tmp_path, keep=1), {"model": {"w": torch.ones(3)}}
     saver.save(10, weights, {"val_bpb": 1.5})
     saver.save(30, weights, {"val_bpb": 1.3}, kind="best")
-    saver.save(20, weights, {"val_bpb": 1.2}, kind="best")  # of a run that was resumed at 10
+    saver.save(20, weights, {"val_bpb": 1.2}, kind="best")  # a run resumed at step 10
     saver.save(40, weights, {"val_bpb": 1.4})
     saver.wait()
     assert saver.outcomes()[1] == ("best_000030", None)
     assert sorted(f.name for f in tmp_path.iterdir()) == ["best_000020", "step_000040"]
-    assert checkpoint.newest_valid(tmp_path)[0].name == "step_000040"  # what a resume looks at
+    assert checkpoint.newest_valid(tmp_path)[0].name == "step_000040"  # a resume ignores best_*
     assert checkpoint.best(tmp_path)[0].name == "best_000020"
     saver.save(50, weights, {"val_bpb": 1.1})
     saver.wait()
@@ -180,15 +181,39 @@ def test_the_best_weights_stand_beside_the_checkpoints(tmp_path):
     assert checkpoint.best(tmp_path)[0] is None
 
 
+def test_val_bpb_of_different_texts_is_not_compared(tmp_path):
+    weights = {"model": {"w": torch.ones(3)}}
+
+    def save(step, kind, val_bpb, eval_bytes):
+        state = {"step": step, "val_bpb": val_bpb, "settings": {"eval_bytes": eval_bytes}}
+        checkpoint.write(tmp_path, f"{kind}_{step:06d}", weights, state, keep=1)
+
+    save(10, "best", 1.1, 4096)
+    save(20, "step", 1.2, 4096)
+    assert checkpoint.best(tmp_path)[0].name == "best_000010"
+    save(30, "step", 1.4, 8192)  # resumed with another --eval-bytes
+    assert checkpoint.best(tmp_path)[0].name == "step_000030"
+    save(40, "best", 1.5, 4096)  # resumed at step 30 with the first one again
+    assert checkpoint.best(tmp_path)[0].name == "best_000040"
+
+
+def test_a_state_without_a_needed_name_is_an_error_of_two_lines(tmp_path):
+    folder = write(tmp_path, 7)
+    assert checkpoint.load_state(folder, ["step"]) == {"step": 7}
+    with pytest.raises(CheckpointError, match=f"^{folder} has no model.\nResume it with the version"):
+        checkpoint.load_state(folder, ["step", "model"])
+
+
 def weights_of(run, step):
+    """The saved weights of a run at a step."""
     return torch.load(run.folder / "checkpoints" / f"step_{step:06d}" / "model.pt")
 
 
 @pytest.mark.slow
 def test_a_run_killed_three_times_ends_with_the_same_weights(train, tmp_path):
     flags = ["--num-iterations", 400, "--save-every", 20, "--eval-every", -1]
-    whole = train(*flags)
-    (tmp_path / "out" / "b").mkdir()  # as a job script does, so that one command line begins and continues
+    first = train(*flags)
+    (tmp_path / "out" / "b").mkdir()  # as a job script does: one command line starts and resumes the run
     for number, seconds in enumerate((0.2, 0.5, 0.9)):
         process = train.start(*flags, "--run-name", "b", "--resume")
         wait_for(process, "step")
@@ -198,35 +223,35 @@ def test_a_run_killed_three_times_ends_with_the_same_weights(train, tmp_path):
         assert process.returncode == -signal.SIGKILL, number
     last = train(*flags, "--run-name", "b", "--resume", run="b")
     assert last.code == 0, last.output
-    a, b = weights_of(whole, 400), weights_of(last, 400)
+    a, b = weights_of(first, 400), weights_of(last, 400)
     assert all(torch.equal(a[name], b[name]) for name in a)
     steps = [r["step"] for r in last.log if r["kind"] == "step"]
     assert steps == sorted(set(steps)) and steps[0] == 1 and steps[-1] == 400
-    common = losses(whole).keys() & losses(last).keys()
-    assert len(common) > 10 and all(losses(whole)[s] == losses(last)[s] for s in common)
+    common = losses(first).keys() & losses(last).keys()
+    assert len(common) > 10 and all(losses(first)[s] == losses(last)[s] for s in common)
 
 
 @pytest.mark.slow
-def test_a_damaged_checkpoint_is_passed_over_by_name(train):
+def test_a_resume_names_and_skips_a_damaged_checkpoint(train):
     flags = ["--num-iterations", 20, "--save-every", 10, "--eval-every", -1]
-    whole = train(*flags)
-    path = whole.folder / "checkpoints" / "step_000020" / "optimizer.pt"
+    first = train(*flags)
+    path = first.folder / "checkpoints" / "step_000020" / "optimizer.pt"
     content = bytearray(path.read_bytes())
     content[1000] ^= 4
     path.write_bytes(content)
-    before = weights_of(whole, 20)
+    before = weights_of(first, 20)
     again = train("--resume")
     words = " ".join(again.output.split())
     assert again.code == 0 and f"{path} is damaged" in words and "step_000010" in words
     after = weights_of(again, 20)
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert checkpoint.fault(path.parent) is None  # written anew
+    assert checkpoint.find_fault(path.parent) is None  # written again
 
 
 @pytest.mark.slow
 def test_a_checkpoint_moves_between_world_sizes(train):
     flags = ["--num-iterations", 18, "--save-every", 6, "--eval-every", -1, "--keep-checkpoints", 9]
-    whole = train(*flags)
+    first = train(*flags)
     moved = train(*flags, "--run-name", "b", run="b", processes=2)
     for step, processes in ((6, 1), (12, 4)):
         for folder in (moved.folder / "checkpoints").iterdir():
@@ -234,14 +259,14 @@ def test_a_checkpoint_moves_between_world_sizes(train):
                 shutil.rmtree(folder)
         moved = train(*flags, "--run-name", "b", "--resume", run="b", processes=processes)
         assert moved.code == 0 and f"step_{step:06d}" in moved.output, moved.output
-    assert moved.summary["val_bpb"] == pytest.approx(whole.summary["val_bpb"], rel=1e-4)
-    a, b = losses(whole), losses(moved)
+    assert moved.summary["val_bpb"] == pytest.approx(first.summary["val_bpb"], rel=1e-4)
+    a, b = losses(first), losses(moved)
     assert 18 in b and all(a[s] == pytest.approx(b[s], rel=1e-4) for s in a.keys() & b.keys())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target, sent", [("rank", signal.SIGTERM), ("torchrun", signal.SIGINT)])
-def test_a_signal_saves_on_both_of_two_ranks_at_one_step(train, target, sent):
+def test_a_signal_to_one_rank_saves_both_at_the_same_step(train, target, sent):
     flags = ["--num-iterations", 100_000, "--log-every", 150, "--eval-every", -1]
     process = train.start(*flags, processes=2)
     wait_for(process, "step")
@@ -253,14 +278,14 @@ def test_a_signal_saves_on_both_of_two_ranks_at_one_step(train, target, sent):
     (line,) = [line for line in result.output.splitlines() if line.startswith("torchrun ")]
     script, out = shlex.quote(str(REPO / "train.py")), shlex.quote(str(result.folder.parent))
     assert line == f"torchrun --standalone --nproc_per_node=2 {script} --out-dir {out} --run-name a --resume"
-    folder, reasons = checkpoint.newest_valid(result.folder / "checkpoints")
-    assert folder.name == f"step_{last['step']:06d}" and reasons == []
+    folder, faults = checkpoint.newest_valid(result.folder / "checkpoints")
+    assert folder.name == f"step_{last['step']:06d}" and faults == []
     assert result.output.count("stopped  by") == 1
 
 
 @pytest.mark.slow
-def test_two_nodes_train_one_is_lost_and_both_go_on_from_the_checkpoint(train):
-    """As in the README: the same line on each of two nodes, here two torchruns of one process each."""
+def test_two_nodes_resume_after_one_of_them_is_lost(train):
+    """The README's command on each of two nodes. Here a node is a torchrun with one process."""
 
     def start(*flags):
         with socket.socket() as free:
@@ -276,7 +301,7 @@ def test_two_nodes_train_one_is_lost_and_both_go_on_from_the_checkpoint(train):
         assert time.monotonic() < deadline and all(agent.poll() is None for agent in agents)
         time.sleep(0.1)
     found = subprocess.run(["pgrep", "-P", str(agents[1].pid)], capture_output=True, text=True)
-    for pid in (agents[1].pid, *map(int, found.stdout.split())):  # the node is gone, with all that ran there
+    for pid in (agents[1].pid, *map(int, found.stdout.split())):  # the node and all its processes are gone
         os.kill(pid, signal.SIGKILL)
     lost, left = train.finish(agents[1]), train.finish(agents[0])
     assert lost.code == -signal.SIGKILL and left.code == 1
@@ -293,15 +318,15 @@ def test_two_nodes_train_one_is_lost_and_both_go_on_from_the_checkpoint(train):
 
 
 @pytest.mark.parametrize("event, requeued", [("interrupted", True), ("failed", False), ("finished", False)])
-def test_a_slurm_job_goes_back_into_the_queue_only_if_it_was_interrupted(tmp_path, event, requeued):
+def test_a_slurm_job_is_requeued_only_if_it_was_interrupted(tmp_path, event, requeued):
     status = 0 if event == "finished" else 1
     record = json.dumps({"kind": "event", "step": 3, "event": event})
-    commands = {  # what a cluster has; each writes down how it was called
+    commands = {  # fake commands of a cluster; each logs its arguments
         "srun": f"mkdir -p out/mine; echo '{record}' >> out/mine/log.jsonl; exit {status}",
         "scontrol": "if [ $1 = show ]; then echo node7; echo node8; fi",
     }
-    for name, does in commands.items():
-        (tmp_path / name).write_text(f'#!/bin/sh\necho {name} "$@" >> calls\n{does}\n')
+    for name, script in commands.items():
+        (tmp_path / name).write_text(f'#!/bin/sh\necho {name} "$@" >> calls\n{script}\n')
         (tmp_path / name).chmod(0o755)
     env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "77", "SLURM_JOB_NUM_NODES": "2"}
     command = ["bash", str(REPO / "runs" / "slurm.sh"), "mine", "--depth", "20"]
@@ -315,7 +340,7 @@ def test_a_slurm_job_goes_back_into_the_queue_only_if_it_was_interrupted(tmp_pat
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """small_disk("3m") mounts a disk of that size -> its folder."""
+    """small_disk("3m") mounts a disk of 3 MB and returns its folder."""
     disk = tmp_path / "disk"
 
     def mount(size):
@@ -330,7 +355,7 @@ def small_disk(tmp_path):
 
 
 def run_on(train, disk, *flags):
-    """A run with its folder on the disk; weights take 0.8 MB, a checkpoint 2 MB."""
+    """Train with the run's folder on the disk. The weights take 0.8 MB, a checkpoint 2 MB."""
     result = train(*flags, "--out-dir", disk)
     log = disk / "a" / "log.jsonl"
     result.log = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
@@ -338,7 +363,7 @@ def run_on(train, disk, *flags):
 
 
 @pytest.mark.slow
-def test_on_a_full_disk_training_goes_on_and_the_weights_are_saved_if_they_fit(train, small_disk):
+def test_training_continues_on_a_full_disk_and_saves_the_weights_if_they_fit(train, small_disk):
     disk = small_disk("3m")
     flags = ["--num-iterations", 30, "--save-every", 10, "--eval-every", -1]
     result = run_on(train, disk, *flags)
@@ -346,45 +371,45 @@ def test_on_a_full_disk_training_goes_on_and_the_weights_are_saved_if_they_fit(t
     words = " ".join(result.output.split())
     assert "3 × 0.002 GB of checkpoints do not fit" in words
     assert words.index("do not fit") < words.index("step 1/30")
-    assert words.count("save failed, the next one tries again: [Errno 28] No space left") == 1  # the second
+    assert words.count("tries again: [Errno 28] No space left") == 1  # at step 20
     assert words.count("the last one failed: [Errno 28] No space left") == 1
     assert "the weights alone had room: step_000030" in words
     assert max(r["step"] for r in result.log) == 30
     only = disk / "a" / "checkpoints" / "step_000030"
-    assert checkpoint.fault(only) is None and "embedding.weight" in checkpoint.load(only, "model")
+    assert checkpoint.find_fault(only) is None and "embedding.weight" in checkpoint.load(only, "model")
     refused = run_on(train, disk, *flags, "--run-name", "a", "--resume")
-    told = refused.output[refused.output.index("error: ") :].splitlines()
-    assert refused.code == 2 and len(told) == 2 and f"{only} holds the weights alone" in told[0]
+    lines = refused.output[refused.output.index("error: ") :].splitlines()
+    assert refused.code == 2 and len(lines) == 2 and f"{only} contains only the weights" in lines[0]
     shutil.rmtree(only)
     again = run_on(train, disk, "--keep-checkpoints", 1, "--run-name", "a", "--resume")
     assert "step_000010" in again.output and again.code == 1, again.output
 
 
 @pytest.mark.slow
-def test_a_disk_without_room_for_the_weights_is_told_before_the_training(train, small_disk):
+def test_a_disk_too_small_for_the_weights_is_an_error_before_training(train, small_disk):
     result = run_on(train, small_disk("700k"), "--num-iterations", 30)
     assert result.code == 2 and "the weights alone take 0.00079 GB" in result.output, result.output
     assert "step " not in result.output and not result.log
 
 
-def test_room_for_checkpoints(tmp_path, monkeypatch):
-    free = types.SimpleNamespace(free=10e9)
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda root: free)
-    assert checkpoint.check_room(tmp_path, 1e9, 3e9, saves=3) is None
-    assert "are missing" in checkpoint.check_room(tmp_path, 1.1e9, 3e9, saves=3, best=True)
-    warning = checkpoint.check_room(tmp_path, 1e9, 3e9, saves=4)
+def test_the_check_of_disk_space(tmp_path, monkeypatch):
+    disk = types.SimpleNamespace(free=10e9)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda root: disk)
+    assert checkpoint.check_disk_space(tmp_path, 1e9, 3e9, saves=3) is None
+    assert "are missing" in checkpoint.check_disk_space(tmp_path, 1.1e9, 3e9, saves=3, best=True)
+    warning = checkpoint.check_disk_space(tmp_path, 1e9, 3e9, saves=4)
     assert warning.startswith("4 × 3 GB of checkpoints do not fit into 10 GB: 2 GB are missing")
-    write(tmp_path, 1)  # what is there already gives its room to the next one
-    assert checkpoint.check_room(tmp_path, 1e9, 3e9, saves=4) is None
-    free.free = 0.9e9
-    with pytest.raises(checkpoint.CheckpointError, match="the weights alone take 1 GB"):
-        checkpoint.check_room(tmp_path, 1e9, 3e9, 1)
+    write(tmp_path, 1)  # an existing checkpoint is pruned: the next one uses its space
+    assert checkpoint.check_disk_space(tmp_path, 1e9, 3e9, saves=4) is None
+    disk.free = 0.9e9
+    with pytest.raises(CheckpointError, match="the weights alone take 1 GB"):
+        checkpoint.check_disk_space(tmp_path, 1e9, 3e9, 1)
 
 
-def test_where_memory_cannot_be_pinned_plain_memory_serves(tmp_path, monkeypatch):
+def test_the_saver_uses_unpinned_memory_if_pinning_fails(tmp_path, monkeypatch):
     empty, pinned = torch.empty, []
 
-    def limited(*shape, pin_memory=False, **options):
+    def limited(*shape, pin_memory=False, **options):  # only one buffer can be pinned
         pinned.append(pin_memory)
         if pin_memory and len(pinned) > 1:
             raise RuntimeError("CUDA error: out of memory")
@@ -406,12 +431,12 @@ def exhausted(*shape, **options):
     raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
 
-def test_a_folder_that_vanishes_is_one_line_and_training_goes_on(train, tmp_path):
+def test_a_deleted_run_folder_prints_one_line_and_training_continues(train, tmp_path):
     process = train.start("--num-iterations", 100_000, "--save-every", 20)
     wait_for(process, "step")
     shutil.rmtree(tmp_path / "out" / "a")
     for line in process.stdout:
-        if "the next one tries again" in line:
+        if "tries again" in line:
             break
     assert "No such file" in line
     process.send_signal(signal.SIGTERM)
@@ -420,7 +445,7 @@ def test_a_folder_that_vanishes_is_one_line_and_training_goes_on(train, tmp_path
     assert "Traceback" not in result.output and not (tmp_path / "out" / "a").exists()
 
 
-def test_a_closed_pipe_stops_no_run(train):
+def test_a_closed_pipe_does_not_stop_a_run(train):
     process = train.start("--num-iterations", 30)
     wait_for(process, "step")
     process.stdout.close()
@@ -433,70 +458,105 @@ def test_saves_by_the_clock(train):
     saved = [r["step"] for r in result.log if r.get("event") == "saved"]
     assert len(saved) > 2 and saved == sorted(set(saved)) and saved[-1] == 200
     folders = {f.name for f in (result.folder / "checkpoints").iterdir()}
-    assert folders == {f"step_{step:06d}" for step in saved[-2:]}  # the --keep-checkpoints
+    assert folders == {f"step_{step:06d}" for step in saved[-2:]}  # --keep-checkpoints is 2
 
 
-def test_without_any_valid_checkpoint_nothing_is_begun_anew(train):
-    whole = train("--num-iterations", 10)
-    (whole.folder / "checkpoints" / "step_000010" / "state.json").unlink()
+def test_a_resume_without_a_valid_checkpoint_is_an_error(train):
+    first = train("--num-iterations", 10)
+    (first.folder / "checkpoints" / "step_000010" / "state.json").unlink()
     again = train("--resume")
     assert again.code == 2 and "state.json" in again.output and "is valid" in again.output
-    assert again.log == whole.log
+    assert again.log == first.log
 
 
-def in_own_folder(train, *flags, **options):
-    """A run without a name, as the fixture would not start it."""
+def start_unnamed(train, *flags, **options):
+    """Start a run without a name, which the fixture cannot do."""
     home, out = train.home, train.out
     return train.start(*TINY, "--data", home / "text", "--out-dir", out, *flags, tiny=False, **options)
 
 
 @pytest.mark.slow
-def test_runs_started_at_once_have_a_folder_each(train):
+def test_runs_started_at_the_same_time_get_different_folders(train):
     begin = time.time()
-    processes = [in_own_folder(train, "--num-iterations", 12, "--eval-every", -1) for _ in range(4)]
+    processes = [start_unnamed(train, "--num-iterations", 12, "--eval-every", -1) for _ in range(4)]
     outputs = [process.communicate(timeout=200)[0] for process in processes]
     assert [process.returncode for process in processes] == [0] * 4, outputs
     folders = sorted(train.out.iterdir())
     assert len(folders) == 4 and all((folder / "summary.json").exists() for folder in folders)
-    told = [re.search(r"^run      (.+)$", output, re.MULTILINE)[1] for output in outputs]
-    assert sorted(told) == sorted(map(str, folders))
+    printed = [re.search(r"^run      (.+)$", output, re.MULTILINE)[1] for output in outputs]
+    assert sorted(printed) == sorted(map(str, folders))
     stamp = time.strptime(folders[0].name[:15], "%Y%m%d-%H%M%S")
     assert -2 < time.mktime(stamp) - begin < 60
 
 
-def test_two_runs_of_one_second_and_a_name_that_is_taken(tmp_path, monkeypatch):
+def test_runs_created_in_the_same_second_and_a_name_that_exists(tmp_path, monkeypatch):
     class Clock(checkpoint.datetime):
         @classmethod
         def now(cls):
             return cls(2026, 11, 26, 6, 5, 4)
 
     monkeypatch.setattr(checkpoint, "datetime", Clock)
-    names = [checkpoint.make_run(tmp_path / "out").name for _ in range(3)]
+    names = [RunFolder.create(tmp_path / "out").path.name for _ in range(3)]
     assert names == ["20261126-060504", "20261126-060504-2", "20261126-060504-3"]
-    assert checkpoint.make_run(tmp_path / "out", "mine").name == "mine"
+    assert RunFolder.create(tmp_path / "out", "mine").path.name == "mine"
     (tmp_path / "file").write_text("")
-    faults = {("out", "mine"): "--resume", ("out", "x" * 300): "too long", ("file", None): "--out-dir"}
-    for (out, name), advice in faults.items():
-        with pytest.raises(checkpoint.CheckpointError, match=advice) as error:
-            checkpoint.make_run(tmp_path / out, name)
+    cases = {("out", "mine"): "--resume", ("out", "x" * 300): "too long", ("file", None): "--out-dir"}
+    for (out, name), advice in cases.items():
+        with pytest.raises(CheckpointError, match=advice) as error:
+            RunFolder.create(tmp_path / out, name)
         assert len(str(error.value).splitlines()) == 2
 
 
+def test_only_a_folder_created_by_this_process_is_abandoned(tmp_path):
+    new = RunFolder.create(tmp_path, "a")
+    new.claim()
+    found = RunFolder.find(tmp_path, "a")
+    found.abandon()
+    assert new.is_new and not found.is_new and new.path.is_dir()
+    new.abandon()
+    assert not new.path.exists()
+    with pytest.raises(CheckpointError, match=f"no run {new.path} to resume.\nStart one without"):
+        RunFolder.find(tmp_path, "a")
+    with pytest.raises(CheckpointError, match=f"no run in {tmp_path} to resume.\nStart one without"):
+        RunFolder.find(tmp_path)
+
+
+def test_a_run_folder_finds_its_settings_and_its_checkpoint(tmp_path):
+    run = RunFolder.create(tmp_path)
+    assert run.saved_settings() == ({}, {}, None) and run.to_resume() == (None, [])
+    run.checkpoints.mkdir()
+    assert not run.has_begun()
+    state, weights = {"settings": {"depth": 2}, "given": {"depth": 2}}, {"w": torch.ones(3)}
+    tensors = {"model": weights, "optimizer": weights}
+    folder = checkpoint.write(run.checkpoints, "step_000001", tensors, state, keep=9)
+    assert run.has_begun() and run.to_resume() == (folder, [])
+    assert run.saved_settings() == ({"depth": 2}, {"depth": 2}, folder)
+    with pytest.raises(CheckpointError, match="cannot read .*config.json.*\n.*give another run"):
+        checkpoint.initial_weights(run.path)
+    config = {"settings": {"depth": 3}, "given": {}}
+    (run.path / "config.json").write_text(json.dumps(config))
+    assert run.saved_settings() == ({"depth": 3}, {}, "config.json")
+    assert checkpoint.initial_weights(run.path) == (folder, config)
+    only_weights = checkpoint.write(run.checkpoints, "step_000002", {"model": weights}, state, keep=9)
+    with pytest.raises(CheckpointError, match=f"{only_weights} contains only the weights"):
+        run.to_resume()
+
+
 @pytest.mark.slow
-def test_resuming_a_name_that_is_none_starts_nothing(train, tmp_path):
+def test_resuming_a_name_that_does_not_exist_is_an_error(train, tmp_path):
     flags = ["--num-iterations", 12, "--run-name", "my-first-run", "--eval-every", -1]
-    whole = train(*flags, run="my-first-run")
-    assert whole.code == 0
+    first = train(*flags, run="my-first-run")
+    assert first.code == 0
     wrong = train("--resume", "--run-name", "my-frist-run")
     assert wrong.code == 2 and "Did you mean my-first-run?" in wrong.output, wrong.output
     assert [folder.name for folder in (tmp_path / "out").iterdir()] == ["my-first-run"]
 
 
 @pytest.mark.slow
-def test_an_empty_folder_is_a_run_that_has_not_begun_and_moves_between_folders(train, tmp_path):
+def test_resume_starts_a_run_in_an_empty_folder_and_works_from_another_directory(train, tmp_path):
     (tmp_path / "out" / "a").mkdir(parents=True)
     flags = ["--num-iterations", 100_000, "--run-name", "a", "--resume", "--eval-every", -1]
-    data = os.path.relpath(train.home / "text", tmp_path)  # also what was given as seen from one folder
+    data = os.path.relpath(train.home / "text", tmp_path)  # a relative path must also work
     process = train.start(*flags, "--data", data)
     wait_for(process, "step")
     process.send_signal(signal.SIGINT)
@@ -514,31 +574,32 @@ def test_an_empty_folder_is_a_run_that_has_not_begun_and_moves_between_folders(t
 
 
 @pytest.mark.slow
-def test_a_lock_names_its_holder_and_what_to_delete(tmp_path):
-    held = checkpoint.lock(tmp_path)
-    code = "import checkpoint, pathlib, sys; checkpoint.lock(pathlib.Path(sys.argv[1]))"
+def test_a_claimed_folder_names_the_process_that_uses_it(tmp_path):
+    run = RunFolder(tmp_path)
+    run.claim()
+    code = "import checkpoint, sys; checkpoint.RunFolder(sys.argv[1]).claim()"
     command = [sys.executable, "-c", code, str(tmp_path)]
     other = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
     host = socket.gethostname()
-    assert other.returncode == 1 and f"process {os.getpid()} on {host}" in other.stderr
+    assert other.returncode == 1 and f"in use by process {os.getpid()} on {host}" in other.stderr
     assert f"delete {tmp_path / 'lock'}" in other.stderr
-    held.release()
+    run.lock.release()
     assert subprocess.run(command, cwd=REPO).returncode == 0
 
 
 @pytest.mark.slow
-def test_a_run_that_is_still_going_cannot_be_resumed(train):
+def test_a_run_that_is_still_training_cannot_be_resumed(train):
     process = train.start("--num-iterations", 100_000)
     wait_for(process, "step")
     second = train("--resume", "--run-name", "a")
-    assert second.code == 2 and "still going" in second.output
+    assert second.code == 2 and "is in use by process" in second.output
     process.send_signal(signal.SIGINT)
     assert train.finish(process).code == 128 + signal.SIGINT
     assert train("--resume", "--run-name", "a", "--num-iterations", 1).code == 0
 
 
 @pytest.mark.slow
-def test_sigusr1_saves_and_training_goes_on(train):
+def test_sigusr1_saves_and_training_continues(train):
     process = train.start("--num-iterations", 400, "--eval-every", -1)
     wait_for(process, "step")
     process.send_signal(signal.SIGUSR1)
@@ -549,7 +610,7 @@ def test_sigusr1_saves_and_training_goes_on(train):
 
 
 def ranks_of(process):
-    """The pids of the two training processes that torchrun started, in the order of their start."""
+    """The pids of the two training processes of torchrun, in the order in which they started."""
     command = ["pgrep", "-P", str(process.pid), "-f", "train.py"]
     found = subprocess.run(command, capture_output=True, text=True)
     first, second = sorted(int(pid) for pid in found.stdout.split())
@@ -557,12 +618,12 @@ def ranks_of(process):
 
 
 def is_alive(pid):
-    """Whether there is such a process."""
+    """Whether a process with this pid exists."""
     return subprocess.run(["ps", "-p", str(pid)], capture_output=True).returncode == 0
 
 
 @pytest.mark.slow
-def test_when_one_rank_dies_all_end(train):
+def test_if_one_rank_dies_all_stop(train):
     process = train.start("--num-iterations", 100_001, processes=2)
     wait_for(process, "step")
     first, second = ranks_of(process)
@@ -574,7 +635,7 @@ def test_when_one_rank_dies_all_end(train):
 
 
 @pytest.mark.slow
-def test_a_hanging_rank_ends_the_run_with_all_stacks(train, tmp_path):
+def test_a_hanging_rank_stops_the_run_and_prints_all_stacks(train, tmp_path):
     script = edited_copy(tmp_path, "HANG_SECONDS = 600", "HANG_SECONDS = 8", file="machine.py")
     process = train.start("--num-iterations", 100_002, processes=2, script=script)
     wait_for(process, "step")
@@ -583,30 +644,30 @@ def test_a_hanging_rank_ends_the_run_with_all_stacks(train, tmp_path):
     os.kill(stopped, signal.SIGSTOP)
     lines = iter(process.stdout.readline, "")
     assert any("most recent call first" in line for line in lines)
-    os.kill(stopped, signal.SIGKILL)  # which torchrun would do after 30 s
+    os.kill(stopped, signal.SIGKILL)  # torchrun would do this after 30 s
     result = train.finish(process)
     assert result.code == 1 and time.time() - begin < 60 and "train.py" in result.output
 
 
 @pytest.mark.slow
-def test_resuming_goes_on_exactly_beyond_the_end_of_an_epoch(train, tmp_path):
-    (tmp_path / "short.py").write_text((REPO / "dataloader.py").read_text()[:24_000])
+def test_resume_is_exact_beyond_the_end_of_an_epoch(train, tmp_path):
+    (tmp_path / "short.py").write_text((train.home / "text" / "argparse.py").read_text()[:24_000])
     flags = ["--data", tmp_path / "short.py", "--num-iterations", 60, "--save-every", 30, "--eval-every", -1]
-    whole = train(*flags)
-    assert whole.code == 0 and [r for r in whole.log if r["kind"] == "step"][-1]["epoch"] > 2, whole.output
-    before = weights_of(whole, 60)
-    shutil.rmtree(whole.folder / "checkpoints" / "step_000060")
+    first = train(*flags)
+    assert first.code == 0 and [r for r in first.log if r["kind"] == "step"][-1]["epoch"] > 2, first.output
+    before = weights_of(first, 60)
+    shutil.rmtree(first.folder / "checkpoints" / "step_000060")
     again = train(*flags, "--run-name", "a", "--resume")
     assert again.code == 0 and "step_000030" in again.output, again.output
     after = weights_of(again, 60)
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert all(losses(whole)[s] == losses(again)[s] for s in losses(whole).keys() & losses(again).keys())
+    assert all(losses(first)[s] == losses(again)[s] for s in losses(first).keys() & losses(again).keys())
 
 
 @pytest.mark.slow
-def test_where_a_text_is_read_again_the_best_weights_are_kept_and_used(train, tmp_path):
+def test_the_best_weights_are_kept_and_used_if_the_text_is_read_again(train, tmp_path):
     text = tmp_path / "short.py"
-    text.write_text((REPO / "dataloader.py").read_text()[:16_000])
+    text.write_text((train.home / "text" / "argparse.py").read_text()[:16_000])
     run = train("--data", text, "--num-iterations", 200, "--eval-every", 20, "--matrix-lr", 0.02)
     assert run.code == 0, run.output
     vals = {r["step"]: r["val_bpb"] for r in run.log if r["kind"] == "val"}
@@ -616,40 +677,42 @@ def test_where_a_text_is_read_again_the_best_weights_are_kept_and_used(train, tm
     assert f"val      val_bpb was lowest at step {lowest}, after {epoch:.1f} epochs" in run.output
     best, _ = checkpoint.newest_valid(run.folder / "checkpoints", "best")
     assert best.name == f"best_{lowest:06d}" and len([*best.parent.glob("best_*")]) == 1
-    assert checkpoint.load(best, "state")["val_bpb"] == run.summary["min_val_bpb"] == vals[lowest]
+    state = checkpoint.load(best, "state")
+    assert state["val_bpb"] == run.summary["min_val_bpb"] == vals[lowest]
+    assert state["settings"]["eval_bytes"] == 4096  # `checkpoint.best` compares val_bpb of the same text only
 
     def score():
-        command = [sys.executable, str(REPO / "model.py"), str(run.folder), "--score", str(text)]
+        command = [sys.executable, str(REPO / "sample.py"), str(run.folder), "--score", str(text)]
         return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0])
 
     with_best = score()
     shutil.rmtree(best)
-    assert score() < 0.99 * with_best  # of its training text the last weights know more
+    assert score() < 0.99 * with_best  # the last weights fit their training text better
     again = train("--data", text, "--resume", "--num-iterations", 210)
     assert "step_000200" in again.output and again.summary["steps"] == 210
 
 
 @pytest.mark.slow
-def test_a_finished_run_can_be_resumed_and_goes_on_if_there_is_more_to_do(train):
-    whole = train("--num-iterations", 20)
+def test_a_finished_run_can_be_resumed_and_extended(train):
+    first = train("--num-iterations", 20)
     again = train("--resume")
     assert again.code == 0, again.output
     assert "nothing is left to train" in again.output
     keys = ("steps", "tokens", "val_bpb", "train_loss_ema", "total_training_flops", "total_training_time")
-    keys += ("tok_per_sec", "mfu")  # those of the run, not of the second start's trial
-    assert {key: again.summary[key] for key in keys} == {key: whole.summary[key] for key in keys}
-    config = (whole.folder / "config.json").read_text()
-    (whole.folder / "config.json").write_text(config[:100])
+    keys += ("tok_per_sec", "mfu")  # those of the run, not of the second start's benchmark
+    assert {key: again.summary[key] for key in keys} == {key: first.summary[key] for key in keys}
+    config = (first.folder / "config.json").read_text()
+    (first.folder / "config.json").write_text(config[:100])
     damaged = train("--resume", "--run-name", "a")
     assert damaged.code == 0 and "the settings are taken from" in damaged.output, damaged.output
     assert damaged.config["settings"] == json.loads(config)["settings"]
     more = train("--resume", "--num-iterations", 30)
     assert more.code == 0 and "--num-iterations was 20, is 30" in more.output
-    told = "100% of the run were done, of the new horizon it is 67%: the decayed learning rate rises"
-    assert told in " ".join(more.output.split()) and more.summary["steps"] == 30
+    expected = "100% of the run were done, of the new horizon it is 67%: the decayed learning rate rises"
+    assert expected in " ".join(more.output.split()) and more.summary["steps"] == 30
 
 
-# a train.py in which {fault} happens on the last of two ranks, in the optimizer's 7th step
+# train.py with {fault} on the last of two ranks, in the 7th step of the optimizer
 FAULTY = """
 import os, runpy, sys
 sys.path.insert(0, {repo!r})
@@ -670,7 +733,7 @@ runpy.run_path({repo!r} + "/train.py", run_name="__main__")
 
 
 @pytest.mark.slow
-def test_a_nan_in_one_ranks_gradients_is_skipped_by_all(train, tmp_path):
+def test_all_ranks_skip_a_step_if_one_has_a_nan_gradient(train, tmp_path):
     script = tmp_path / "faulty.py"
     script.write_text(FAULTY.format(repo=str(REPO), fault="nan"))
     flags = ["--num-iterations", 12, "--save-every", 6, "--eval-every", -1]
@@ -684,11 +747,11 @@ def test_a_nan_in_one_ranks_gradients_is_skipped_by_all(train, tmp_path):
     clean = train(*flags, "--run-name", "b", run="b", processes=2)
     assert "Warning" not in clean.output
     assert [found[s] for s in range(1, 7)] == [losses(clean)[s] for s in range(1, 7)]
-    assert found[8] != losses(clean)[8]  # the clean run made one update more
+    assert found[8] != losses(clean)[8]  # the clean run made one more update
 
 
 @pytest.mark.slow
-def test_a_rank_whose_weights_differ_is_named_and_nothing_is_saved(train, tmp_path):
+def test_a_rank_with_different_weights_is_named_and_nothing_is_saved(train, tmp_path):
     script = tmp_path / "faulty.py"
     script.write_text(FAULTY.format(repo=str(REPO), fault="bit"))
     result = train("--num-iterations", 12, "--save-every", 6, script=script, processes=2)
