@@ -6,6 +6,7 @@ and sha256 of each file. It is written under a temporary name, synced to disk, a
 A folder best_000150 contains only the weights with the lowest val_bpb, if the text is read more than once.
 """
 
+import contextlib
 import difflib
 import errno
 import hashlib
@@ -103,16 +104,28 @@ class RunFolder:
 
     def saved_settings(self):
         """
-        (settings, flags given by the user, source) of the saved run. The source is "config.json", or the
-        newest valid checkpoint if that file cannot be read, or None: then both dicts are empty.
+        (settings, flags given by the user, warnings) of the saved run. If config.json cannot be read they come
+        from the newest valid checkpoint; a run without any has two empty dicts. warnings: a list of lines.
         """
+        file = self.path / "config.json"
         try:
-            config = json.loads((self.path / "config.json").read_text())
-            return config["settings"], config["given"], "config.json"
+            config = json.loads(file.read_text())
+            return config["settings"], config["given"], []
         except (OSError, ValueError, KeyError, TypeError):
             newest, _ = newest_valid(self.checkpoints)
             state = load(newest, "state") if newest else {}
-            return state.get("settings", {}), state.get("given", {}), newest
+            warnings = [f"{file} cannot be read: the settings come from {newest or 'the constants'}"]
+            has_begun = newest or file.exists()
+            return state.get("settings", {}), state.get("given", {}), warnings if has_begun else []
+
+    @contextlib.contextmanager
+    def writing(self):
+        """Turn an OSError inside the `with` block into a CheckpointError."""
+        try:
+            yield
+        except OSError as error:
+            advice = "Choose another --out-dir or free some space."
+            raise CheckpointError(f"cannot write to {self.path}: {error.strerror}.\n{advice}") from None
 
     def to_resume(self):
         """(checkpoint to resume from or None, faults of newer ones). CheckpointError if none is usable."""

@@ -373,7 +373,7 @@ def test_training_continues_on_a_full_disk_and_saves_the_weights_if_they_fit(tra
     assert words.index("do not fit") < words.index("step 1/30")
     assert words.count("tries again: [Errno 28] No space left") == 1  # at step 20
     assert words.count("the last one failed: [Errno 28] No space left") == 1
-    assert "the weights alone had room: step_000030" in words
+    assert "saved the weights alone: step_000030" in words
     assert max(r["step"] for r in result.log) == 30
     only = disk / "a" / "checkpoints" / "step_000030"
     assert checkpoint.find_fault(only) is None and "embedding.weight" in checkpoint.load(only, "model")
@@ -523,19 +523,20 @@ def test_only_a_folder_created_by_this_process_is_abandoned(tmp_path):
 
 def test_a_run_folder_finds_its_settings_and_its_checkpoint(tmp_path):
     run = RunFolder.create(tmp_path)
-    assert run.saved_settings() == ({}, {}, None) and run.to_resume() == (None, [])
+    assert run.saved_settings() == ({}, {}, []) and run.to_resume() == (None, [])
     run.checkpoints.mkdir()
     assert not run.has_begun()
     state, weights = {"settings": {"depth": 2}, "given": {"depth": 2}}, {"w": torch.ones(3)}
     tensors = {"model": weights, "optimizer": weights}
     folder = checkpoint.write(run.checkpoints, "step_000001", tensors, state, keep=9)
     assert run.has_begun() and run.to_resume() == (folder, [])
-    assert run.saved_settings() == ({"depth": 2}, {"depth": 2}, folder)
+    *saved, (warning,) = run.saved_settings()
+    assert saved == [{"depth": 2}, {"depth": 2}] and warning.endswith(f"the settings come from {folder}")
     with pytest.raises(CheckpointError, match="cannot read .*config.json.*\n.*give another run"):
         checkpoint.initial_weights(run.path)
     config = {"settings": {"depth": 3}, "given": {}}
     (run.path / "config.json").write_text(json.dumps(config))
-    assert run.saved_settings() == ({"depth": 3}, {}, "config.json")
+    assert run.saved_settings() == ({"depth": 3}, {}, [])
     assert checkpoint.initial_weights(run.path) == (folder, config)
     only_weights = checkpoint.write(run.checkpoints, "step_000002", {"model": weights}, state, keep=9)
     with pytest.raises(CheckpointError, match=f"{only_weights} contains only the weights"):
@@ -704,11 +705,11 @@ def test_a_finished_run_can_be_resumed_and_extended(train):
     config = (first.folder / "config.json").read_text()
     (first.folder / "config.json").write_text(config[:100])
     damaged = train("--resume", "--run-name", "a")
-    assert damaged.code == 0 and "the settings are taken from" in damaged.output, damaged.output
+    assert damaged.code == 0 and "the settings come from" in " ".join(damaged.output.split()), damaged.output
     assert damaged.config["settings"] == json.loads(config)["settings"]
     more = train("--resume", "--num-iterations", 30)
     assert more.code == 0 and "--num-iterations was 20, is 30" in more.output
-    expected = "100% of the run were done, of the new horizon it is 67%: the decayed learning rate rises"
+    expected = "100% of the run was done, 67% of the new horizon: the learning rate rises again"
     assert expected in " ".join(more.output.split()) and more.summary["steps"] == 30
 
 
