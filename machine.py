@@ -165,8 +165,7 @@ def find_dtype(device, wanted=None):
     if wanted not in (None, "bfloat16", "float32"):
         raise MachineError(f"--dtype {wanted} is unknown.\nChoose one of: bfloat16, float32.")
     if wanted == "bfloat16" and device.type == "mps":
-        what = "--dtype bfloat16: Metal's causal attention attends to later tokens in half precision"
-        raise MachineError(f"{what}.\nUse float32, the default on MPS.")
+        raise MachineError("--dtype bfloat16: causal attention on MPS then sees later tokens.\nUse float32.")
     return getattr(torch, wanted or ("bfloat16" if has_fast_bf16(device) else "float32"))
 
 

@@ -22,6 +22,7 @@ from conftest import REPO
 
 import machine
 from machine import BenchmarkFailed, DoesNotFit, MachineError
+from optim_muon import MuonAdamW
 
 CPU, CUDA, MPS = (torch.device(name) for name in ("cpu", "cuda", "mps"))
 
@@ -493,10 +494,15 @@ def test_an_interrupt_ends_the_benchmark(alone):
 
 @pytest.fixture
 def no_gc():
-    """No automatic garbage collection: the benchmark has to collect its optimizers itself."""
+    """
+    No automatic garbage collection: the benchmark has to collect its optimizers itself. To make that fast,
+    objects that already exist are left out.
+    """
+    gc.freeze()
     gc.disable()
     yield
     gc.enable()
+    gc.unfreeze()
 
 
 class FakeOptimizer:
@@ -579,7 +585,7 @@ def test_the_micro_batch_is_halved_until_it_fits(alone, monkeypatch, no_gc):
 
 
 @pytest.mark.parametrize("sizes", [[8, 4, 2, 1], [8]])
-def test_a_benchmark_in_which_nothing_fits(alone, monkeypatch, sizes):
+def test_a_benchmark_in_which_nothing_fits(alone, monkeypatch, no_gc, sizes):
     training = FakeTraining(monkeypatch, limit=0)
     with pytest.raises(DoesNotFit) as error:
         training.benchmark(sizes, alone)
@@ -600,13 +606,37 @@ def test_after_a_benchmark_that_failed_there_can_be_another(alone, monkeypatch, 
     assert training.benchmark([8, 4], alone)[0] == 8 and training.alive() == 0
 
 
-def test_a_benchmark_without_headroom_may_fill_the_memory(alone, monkeypatch):
+def test_no_state_of_a_real_optimizer_stays_in_memory(alone, no_gc):
+    weight, states = torch.nn.Parameter(torch.ones(4, 4)), []
+
+    def make_parts():
+        assert all(state() is None for state in states) and weight.grad is None
+        optimizer = MuonAdamW([dict(kind="muon", lr=0.1, params={"weight": weight})])
+        states.extend(weakref.ref(state) for state in optimizer.buckets[0].state.values())
+
+        def micro_step(rows):
+            if rows > 4:
+                raise torch.OutOfMemoryError("as if")
+            loss = (torch.ones(rows, 4) @ weight).sum()
+            loss.backward()
+            return loss.detach()
+
+        return micro_step, optimizer.step
+
+    def release():
+        weight.grad = None
+
+    assert machine.benchmark(make_parts, [8, 4], CPU, alone, release=release)[0] == 4
+    assert len(states) == 4 and all(state() is None for state in states) and weight.grad is None
+
+
+def test_a_benchmark_without_headroom_may_fill_the_memory(alone, monkeypatch, no_gc):
     training = FakeTraining(monkeypatch)
     training.benchmark([8], alone, headroom=0.0)
     assert set(training.headroom) == {0.0}
 
 
-def test_an_optimizer_that_does_not_fit_is_no_other_failure(alone):
+def test_an_optimizer_that_does_not_fit_counts_as_too_large(alone, no_gc):
     def make_parts():
         raise torch.OutOfMemoryError("as if")
 
@@ -646,6 +676,7 @@ SCENARIOS = ("one is full", "one fails", "one fails, one is full", "no memory fo
 
 def two_ranks(ranks):
     """What both ranks do -> what this one found."""
+    gc.freeze()  # for fast collections
     found = {"broadcast": ranks.broadcast({"of": [ranks.rank, None]})}
     found["all_reduce_max"] = ranks.all_reduce_max(ranks.rank, -ranks.rank, 0.5)
     tensor = torch.tensor([1.0, 10.0 * ranks.rank])
@@ -717,11 +748,19 @@ def test_two_ranks_communicate_and_what_one_cannot_do_none_does(tmp_path):
 # Separate processes with a fake torch, which records the environment when it is imported
 
 
+FAKE_TORCH = """
+import os
+seen = dict(os.environ)
+class OutOfMemoryError(Exception):
+    pass
+"""
+
+
 @pytest.fixture
 def bare(tmp_path):
     """bare(code, *before, **environment) runs code in another process, after the command `before`."""
     (tmp_path / "torch").mkdir()
-    (tmp_path / "torch" / "__init__.py").write_text("import os\nseen = dict(os.environ)\n")
+    (tmp_path / "torch" / "__init__.py").write_text(FAKE_TORCH)
     (tmp_path / "torch" / "distributed.py").touch()
 
     def run(code, *before, **environment):
@@ -772,6 +811,22 @@ def test_the_newer_variable_of_the_allocator_is_kept_too(bare):
     own = {ALLOCATOR_TOO: "max_split_size_mb:64"}
     found = json.loads(bare(IMPORTING.format(release="6.8.0-45-generic"), **own).stdout)
     assert found[ALLOCATOR_TOO] == own[ALLOCATOR_TOO] and ALLOCATOR not in found
+
+
+@pytest.mark.parametrize(
+    "error, status, message",
+    [
+        ("machine.MachineError('a\\nb')", 2, "error: a\nb\n"),
+        ("machine.torch.OutOfMemoryError()", 2, f"error: {TOO_SMALL}\n"),
+        ("KeyboardInterrupt", 130, ""),
+        ("ValueError('no')", 1, "ValueError: no\n"),
+    ],
+)
+def test_the_exit_status_of_a_process_with_the_hook(bare, error, status, message):
+    code = f"import machine; machine.ErrorHook().clean_up.append(lambda error: print('clean')); raise {error}"
+    done = bare(code)
+    assert (done.returncode, done.stdout) == (status, "clean\n")
+    assert done.stderr.endswith(message) and (status == 1) == ("Traceback" in done.stderr)
 
 
 def test_a_hang_prints_the_stack_and_ends(bare):
