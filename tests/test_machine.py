@@ -514,8 +514,8 @@ class FakeOptimizer:
 
 class FakeTraining:
     """
-    make_parts, release and a clock for `benchmark`. limit: rows that fit; error: raised instead by micro_step
-    or update. micro_steps take `seconds` in turn, updates a tenth of that.
+    make_parts, release and a clock for `benchmark`. limit: rows that fit. seconds: time of micro_step
+    in each round; update takes a tenth of it. errors: {"micro_step" or "update": what it raises, once}.
     """
 
     def __init__(self, monkeypatch, limit=100, seconds=(9.0, 3.0, 1.0, 2.0), **errors):
