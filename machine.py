@@ -1,16 +1,17 @@
 """
-What a run runs on: the device and its speed, the ranks that train together, the signals that people and
-schedulers send, and the clock that ends a hang.
+The machine that a run uses: how errors end the process, the device with its speed and memory, the ranks that
+train together, the largest micro-batch that fits, and signals.
 """
 
 import sys
 
-if sys.platform == "win32":  # there are no such signals, and no module `resource`
-    print("error: this does not run on Windows.\nRun it in WSL, the Linux in Windows.", file=sys.stderr)
+if sys.platform == "win32":  # it has no SIGUSR1, no SIGHUP and no module `resource`
+    print("error: onedial does not run on Windows.\nRun it in WSL, Windows' own Linux.", file=sys.stderr)
     sys.exit(2)
 
 import ctypes
 import faulthandler
+import gc
 import math
 import os
 import platform
@@ -20,22 +21,26 @@ import signal
 import statistics
 import tempfile
 import time
+import traceback
 from datetime import timedelta
+from functools import partial
 
-# What torch and its libraries read as they are imported; what a user has set stays
-os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # threads that spin for long slow a shared CPU many times
-os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD", "1")  # for quick warm starts
-# less fragmentation; but some drivers under WSL2 crash on it, and this name would outdo the newer one
+# Variables that torch and its libraries read when they are imported. Values that the user has set are kept
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # OpenMP threads that spin longer slow down a shared CPU
+# lets the compile cache keep graphs with our autograd functions, so that later starts compile faster
+os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD", "1")
+# Less fragmentation. Not under WSL2, where some drivers crash with it; and not if the user has set the newer
+# variable, because torch prefers this one
 if "microsoft" not in platform.uname().release.lower() and "PYTORCH_ALLOC_CONF" not in os.environ:
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # "save": until there is something, it asks for nothing
+signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # it requests a save; before training there is nothing to save
 
 import torch
 import torch.distributed as dist
 
-HANG_SECONDS = 600  # a window, a validation batch or a collective that takes longer ends the run
-# dense bf16 TFLOP/s, as published, by the words of a GPU's name without maker, brand and gigabytes: any
-# other word (Laptop, Ti, D, MIG) makes it another chip. What is not here is measured
+HANG_SECONDS = 600  # a log interval, a validation batch or a collective that takes longer ends the run
+# GPU name without maker, brand and memory size -> published dense bf16 TFLOP/s. The name must be equal:
+# another word in it (Laptop, Ti, D, MIG) means another chip. The peak of a GPU that is not listed is measured
 PUBLISHED_PEAKS = {
     "GB200": 2500, "B200": 2250, "RTX 5090": 209.5,
     "GH200": 989, "H200": 989, "H100 HBM3": 989, "H100 PCIE": 756, "H100 NVL": 835,
@@ -44,8 +49,53 @@ PUBLISHED_PEAKS = {
 }  # fmt: skip
 
 
+# -----------------------------------------------------------------------------
+# Errors
+
+
 class MachineError(Exception):
-    """Something that this machine cannot do; the message says what and what to do, in two lines."""
+    """This machine cannot do what was asked. The message has two lines: what is wrong, and how to fix it."""
+
+    exit_status = 2
+
+
+class ErrorHook:
+    """
+    Installs itself as sys.excepthook. User-fixable errors (with an attribute `exit_status`, or out of memory)
+    print their two lines and exit with that status; Ctrl-C exits with 130; all other errors print a traceback
+    and exit with 1. Before that, each function in the list `clean_up` is called with the error.
+    """
+
+    def __init__(self, rank=0):
+        self.rank, self.clean_up = rank, []
+        sys.excepthook = self
+
+    def __call__(self, kind, error, trace):
+        if is_out_of_memory(error):
+            advice = "Try a smaller --depth or --device-batch-size."
+            error = MachineError(f"the device has too little memory.\n{advice}")
+        for function in self.clean_up:
+            try:
+                function(error)
+            except Exception:  # the error itself must still be printed
+                traceback.print_exc()
+        if isinstance(error, KeyboardInterrupt):
+            sys.exit(130)
+        status = getattr(error, "exit_status", None)
+        if status is None:
+            sys.__excepthook__(kind, error, trace)
+            sys.exit(1)
+        if self.rank > 0:  # if rank 0 has the same error, it prints first and torchrun ends this process
+            time.sleep(2)
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(status)
+
+
+def is_out_of_memory(error):
+    """Whether an exception means that memory ran out on a GPU, on MPS or on the CPU."""
+    messages = ("out of memory", "ALLOC_FAILED", "can't allocate memory")
+    found = any(message in str(error) for message in messages)
+    return found or isinstance(error, (torch.OutOfMemoryError, MemoryError))
 
 
 # -----------------------------------------------------------------------------
@@ -54,22 +104,23 @@ class MachineError(Exception):
 
 def find_device(wanted=None, local_rank=0, world_size=1):
     """
-    -> the torch.device of this rank: `wanted` (cuda, mps or cpu) or the first of them that is there, made
-    ready for training. MachineError if it is not to be had.
+    -> the torch.device of this rank, prepared for training: `wanted` (cuda, mps or cpu), or the first of
+    these that is available. MachineError if that device cannot be used.
     """
-    there = {"cuda": torch.cuda, "mps": torch.backends.mps, "cpu": torch.cpu}
-    found = next(name for name in there if there[name].is_available())
-    kind = wanted or found
-    if kind not in there:
-        raise MachineError(f"--device-type {kind} is unknown.\nChoose one of: {', '.join(there)}.")
-    if not there[kind].is_available():
-        raise MachineError(f"--device-type {kind}: not to be had on this machine.\nHere there is {found}.")
+    kinds = {"cuda": torch.cuda, "mps": torch.backends.mps, "cpu": torch.cpu}
+    available = [name for name in kinds if kinds[name].is_available()]
+    kind = wanted or available[0]
+    if kind not in kinds:
+        raise MachineError(f"--device-type {kind} is unknown.\nChoose one of: {', '.join(kinds)}.")
+    if kind not in available:
+        advice = f"Choose one of: {', '.join(available)}."
+        raise MachineError(f"--device-type {kind} is not available on this machine.\n{advice}")
     if kind == "mps" and world_size > 1:
         raise MachineError("several processes cannot share one MPS device.\nStart one, without torchrun.")
     if kind == "cuda":
         count = torch.cuda.device_count()
         if local_rank >= count:
-            raise MachineError(f"there are more processes than GPUs.\nGive --nproc_per_node={count}.")
+            raise MachineError(f"there are more processes than GPUs.\nUse --nproc_per_node={count}.")
         check_kernels(torch.cuda.get_device_capability(local_rank), torch.cuda.get_arch_list())
         torch.cuda.set_device(local_rank)
         torch.set_float32_matmul_precision("high")
@@ -81,62 +132,60 @@ def find_device(wanted=None, local_rank=0, world_size=1):
 
 def check_kernels(capability, architectures):
     """
-    MachineError if this build of PyTorch cannot run on a GPU of that capability, (7, 0) or the like. Its
-    `architectures`: machine code, "sm_80", runs on later minors of its major too, "compute_90" on all later.
+    MachineError if this build of PyTorch cannot run on a GPU of compute `capability`, for example (7, 0).
+    architectures: what it was built for. Machine code ("sm_80") also runs on later minor versions of the same
+    major version (8.9); PTX ("compute_90") runs on every later version.
     """
-    pattern = re.compile(r"(sm|compute)_(\d+)(\d)")  # of "sm_90a" as of "sm_90"
+    pattern = re.compile(r"(sm|compute)_(\d+)(\d)")  # major and minor of "sm_90" and "sm_90a"
     built = [(kind, (int(x), int(y))) for kind, x, y in pattern.findall(" ".join(architectures))]
     for kind, version in built:
         if version <= capability and (kind == "compute" or version[0] == capability[0]):
             return
-    if built:  # AMD's GPUs have other names
+    if built:  # empty for AMD GPUs, whose architectures have other names
         older = capability < min(version for _, version in built)
-        advice = "Install its build for CUDA 12.6, cu126." if older else "Install a newer PyTorch."
-        gpu = "GPU of capability {}.{}".format(*capability)
+        advice = "Install its build for CUDA 12.6 (cu126)." if older else "Install a newer PyTorch."
+        gpu = "GPU of compute capability {}.{}".format(*capability)
         raise MachineError(f"PyTorch {torch.__version__} has no kernels for a {gpu}.\n{advice}")
 
 
 def prepare_cpu():
-    """Make the CPU repeat a run bit for bit, and let freed memory be used again without page faults."""
-    # else threads add up an embedding's gradients as they come. torch.use_deterministic_algorithms does the
-    # same, but it imports the compiler, which takes a second
+    """Make runs on a CPU repeat bit for bit, and let the process reuse freed memory without page faults."""
+    # Without this, threads add up an embedding's gradients in any order. torch.use_deterministic_algorithms
+    # does the same, but imports the compiler, which takes a second
     torch.set_deterministic_debug_mode("error")
-    torch.utils.deterministic.fill_uninitialized_memory = False  # for debugging only, and not free
-    # glibc gives freed memory back to the system, and getting it again costs page faults: 10% of a step
+    torch.utils.deterministic.fill_uninitialized_memory = False  # only for debugging, and slow
+    # glibc returns freed memory to the system, and the page faults of getting it back take 10% of a step
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
-        m_trim_threshold, m_top_pad, m_mmap_threshold = -1, -2, -3  # malloc.h
-        mallopt(m_trim_threshold, 2**30)
-        mallopt(m_top_pad, 2**26)
-        mallopt(m_mmap_threshold, 2**30)
+        for parameter, size in ((-1, 2**30), (-2, 2**26), (-3, 2**30)):
+            mallopt(parameter, size)  # malloc.h: M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD
 
 
 def find_dtype(device, wanted=None):
-    """-> the torch.dtype of activations: `wanted`, else bfloat16 where the hardware has it, or float32."""
+    """-> the torch.dtype of activations: `wanted`, or bfloat16 where the hardware has it, or float32."""
     if wanted not in (None, "bfloat16", "float32"):
         raise MachineError(f"--dtype {wanted} is unknown.\nChoose one of: bfloat16, float32.")
     if wanted == "bfloat16" and device.type == "mps":
-        what = "--dtype bfloat16: Metal's causal attention leaks later tokens in half precision"
-        raise MachineError(f"{what}.\nLeave it out.")
+        raise MachineError("--dtype bfloat16: causal attention on MPS then sees later tokens.\nUse float32.")
     return getattr(torch, wanted or ("bfloat16" if has_fast_bf16(device) else "float32"))
 
 
 def has_fast_bf16(device):
-    """Whether the device multiplies bf16 matrices in hardware; where it is emulated, fp32 is much faster."""
+    """Whether the device multiplies bf16 matrices in hardware. Where it emulates them, fp32 is faster."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     units = torch.cpu.get_capabilities() if device.type == "cpu" else {}
     return any(units.get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
-def check_sums(device, length):
-    """MachineError if matrix products that sum `length` terms are wrong on this device, an M1 or M2."""
+def check_matmul_length(device, length):
+    """MachineError if the device (an M1 or M2) gets matrix products of inner dimension `length` wrong."""
     if device.type == "mps" and length > 32_000 and re.search(r"\bM[12]\b", device_name(device)):
-        what = f"Metal sums more than 32,766 products wrongly, and here they are {length:,}"
-        raise MachineError(f"{what}.\nGive a smaller vocabulary or --device-batch-size.")
+        what = f"an M1 or M2 gets matrix products of inner dimension {length:,} wrong, and all above 32,000"
+        raise MachineError(f"{what}.\nUse a smaller --vocab-size or --device-batch-size.")
 
 
 def device_name(device):
-    """The name of the GPU or of the CPU, as far as the system tells."""
+    """The name of the GPU, or of the CPU with the number of threads, as the system reports it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     commands = {
@@ -149,23 +198,23 @@ def device_name(device):
 
 
 def synchronizer(device):
-    """The function that waits until the device has done its work; on CPU work is already synchronous."""
+    """-> a function that waits until the device has finished its work (on a CPU it returns at once)."""
     return torch.get_device_module(device).synchronize
 
 
-def find_peak(device, dtype, given_tflops=None):
-    """-> (peak FLOP/s of one device in the training dtype, "given", "published" or "measured")."""
+def find_peak_flops(device, dtype, given_tflops=None):
+    """-> (peak FLOP/s of one device for matrix products in `dtype`, "given", "published" or "measured")."""
     if given_tflops:
         return given_tflops * 1e12, "given"
     words = re.findall(r"[A-Z0-9.]+", device_name(device).upper())
     name = " ".join(word for word in words if not re.fullmatch(r"NVIDIA|GEFORCE|\d+GB?", word))
     if device.type == "cuda" and dtype == torch.bfloat16 and name in PUBLISHED_PEAKS:
         return PUBLISHED_PEAKS[name] * 1e12, "published"
-    return measured_peak(device, dtype), "measured"
+    return measure_peak_flops(device, dtype), "measured"
 
 
-def measured_peak(device, dtype):
-    """FLOP/s of a product of random matrices on this device: the median of 5, of the largest in 2 s."""
+def measure_peak_flops(device, dtype):
+    """FLOP/s of a product of random n × n matrices: the median of 5, for the largest n that 2 s allow."""
     synchronize, begin = synchronizer(device), time.perf_counter()
     for n in (256, 512, 1024, 2048, 4096, 8192):
         a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
@@ -176,21 +225,14 @@ def measured_peak(device, dtype):
             torch.mm(a, b)
             synchronize()
             times.append(time.perf_counter() - start)
-        seconds = statistics.median(times[1:])  # the first one loads the kernel
+        seconds = statistics.median(times[1:])  # the first product also loads the kernel
         if time.perf_counter() - begin + 6 * 8 * seconds > 2:  # the next size takes 8 times as long
             break
     return 2 * n**3 / seconds
 
 
-def is_out_of_memory(error):
-    """Whether an exception means that the device's memory does not do, in Metal's and a CPU's words too."""
-    words = ("out of memory", "ALLOC_FAILED", "can't allocate memory")
-    told = any(word in str(error) for word in words)
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or told
-
-
-def use_instead_of_no_temporary_folder(folder):
-    """Where no temporary folder can be written to, have torch.compile and others use this one."""
+def set_fallback_temporary_folder(folder):
+    """If no temporary folder is writable, let torch.compile and others write temporary files to `folder`."""
     try:
         tempfile.gettempdir()
     except OSError:
@@ -198,21 +240,21 @@ def use_instead_of_no_temporary_folder(folder):
 
 
 def free_memory(device):
-    """Bytes of a GPU that this process can have; of other devices that is unknown, infinity."""
+    """Bytes of a GPU's memory that this process can use; infinity for other devices, where it is unknown."""
     if device.type != "cuda":
         return math.inf
     return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
 
 
-def is_crowded(device, spare=0.05):
-    """Whether the work so far has left less than this share of a GPU's memory: too little for hours."""
+def lacks_headroom(device, headroom):
+    """Whether at the peak less than `headroom`, a share of a GPU's memory, was left. Other devices: False."""
     if device.type != "cuda":
         return False
-    return torch.cuda.max_memory_reserved() > (1 - spare) * torch.cuda.mem_get_info()[1]
+    return torch.cuda.max_memory_reserved() > (1 - headroom) * torch.cuda.mem_get_info()[1]
 
 
-def forget_memory(device):
-    """Give unused memory back to the GPU, and let its peak count from now on."""
+def reset_memory(device):
+    """Return unused memory to the device, and start to measure the peak again."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -221,7 +263,7 @@ def forget_memory(device):
 
 
 def peak_memory(device):
-    """Bytes at the peak: CUDA's allocator; on MPS the driver's allocation now; on CPU the resident set."""
+    """Peak bytes of CUDA's allocator; of the process on a CPU; on MPS what the driver has allocated now."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     if device.type == "mps":
@@ -235,82 +277,136 @@ def peak_memory(device):
 
 class Ranks:
     """
-    The processes that train together, as torchrun numbers them: rank, local_rank, world_size. `first`,
-    `agree` and `total` are collective calls; of a process alone they return what they were given.
+    The processes that train together, numbered by torchrun: rank, local_rank, world_size. broadcast,
+    all_reduce_max and all_reduce_sum are collective calls; a single process gets its own values back.
     """
 
     def __init__(self):
         self.rank, self.local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))
 
-    def start(self, device):
-        """Connect the ranks; the calls below need it."""
+    def connect(self, device):
+        """Connect the ranks, by NCCL on GPUs and by gloo on CPUs. Call it before any collective call."""
         self.device = device
         if self.world_size > 1:
             on_gpu, hook = device.type == "cuda", sys.excepthook
             options = {"device_id": device if on_gpu else None, "timeout": timedelta(seconds=HANG_SECONDS)}
             dist.init_process_group("nccl" if on_gpu else "gloo", **options)
-            sys.excepthook = hook  # torch wraps it, and loses what it prints if it exits
+            sys.excepthook = hook  # torch has wrapped it, and loses its output if the hook exits
 
-    def first(self, value):
-        """Rank 0's value, of any plain type, on every rank: all plan with one clock and one disk."""
-        box = [value]
+    def broadcast(self, value):
+        """-> rank 0's value, any object that can be pickled, on every rank."""
+        values = [value]
         if self.world_size > 1:
-            dist.broadcast_object_list(box, 0)
-        return box[0]
+            dist.broadcast_object_list(values, 0)
+        return values[0]
 
-    def agree(self, *numbers):
-        """Of each number the largest that any rank has, as a list, of floats if there are several ranks."""
+    def all_reduce_max(self, *numbers):
+        """-> for each number its maximum over the ranks, as a list (floats if there are several ranks)."""
         if self.world_size == 1:
             return list(numbers)
         largest = torch.tensor(numbers, dtype=torch.float64, device=self.device)
         dist.all_reduce(largest, dist.ReduceOp.MAX)
         return largest.tolist()
 
-    def total(self, tensor):
-        """The sum of the ranks' tensors, in place."""
+    def all_reduce_sum(self, tensor):
+        """Sum a tensor over the ranks, in place -> the tensor."""
         if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def heartbeat(self):
-        """From now on HANG_SECONDS may pass until the next call; then each rank shows its stacks and ends."""
+        """If several ranks do not call this for HANG_SECONDS, they print their threads' stacks and exit."""
         if self.world_size > 1:
             faulthandler.dump_traceback_later(HANG_SECONDS, exit=True)
 
     def watch(self, items):
-        """The items, with a heartbeat before each."""
+        """Yield the items, with a heartbeat before each."""
         for item in items:
             self.heartbeat()
             yield item
 
-    def end(self):
-        """Part: from now on no rank waits for another one."""
+    def disconnect(self):
+        """End the watchdog and the connection: from now on no rank waits for another one."""
         faulthandler.cancel_dump_traceback_later()
         if self.world_size > 1:
             dist.destroy_process_group()
 
 
-FITS, FAILS, TOO_LARGE = 0, 1, 2  # outcomes of an attempt, from good to bad
+# -----------------------------------------------------------------------------
+# The benchmark: the largest micro-batch that fits, and its speed
 
 
-def attempt(work, device, ranks, spare, collective=False):
+class DoesNotFit(MachineError):
+    """The training step does not fit in the device's memory with any of the micro-batch sizes."""
+
+
+class BenchmarkFailed(Exception):
+    """The training step failed on some rank. `__cause__` is the error of this rank, or None."""
+
+
+def benchmark(make_parts, sizes, device, ranks, headroom=0.05, release=lambda: None):
     """
-    work() on every rank -> (FITS, FAILS or TOO_LARGE for the device's memory, with that share of it to spare;
-    seconds; the error or None). What one rank cannot do, none does: the outcome is the worst of all ranks. If
-    work holds collective calls, memory that ends on one of several ranks is no outcome, for the others wait.
+    Find the largest micro-batch that fits on every rank, and time the training step with it
+    -> (micro_batch_size, micro_step_time, update_time): rows, seconds, seconds; rank 0's, broadcast.
+    All ranks raise DoesNotFit or BenchmarkFailed together. Such an exception keeps the optimizer alive: leave
+    the `except` block before the next benchmark. Otherwise nothing of the benchmark stays in memory.
+
+    make_parts() -> (micro_step, update) creates the optimizer; called once per size. micro_step(rows) runs
+    forward and backward -> the detached loss. update(loss) is the optimizer's step. sizes: rows, descending.
+    headroom: share of a GPU's memory that must stay free. release() frees the gradients after each size.
     """
-    outcome, error, begin = FITS, None, time.perf_counter()
+    gc.collect()  # an earlier benchmark that failed
+    for size in sizes:
+        try:
+            return ranks.broadcast((size, *time_rounds(make_parts, size, device, ranks, headroom)))
+        except DoesNotFit:
+            if size == sizes[-1]:
+                raise
+        finally:
+            release()
+            gc.collect()
+            reset_memory(device)
+
+
+def time_rounds(make_parts, size, device, ranks, headroom):
+    """Run micro_step and update once as warm-up and three times -> their shortest times in seconds."""
+    (micro_step, update), _ = attempt(make_parts, device, ranks, 0.0)
+    times = []
+    for round in range(4):
+        needed = headroom if round > 0 else 0.0  # while torch.compile tunes, it needs memory of its own
+        loss, micro_step_time = attempt(partial(micro_step, size), device, ranks, needed)
+        # gradients are kept: memory peaks when a backward pass accumulates into existing ones
+        _, update_time = attempt(partial(update, loss), device, ranks, needed, collective=True)
+        times.append((micro_step_time, update_time))
+        if round == 0:
+            reset_memory(device)
+    return [min(seconds) for seconds in zip(*times[1:])]
+
+
+def attempt(work, device, ranks, headroom, collective=False):
+    """
+    Run work() on every rank -> (its result, seconds). All ranks raise DoesNotFit if one runs out of memory or
+    has less than `headroom` left, or BenchmarkFailed if work() fails on one. `collective`: work() contains
+    collective calls; there a rank that runs out of memory raises that error, because the others wait for it.
+    """
+    result = error = None
+    begin = time.perf_counter()
     try:
-        work()
+        result = work()
         synchronizer(device)()
-        outcome = TOO_LARGE if is_crowded(device, spare) else FITS
-    except Exception as failure:
-        if is_out_of_memory(failure) and collective and ranks.world_size > 1:
+    except Exception as caught:
+        if collective and ranks.world_size > 1 and is_out_of_memory(caught):
             raise
-        outcome, error = TOO_LARGE if is_out_of_memory(failure) else FAILS, failure
+        error = caught
     seconds = time.perf_counter() - begin
-    return int(*ranks.agree(outcome)), seconds, error
+    too_large = is_out_of_memory(error) if error else lacks_headroom(device, headroom)
+    too_large, failed = ranks.all_reduce_max(too_large, error is not None)
+    if too_large:
+        raise DoesNotFit("the training step does not fit in memory.\nTry a smaller model or batch.")
+    if failed:
+        raise BenchmarkFailed("the training step failed on this rank or another one") from error
+    return result, seconds
 
 
 # -----------------------------------------------------------------------------
@@ -319,21 +415,22 @@ def attempt(work, device, ranks, spare, collective=False):
 
 class Signals:
     """
-    What signals ask of this rank: `stop`, the number of the SIGINT, SIGTERM or SIGHUP that came, and `save`,
-    whether SIGUSR1 came. They are only noted: all ranks act on them together, at the end of a window.
+    Records which signals have arrived: `stop` is the number of the SIGINT, SIGTERM or SIGHUP, or 0; `save` is
+    True after SIGUSR1. At the end of a log interval all ranks act on them together.
     """
 
     def __init__(self):
         self.stop, self.save = 0, False
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup has its way
-                signal.signal(number, self.note)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+                signal.signal(number, self.record)
 
-    def note(self, number, frame):
+    def record(self, number, frame):
+        """Signal handler."""
         if number == signal.SIGUSR1:
             self.save = True
             return
         self.stop = number
-        if number == signal.SIGINT:  # a second Ctrl-C, SIGTERM by way of torchrun, stops at once
+        if number == signal.SIGINT:  # a second Ctrl-C ends the process at once; torchrun sends it as SIGTERM
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)

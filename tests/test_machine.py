@@ -1,6 +1,7 @@
-"""Devices by stand-ins for what torch tells of them; ranks, signals and the environment in real processes."""
+"""Devices: with fake answers from torch. Ranks, signals and the environment: in real processes."""
 
 import faulthandler
+import gc
 import json
 import multiprocessing
 import os
@@ -11,6 +12,7 @@ import sys
 import time
 import traceback
 import types
+import weakref
 from functools import partial
 
 import pytest
@@ -19,7 +21,8 @@ import torch.distributed as dist
 from conftest import REPO
 
 import machine
-from machine import FAILS, FITS, TOO_LARGE
+from machine import BenchmarkFailed, DoesNotFit, MachineError
+from optim_muon import MuonAdamW
 
 CPU, CUDA, MPS = (torch.device(name) for name in ("cpu", "cuda", "mps"))
 
@@ -30,8 +33,8 @@ CPU, CUDA, MPS = (torch.device(name) for name in ("cpu", "cuda", "mps"))
 @pytest.fixture
 def has(monkeypatch):
     """
-    has("mps", gpus=2) lets torch find these devices, besides the CPU -> the list of what is then done to make
-    one ready. Nothing is done to the process that runs the tests.
+    has("mps", gpus=2) makes torch report these devices, besides the CPU -> the list of calls that prepare a
+    device. The process that runs the tests is not changed.
     """
     done = []
 
@@ -49,7 +52,7 @@ def has(monkeypatch):
     return has
 
 
-def test_the_first_device_that_is_there_is_found(has):
+def test_the_first_available_device_is_found(has):
     done = has()
     assert machine.find_device() == CPU and done == ["cpu"]
     has("mps")
@@ -57,7 +60,7 @@ def test_the_first_device_that_is_there_is_found(has):
     has("cuda", "mps", gpus=4)
     assert machine.find_device(local_rank=3, world_size=8) == torch.device("cuda", 3)
     assert done == ["cpu", 3, "high"]
-    assert machine.find_device("mps") == MPS and machine.find_device("cpu", 5, 8) == CPU  # as wanted
+    assert machine.find_device("mps") == MPS and machine.find_device("cpu", 5, 8) == CPU
     assert done == ["cpu", 3, "high", "cpu"]
 
 
@@ -65,19 +68,23 @@ SEVERAL = "several processes cannot share one MPS device"
 
 
 @pytest.mark.parametrize(
-    "there, arguments, message",
+    "available, arguments, message",
     [
         ([], ("tpu",), "--device-type tpu is unknown.\nChoose one of: cuda, mps, cpu."),
-        ([], ("cuda",), "--device-type cuda: not to be had on this machine.\nHere there is cpu."),
-        (["cuda"], ("mps",), "--device-type mps: not to be had on this machine.\nHere there is cuda."),
-        (["cuda"], (None, 2, 4), "there are more processes than GPUs.\nGive --nproc_per_node=2."),
-        (["cuda"], ("cuda", 2, 3), "there are more processes than GPUs.\nGive --nproc_per_node=2."),
+        ([], ("cuda",), "--device-type cuda is not available on this machine.\nChoose one of: cpu."),
+        (
+            ["cuda"],
+            ("mps",),
+            "--device-type mps is not available on this machine.\nChoose one of: cuda, cpu.",
+        ),
+        (["cuda"], (None, 2, 4), "there are more processes than GPUs.\nUse --nproc_per_node=2."),
+        (["cuda"], ("cuda", 2, 3), "there are more processes than GPUs.\nUse --nproc_per_node=2."),
         (["mps"], (None, 0, 2), f"{SEVERAL}.\nStart one, without torchrun."),
     ],
 )
-def test_a_device_that_is_not_to_be_had_is_an_error_of_two_lines(has, there, arguments, message):
-    done = has(*there, gpus=2)
-    with pytest.raises(machine.MachineError) as error:
+def test_an_unusable_device_is_an_error_of_two_lines(has, available, arguments, message):
+    done = has(*available, gpus=2)
+    with pytest.raises(MachineError) as error:
         machine.find_device(*arguments)
     assert str(error.value) == message and done == []
 
@@ -86,8 +93,8 @@ def test_a_device_that_is_not_to_be_had_is_an_error_of_two_lines(has, there, arg
     "capability, install",
     [
         ((8, 0), None),
-        ((8, 9), None),  # by the machine code of 8.0
-        ((12, 1), None),  # by that of 12.0
+        ((8, 9), None),  # runs the machine code of 8.0
+        ((12, 1), None),  # runs that of 12.0
         ((7, 0), "its build for CUDA 12.6"),
         ((10, 3), "a newer PyTorch"),
         ((13, 0), "a newer PyTorch"),
@@ -98,21 +105,21 @@ def test_a_gpu_without_kernels_is_an_error_of_two_lines(capability, install):
     if install is None:
         machine.check_kernels(capability, architectures)
         return
-    with pytest.raises(machine.MachineError, match=install) as error:
+    with pytest.raises(MachineError, match=install) as error:
         machine.check_kernels(capability, architectures)
     assert str(error.value).count("\n") == 1
-    machine.check_kernels(capability, [*architectures, "compute_70"])  # compiled for it at the first start
+    machine.check_kernels(capability, [*architectures, "compute_70"])  # PTX is compiled at the first start
     machine.check_kernels(capability, ["gfx942"])
 
 
-def test_activations_are_bfloat16_where_the_hardware_has_it(monkeypatch):
+def test_activations_are_bfloat16_if_the_hardware_has_it(monkeypatch):
     capability, units = (8, 0), {}
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: units)
     assert machine.find_dtype(CUDA) == torch.bfloat16
     capability = (7, 5)
     assert machine.find_dtype(CUDA) == torch.float32
-    assert machine.find_dtype(CUDA, "bfloat16") == torch.bfloat16  # emulated, but as wanted
+    assert machine.find_dtype(CUDA, "bfloat16") == torch.bfloat16  # emulated, but that is what the user wants
     assert machine.find_dtype(CPU) == torch.float32
     units = {"avx512_f": True, "avx512_bf16": False}
     assert machine.find_dtype(CPU) == torch.float32
@@ -123,22 +130,22 @@ def test_activations_are_bfloat16_where_the_hardware_has_it(monkeypatch):
         assert machine.find_dtype(MPS) == torch.float32
 
 
-@pytest.mark.parametrize("device, wanted, words", [(CPU, "float16", "unknown"), (MPS, "bfloat16", "leaks")])
-def test_a_dtype_that_does_not_do_is_an_error_of_two_lines(device, wanted, words):
-    with pytest.raises(machine.MachineError, match=words) as error:
+@pytest.mark.parametrize("device, wanted, words", [(CPU, "float16", "unknown"), (MPS, "bfloat16", "later")])
+def test_an_unusable_dtype_is_an_error_of_two_lines(device, wanted, words):
+    with pytest.raises(MachineError, match=words) as error:
         machine.find_dtype(device, wanted)
     assert str(error.value).startswith(f"--dtype {wanted}") and str(error.value).count("\n") == 1
 
 
-def test_sums_that_metal_gets_wrong_are_refused(monkeypatch):
+def test_matrix_products_that_an_m1_or_m2_gets_wrong_are_refused(monkeypatch):
     monkeypatch.setattr(machine, "device_name", lambda device: "Apple M4 Pro")
-    machine.check_sums(MPS, 32_767)
+    machine.check_matmul_length(MPS, 32_767)
     monkeypatch.setattr(machine, "device_name", lambda device: "Apple M2 Max")
-    machine.check_sums(MPS, 32_000)
+    machine.check_matmul_length(MPS, 32_000)
     for device in (CPU, CUDA):
-        machine.check_sums(device, 10**6)
-    with pytest.raises(machine.MachineError, match="here they are 32,767.\nGive a smaller"):
-        machine.check_sums(MPS, 32_767)
+        machine.check_matmul_length(device, 10**6)
+    with pytest.raises(MachineError, match="dimension 32,767 wrong.*\nUse a smaller"):
+        machine.check_matmul_length(MPS, 32_767)
 
 
 def test_a_device_has_a_name(monkeypatch):
@@ -146,19 +153,19 @@ def test_a_device_has_a_name(monkeypatch):
     assert machine.device_name(torch.device("cuda", 3)) == "GPU 3"
     name, threads = machine.device_name(CPU).rsplit(", ", 1)
     assert name.strip() == name != "" and threads == f"{torch.get_num_threads()} threads"
-    monkeypatch.setattr(sys, "platform", "plan9")  # a system that no command is known for
+    monkeypatch.setattr(sys, "platform", "plan9")  # a system for which we have no command
     monkeypatch.setattr(machine.platform, "processor", lambda: "")
     monkeypatch.setattr(machine.platform, "machine", lambda: "alpha")
     assert machine.device_name(MPS) == "alpha"
 
 
-PEAKS = {  # names as drivers report them -> published dense bf16 TFLOP/s, None for what must be measured
+PEAKS = {  # name as the driver reports it -> published dense bf16 TFLOP/s, or None: it must be measured
     "NVIDIA H100 80GB HBM3": 989,
     "NVIDIA H100 PCIe": 756,
     "NVIDIA H100 NVL": 835,
     "NVIDIA H100 80GB HBM3 MIG 1g.10gb": None,
     "NVIDIA H100 PCIe MIG 3g.40gb": None,
-    "NVIDIA H100": None,  # which of them?
+    "NVIDIA H100": None,  # could be any of the three
     "NVIDIA H200": 989,
     "NVIDIA H200 NVL": None,
     "NVIDIA H20": None,
@@ -208,27 +215,27 @@ PEAKS = {  # names as drivers report them -> published dense bf16 TFLOP/s, None 
 
 
 @pytest.mark.parametrize("name", PEAKS)
-def test_a_peak_belongs_to_the_whole_name(name, monkeypatch):
+def test_a_published_peak_belongs_to_one_exact_name(name, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    monkeypatch.setattr(machine, "measured_peak", lambda device, dtype: 7.0)
+    monkeypatch.setattr(machine, "measure_peak_flops", lambda device, dtype: 7.0)
     expected = (PEAKS[name] * 1e12, "published") if PEAKS[name] else (7.0, "measured")
-    assert machine.find_peak(CUDA, torch.bfloat16) == expected
+    assert machine.find_peak_flops(CUDA, torch.bfloat16) == expected
 
 
-def test_a_peak_is_given_else_published_else_measured(monkeypatch):
+def test_the_peak_is_given_or_published_or_measured(monkeypatch):
     name = "NVIDIA H100 80GB HBM3"
-    monkeypatch.setattr(machine, "measured_peak", lambda device, dtype: 7.0)
+    monkeypatch.setattr(machine, "measure_peak_flops", lambda device, dtype: 7.0)
     monkeypatch.setattr(machine, "device_name", lambda device: name)
-    assert machine.find_peak(CUDA, torch.bfloat16, 0.5) == (0.5e12, "given")
-    assert machine.find_peak(CUDA, torch.bfloat16) == (989e12, "published")
-    assert machine.find_peak(CUDA, torch.float32) == (7.0, "measured")  # 989 is not the peak of fp32
-    assert machine.find_peak(CPU, torch.bfloat16) == (7.0, "measured")
+    assert machine.find_peak_flops(CUDA, torch.bfloat16, 0.5) == (0.5e12, "given")
+    assert machine.find_peak_flops(CUDA, torch.bfloat16) == (989e12, "published")
+    assert machine.find_peak_flops(CUDA, torch.float32) == (7.0, "measured")  # 989 is not the peak of fp32
+    assert machine.find_peak_flops(CPU, torch.bfloat16) == (7.0, "measured")
     name = "NVIDIA L40"
-    assert machine.find_peak(CUDA, torch.bfloat16) == (7.0, "measured")
+    assert machine.find_peak_flops(CUDA, torch.bfloat16) == (7.0, "measured")
 
 
 @pytest.mark.parametrize("speed", [2e8, 4e8, 2e9, 1e11, 5e13, 1e15])
-def test_a_measured_peak_is_the_median_and_takes_two_seconds_at_most(monkeypatch, speed):
+def test_the_measured_peak_is_a_median_and_takes_at_most_two_seconds(monkeypatch, speed):
     clock, products = 0.0, 0
 
     def product(a, b):
@@ -240,11 +247,11 @@ def test_a_measured_peak_is_the_median_and_takes_two_seconds_at_most(monkeypatch
     monkeypatch.setattr(machine, "time", types.SimpleNamespace(perf_counter=lambda: clock))
     monkeypatch.setattr(torch, "randn", torch.empty)
     monkeypatch.setattr(torch, "mm", product)
-    assert machine.measured_peak(CPU, torch.float32) == pytest.approx(speed)
+    assert machine.measure_peak_flops(CPU, torch.float32) == pytest.approx(speed)
     assert clock <= 2.5
 
 
-def test_each_device_waits_in_its_own_way(monkeypatch):
+def test_each_device_has_its_own_synchronize(monkeypatch):
     calls = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: calls.append("cuda"))
     monkeypatch.setattr(torch.mps, "synchronize", lambda: calls.append("mps"))
@@ -253,7 +260,7 @@ def test_each_device_waits_in_its_own_way(monkeypatch):
     assert calls == ["cuda", "mps"]
 
 
-def test_peak_memory_is_the_device_s(monkeypatch):
+def test_peak_memory_of_each_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 11)
     monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: 22)
     assert machine.peak_memory(CUDA) == 11
@@ -264,66 +271,141 @@ def test_peak_memory_is_the_device_s(monkeypatch):
 
 
 MEMORY_ERRORS = [
-    torch.OutOfMemoryError("as torch's class says, whatever the words"),
+    torch.OutOfMemoryError("the class is enough, the message does not matter"),
     RuntimeError("CUDA error: out of memory"),
     RuntimeError("MPS backend out of memory (MPS allocated: 8.81 GB, max allowed: 9.07 GB)"),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
 ]
 
 
-def test_memory_that_does_not_do_is_told_from_other_errors():
+def test_out_of_memory_is_distinguished_from_other_errors():
     assert all(map(machine.is_out_of_memory, MEMORY_ERRORS))
     for error in (RuntimeError("CUDA error: an illegal memory access"), ValueError("out of range")):
         assert not machine.is_out_of_memory(error)
 
 
-def test_a_gpu_without_memory_to_spare_is_crowded(monkeypatch):
+def test_headroom_is_a_share_of_a_gpus_memory(monkeypatch):
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 96)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1, 100))  # bytes that are free, and in all
-    assert machine.is_crowded(CUDA) and machine.is_crowded(CUDA, 0.05)
-    assert not machine.is_crowded(CUDA, 0.03) and not machine.is_crowded(CUDA, 0.0)
-    assert not machine.is_crowded(CPU) and not machine.is_crowded(MPS)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1, 100))  # free and total bytes
+    assert machine.lacks_headroom(CUDA, 0.05)
+    assert not machine.lacks_headroom(CUDA, 0.03) and not machine.lacks_headroom(CUDA, 0.0)
+    assert not machine.lacks_headroom(CPU, 0.05) and not machine.lacks_headroom(MPS, 0.05)
 
 
-def test_the_memory_to_be_had_is_what_is_free_and_what_the_process_has(monkeypatch):
+def test_free_memory_includes_what_the_process_has_reserved(monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 5)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60, 100))
     assert machine.free_memory(CUDA) == 65
     assert machine.free_memory(CPU) == machine.free_memory(MPS) == float("inf")
 
 
-def test_only_a_gpu_s_memory_is_given_back(monkeypatch):
+def test_unused_memory_is_returned_to_the_device(monkeypatch):
     calls = []
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("empty"))
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: calls.append("reset"))
     monkeypatch.setattr(torch.mps, "empty_cache", lambda: calls.append("empty Metal's"))
     for device in (CPU, MPS, CUDA):
-        machine.forget_memory(device)
+        machine.reset_memory(device)
     assert calls == ["empty Metal's", "empty", "reset"]
 
 
 # -----------------------------------------------------------------------------
-# One process alone
+# Errors
+
+
+@pytest.fixture
+def hook(monkeypatch):
+    """hook(rank) installs an ErrorHook for one test -> (the hook, the seconds that it would have slept)."""
+    slept = []
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr(machine.time, "sleep", slept.append)
+
+    def install(rank=0):
+        hook = machine.ErrorHook(rank)
+        assert sys.excepthook is hook
+        return hook, slept
+
+    return install
+
+
+class ElsewhereError(Exception):
+    """A user-fixable error of some other file."""
+
+    exit_status = 2
+
+
+TOO_SMALL = "the device has too little memory.\nTry a smaller --depth or --device-batch-size."
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    "error, status, message",
+    [
+        (ElsewhereError("--depth 0 is out of range.\nUse 1."), 2, "--depth 0 is out of range.\nUse 1."),
+        (MachineError("a\nb"), 2, "a\nb"),
+        (DoesNotFit("a\nb"), 2, "a\nb"),
+        *((error, 2, TOO_SMALL) for error in MEMORY_ERRORS),
+    ],
+)
+def test_user_fixable_errors_print_two_lines(hook, capsys, rank, error, status, message):
+    hook, slept = hook(rank)
+    with pytest.raises(SystemExit) as exit:
+        hook(type(error), error, None)
+    assert exit.value.code == status and slept == [2] * rank  # rank 0 prints first
+    assert capsys.readouterr().err == f"error: {message}\n"
+
+
+def test_other_errors_print_a_traceback(hook, capsys):
+    hook, slept = hook(1)
+    for error in (ValueError("no"), BenchmarkFailed("no")):
+        with pytest.raises(SystemExit) as exit:
+            hook(type(error), error, None)
+        printed = capsys.readouterr().err
+        assert exit.value.code == 1 and slept == [] and type(error).__name__ + ": no" in printed
+    with pytest.raises(SystemExit) as exit:
+        hook(KeyboardInterrupt, KeyboardInterrupt(), None)
+    assert exit.value.code == 130 and capsys.readouterr().err == ""
+
+
+def test_clean_up_is_called_in_order_with_the_error_and_may_fail(hook, capsys):
+    def fail(error):
+        raise OSError("the disk is full")
+
+    hook, _ = hook()
+    calls, errors = [], [ElsewhereError("a\nb"), ValueError("no"), KeyboardInterrupt()]
+    hook.clean_up = [lambda error: calls.append((1, error)), fail, lambda error: calls.append((2, error))]
+    for error in errors:
+        with pytest.raises(SystemExit):
+            hook(type(error), error, None)
+    assert calls == [(number, error) for error in errors for number in (1, 2)]
+    assert "error: a\nb\n" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        hook(MemoryError, MemoryError(), None)
+    assert calls[-1][1].exit_status == 2  # out of memory is user-fixable for the clean-up too
+
+
+# -----------------------------------------------------------------------------
+# A single process
 
 
 @pytest.fixture
 def alone(monkeypatch):
-    """The ranks of a process that torchrun has not started."""
+    """The Ranks of a process that torchrun has not started."""
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     ranks = machine.Ranks()
-    ranks.start(CPU)
+    ranks.connect(CPU)
     return ranks
 
 
-def test_a_process_alone_gets_back_what_it_gave(alone):
+def test_a_single_process_gets_its_own_values_back(alone):
     assert (alone.rank, alone.local_rank, alone.world_size) == (0, 0, 1)
     value, tensor = {"a": [1, None]}, torch.arange(3.0)
-    assert alone.first(value) is value
-    assert alone.agree(1, -2.5) == [1, -2.5] and alone.agree(7) == [7]
-    assert alone.total(tensor) is tensor and tensor.tolist() == [0.0, 1.0, 2.0]
+    assert alone.broadcast(value) is value
+    assert alone.all_reduce_max(1, -2.5) == [1, -2.5] and alone.all_reduce_max(7) == [7]
+    assert alone.all_reduce_sum(tensor) is tensor and tensor.tolist() == [0.0, 1.0, 2.0]
     assert not dist.is_initialized()
-    alone.end()
+    alone.disconnect()
 
 
 def test_ranks_are_numbered_by_torchrun(monkeypatch):
@@ -341,7 +423,7 @@ def test_a_heartbeat_before_each_item(alone, monkeypatch):
     assert events == ["beat", "a", "beat", "b"]
 
 
-def test_only_ranks_that_wait_for_each_other_have_a_time_limit(alone, monkeypatch):
+def test_only_several_ranks_have_a_watchdog(alone, monkeypatch):
     calls = []
     later = lambda seconds, exit: calls.append((seconds, exit))  # noqa: E731
     monkeypatch.setattr(faulthandler, "dump_traceback_later", later)
@@ -352,22 +434,30 @@ def test_only_ranks_that_wait_for_each_other_have_a_time_limit(alone, monkeypatc
     assert calls == [(machine.HANG_SECONDS, True)]
 
 
+# -----------------------------------------------------------------------------
+# The benchmark, on a single process
+
+
 @pytest.mark.parametrize("collective", [False, True])
 @pytest.mark.parametrize(
     "error, expected",
-    [(None, FITS), (ValueError("no"), FAILS), *((error, TOO_LARGE) for error in MEMORY_ERRORS)],
+    [(None, None), (ValueError("no"), BenchmarkFailed), *((error, DoesNotFit) for error in MEMORY_ERRORS)],
 )
-def test_an_attempt_has_an_outcome(alone, error, expected, collective):
+def test_an_attempt_returns_or_says_why_not(alone, error, expected, collective):
     def work():
         if error:
             raise error
+        return "result"
 
-    outcome, seconds, found = machine.attempt(work, CPU, alone, 0.05, collective)
-    assert (outcome, found) == (expected, error) and type(outcome) is int and 0 <= seconds < 30
-
-
-def test_outcomes_stand_from_good_to_bad():
-    assert FITS < FAILS < TOO_LARGE  # so that the largest is the worst
+    if error is None:
+        result, seconds = machine.attempt(work, CPU, alone, 0.05, collective)
+        assert result == "result" and 0 <= seconds < 30
+        return
+    with pytest.raises(expected) as caught:
+        machine.attempt(work, CPU, alone, 0.05, collective)
+    assert caught.value.__cause__ is (error if expected is BenchmarkFailed else None)
+    if expected is DoesNotFit:
+        assert caught.value.exit_status == 2 and str(caught.value).count("\n") == 1
 
 
 def test_an_attempt_waits_for_the_device(alone, monkeypatch):
@@ -379,20 +469,22 @@ def test_an_attempt_waits_for_the_device(alone, monkeypatch):
 
     events, late = [], None
     monkeypatch.setattr(machine, "synchronizer", lambda device: wait)
-    outcome, seconds, error = machine.attempt(lambda: events.append("work"), CPU, alone, 0.05)
-    assert (outcome, error, events) == (FITS, None, ["work", "wait"]) and seconds >= 0.05
-    late = MEMORY_ERRORS[0]  # what is asynchronous fails late
-    assert machine.attempt(lambda: None, CPU, alone, 0.05)[::2] == (TOO_LARGE, late)
+    _, seconds = machine.attempt(lambda: events.append("work"), CPU, alone, 0.05)
+    assert events == ["work", "wait"] and seconds >= 0.05
+    late = MEMORY_ERRORS[0]  # asynchronous work fails late
+    with pytest.raises(DoesNotFit):
+        machine.attempt(lambda: None, CPU, alone, 0.05)
 
 
-def test_what_leaves_too_little_memory_is_too_large(alone, monkeypatch):
+def test_an_attempt_that_leaves_too_little_memory_does_not_fit(alone, monkeypatch):
     seen = []
-    monkeypatch.setattr(machine, "is_crowded", lambda device, spare: seen.append((device, spare)) or True)
-    assert machine.attempt(lambda: None, CPU, alone, 0.25)[::2] == (TOO_LARGE, None)
+    monkeypatch.setattr(machine, "lacks_headroom", lambda *arguments: seen.append(arguments) or True)
+    with pytest.raises(DoesNotFit):
+        machine.attempt(lambda: None, CPU, alone, 0.25)
     assert seen == [(CPU, 0.25)]
 
 
-def test_an_interrupt_is_no_outcome(alone):
+def test_an_interrupt_ends_the_benchmark(alone):
     def work():
         raise KeyboardInterrupt
 
@@ -400,41 +492,208 @@ def test_an_interrupt_is_no_outcome(alone):
         machine.attempt(work, CPU, alone, 0.05)
 
 
+@pytest.fixture
+def no_gc():
+    """
+    No automatic garbage collection: the benchmark has to collect its optimizers itself. To make that fast,
+    objects that already exist are left out.
+    """
+    gc.freeze()
+    gc.disable()
+    yield
+    gc.enable()
+    gc.unfreeze()
+
+
+class FakeOptimizer:
+    """An optimizer that is part of a reference cycle, as torch's are."""
+
+    def __init__(self):
+        self.me = self
+
+
+class FakeTraining:
+    """
+    make_parts, release and a clock for `benchmark`. limit: rows that fit. seconds: time of micro_step
+    in each round; update takes a tenth of it. errors: {"micro_step" or "update": what it raises, once}.
+    """
+
+    def __init__(self, monkeypatch, limit=100, seconds=(9.0, 3.0, 1.0, 2.0), **errors):
+        self.limit, self.seconds, self.errors = limit, seconds, errors
+        self.clock, self.calls, self.optimizers = 0.0, [], []
+        monkeypatch.setattr(machine, "time", types.SimpleNamespace(perf_counter=lambda: self.clock))
+        monkeypatch.setattr(machine, "reset_memory", lambda device: self.calls.append("reset"))
+        monkeypatch.setattr(machine, "lacks_headroom", self.lacks_headroom)
+        self.headroom = []
+
+    def lacks_headroom(self, device, headroom):
+        self.headroom.append(headroom)
+        return False
+
+    def alive(self):
+        return sum(optimizer() is not None for optimizer in self.optimizers)
+
+    def make_parts(self):
+        assert self.alive() == 0  # never two of them
+        optimizer, count = FakeOptimizer(), 0
+        self.optimizers.append(weakref.ref(optimizer))
+
+        def work(part, share):
+            nonlocal count
+            self.clock += share * self.seconds[count]
+            if part in self.errors:
+                raise self.errors.pop(part)
+
+        def micro_step(rows):
+            work("micro_step", 1.0)
+            self.calls.append(rows)
+            if rows > self.limit:
+                raise torch.OutOfMemoryError("as if")
+            return "the loss"
+
+        def update(loss):
+            nonlocal count
+            assert loss == "the loss" and optimizer.me
+            work("update", 0.1)
+            self.calls.append("update")
+            count += 1
+
+        return micro_step, update
+
+    def release(self):
+        self.calls.append("release")
+
+    def benchmark(self, sizes, ranks, **options):
+        return machine.benchmark(self.make_parts, sizes, CPU, ranks, release=self.release, **options)
+
+
+def test_a_benchmark_is_the_best_of_three_rounds_after_a_warm_up(alone, monkeypatch, no_gc):
+    training = FakeTraining(monkeypatch)
+    size, micro_step_time, update_time = training.benchmark([8], alone)
+    assert training.alive() == 0
+    assert (size, micro_step_time, update_time) == (8, 1.0, pytest.approx(0.1))
+    rounds = [8, "update", "reset"] + [8, "update"] * 3
+    assert training.calls == [*rounds, "release", "reset"]
+    assert training.headroom == [0.0] * 3 + [0.05] * 6  # make_parts and the warm-up need none
+
+
+def test_the_micro_batch_is_halved_until_it_fits(alone, monkeypatch, no_gc):
+    training = FakeTraining(monkeypatch, limit=2)
+    assert training.benchmark([8, 4, 2, 1], alone)[0] == 2
+    assert training.alive() == 0 and len(training.optimizers) == 3
+    assert training.calls[:6] == [8, "release", "reset", 4, "release", "reset"]
+
+
+@pytest.mark.parametrize("sizes", [[8, 4, 2, 1], [8]])
+def test_a_benchmark_in_which_nothing_fits(alone, monkeypatch, no_gc, sizes):
+    training = FakeTraining(monkeypatch, limit=0)
+    with pytest.raises(DoesNotFit) as error:
+        training.benchmark(sizes, alone)
+    assert training.calls == [call for size in sizes for call in (size, "release", "reset")]
+    assert error.value.exit_status == 2 and str(error.value).count("\n") == 1
+
+
+@pytest.mark.parametrize("part", ["micro_step", "update"])
+def test_after_a_benchmark_that_failed_there_can_be_another(alone, monkeypatch, no_gc, part):
+    cause = RuntimeError("ptxas is missing")
+    training = FakeTraining(monkeypatch, **{part: cause})
+    try:
+        training.benchmark([8, 4], alone)
+    except BenchmarkFailed as error:
+        assert error.__cause__ is cause and f"in {part}" in "".join(traceback.format_exception(error))
+        cause = None
+    assert training.calls[-2:] == ["release", "reset"] and len(training.optimizers) == 1
+    assert training.benchmark([8, 4], alone)[0] == 8 and training.alive() == 0
+
+
+def test_no_state_of_a_real_optimizer_stays_in_memory(alone, no_gc):
+    weight, states = torch.nn.Parameter(torch.ones(4, 4)), []
+
+    def make_parts():
+        assert all(state() is None for state in states) and weight.grad is None
+        optimizer = MuonAdamW([dict(kind="muon", lr=0.1, params={"weight": weight})])
+        states.extend(weakref.ref(state) for state in optimizer.buckets[0].state.values())
+
+        def micro_step(rows):
+            if rows > 4:
+                raise torch.OutOfMemoryError("as if")
+            loss = (torch.ones(rows, 4) @ weight).sum()
+            loss.backward()
+            return loss.detach()
+
+        return micro_step, optimizer.step
+
+    def release():
+        weight.grad = None
+
+    assert machine.benchmark(make_parts, [8, 4], CPU, alone, release=release)[0] == 4
+    assert len(states) == 4 and all(state() is None for state in states) and weight.grad is None
+
+
+def test_a_benchmark_without_headroom_may_fill_the_memory(alone, monkeypatch, no_gc):
+    training = FakeTraining(monkeypatch)
+    training.benchmark([8], alone, headroom=0.0)
+    assert set(training.headroom) == {0.0}
+
+
+def test_an_optimizer_that_does_not_fit_counts_as_too_large(alone, no_gc):
+    def make_parts():
+        raise torch.OutOfMemoryError("as if")
+
+    with pytest.raises(DoesNotFit):
+        machine.benchmark(make_parts, [2, 1], CPU, alone)
+
+
 # -----------------------------------------------------------------------------
 # Two real processes, connected as torchrun connects its own
 
-OUTCOMES = [(FITS, FITS), (FITS, FAILS), (TOO_LARGE, FITS), (FAILS, TOO_LARGE)]  # of rank 0 and of rank 1
+
+def scenario(name, ranks):
+    """make_parts for `benchmark`, on two ranks that differ."""
+    second = ranks.rank == 1
+
+    def micro_step(rows):
+        if name == "one fails" and second:
+            raise ValueError("no")
+        if name == "one fails, one is full":
+            raise torch.OutOfMemoryError("as if") if second else ValueError("no")
+        if name == "one is full" and second and rows > 4:
+            raise torch.OutOfMemoryError("as if")
+        full = name == "one is full" and not second and rows > 2
+        machine.lacks_headroom = lambda device, headroom: full and headroom > 0
+        return rows
+
+    def make_parts():
+        if name == "no memory for the optimizer" and second:
+            raise torch.OutOfMemoryError("as if")
+        return micro_step, lambda loss: time.sleep(0.03 if second else 0.01)
+
+    return make_parts
+
+
+SCENARIOS = ("one is full", "one fails", "one fails, one is full", "no memory for the optimizer")
 
 
 def two_ranks(ranks):
-    """What both do together -> what this one found."""
-    found = {"first": ranks.first({"of": [ranks.rank, None]})}
-    found["agree"] = ranks.agree(ranks.rank, -ranks.rank, 0.5)
+    """What both ranks do -> what this one found."""
+    gc.freeze()  # for fast collections
+    found = {"broadcast": ranks.broadcast({"of": [ranks.rank, None]})}
+    found["all_reduce_max"] = ranks.all_reduce_max(ranks.rank, -ranks.rank, 0.5)
     tensor = torch.tensor([1.0, 10.0 * ranks.rank])
-    found["total"], found["in place"] = ranks.total(tensor).tolist(), tensor.tolist()
+    found["all_reduce_sum"], found["in place"] = ranks.all_reduce_sum(tensor).tolist(), tensor.tolist()
     found["watch"] = list(ranks.watch([1, 2]))
-    found["outcomes"], found["errors"] = [], []
-    machine.is_crowded = lambda device, spare: wanted == TOO_LARGE and ranks.rank == 0
-    for pair in OUTCOMES:
-        wanted = pair[ranks.rank]
+    for name in SCENARIOS:
+        try:
+            found[name] = machine.benchmark(scenario(name, ranks), [8, 4, 2, 1], CPU, ranks)
+        except (BenchmarkFailed, DoesNotFit) as error:
+            found[name] = [type(error).__name__, type(error.__cause__).__name__]
 
-        def work(wanted=wanted):
-            if wanted == FAILS:
-                raise ValueError("no")
-            if wanted == TOO_LARGE and ranks.rank == 1:
-                raise torch.OutOfMemoryError("no")
-
-        outcome, _, error = machine.attempt(work, CPU, ranks, 0.05)
-        found["outcomes"].append(outcome)
-        found["errors"].append(type(error).__name__)
-
-    def ends_on_one():
-        if ranks.rank == 1:
-            raise torch.OutOfMemoryError("within collective calls")
+    def out_of_memory():
+        raise torch.OutOfMemoryError("within collective calls")
 
     if ranks.rank == 1:  # rank 0 would wait
         try:
-            machine.attempt(ends_on_one, CPU, ranks, 0.05, collective=True)
+            machine.attempt(out_of_memory, CPU, ranks, 0.05, collective=True)
         except torch.OutOfMemoryError as error:
             found["collective"] = str(error)
     return found
@@ -446,11 +705,11 @@ def process(rank, port, folder):
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
         os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
         os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
-        ranks = machine.Ranks()
-        ranks.start(CPU)
-        found = two_ranks(ranks)
-        ranks.end()
-        found["ended"] = not dist.is_initialized()
+        ranks, hook = machine.Ranks(), machine.ErrorHook(rank)
+        ranks.connect(CPU)
+        found = {"hook": sys.excepthook is hook, **two_ranks(ranks)}  # torch has not wrapped it
+        ranks.disconnect()
+        found["disconnected"] = not dist.is_initialized()
         (folder / f"{rank}.json").write_text(json.dumps(found))
     except BaseException:
         traceback.print_exc()
@@ -458,7 +717,7 @@ def process(rank, port, folder):
 
 
 @pytest.mark.slow
-def test_two_ranks_agree_and_the_outcome_is_the_worst_of_both(tmp_path):
+def test_two_ranks_communicate_and_what_one_cannot_do_none_does(tmp_path):
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     context = multiprocessing.get_context("forkserver")  # there is one: it serves test_optim.py too
     context.set_forkserver_preload(["pytest", "torch._dynamo"])
@@ -472,33 +731,43 @@ def test_two_ranks_agree_and_the_outcome_is_the_worst_of_both(tmp_path):
     assert [p.exitcode for p in processes] == [0, 0]
     both = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     for found in both:
-        assert found["first"] == {"of": [0, None]}
-        assert found["agree"] == [1.0, 0.0, 0.5]
-        assert found["total"] == found["in place"] == [2.0, 10.0]
-        assert found["watch"] == [1, 2] and found["ended"]
-        assert found["outcomes"] == [max(pair) for pair in OUTCOMES]
-        assert all(type(outcome) is int for outcome in found["outcomes"])
-    assert both[0]["errors"] == ["NoneType", "NoneType", "NoneType", "ValueError"]  # its own
-    assert both[1]["errors"] == ["NoneType", "ValueError", "NoneType", "OutOfMemoryError"]
-    assert both[1]["collective"] == "within collective calls"  # raised, and no outcome
+        assert found["broadcast"] == {"of": [0, None]}
+        assert found["all_reduce_max"] == [1.0, 0.0, 0.5]
+        assert found["all_reduce_sum"] == found["in place"] == [2.0, 10.0]
+        assert found["watch"] == [1, 2] and found["hook"] and found["disconnected"]
+        size, _, update_time = found["one is full"]
+        assert size == 2 and 0.01 <= update_time < 0.03  # rank 0's time
+        assert found["one fails, one is full"][0] == found["no memory for the optimizer"][0] == "DoesNotFit"
+    assert both[0]["one is full"] == both[1]["one is full"]
+    assert both[0]["one fails"] == ["BenchmarkFailed", "NoneType"]
+    assert both[1]["one fails"] == ["BenchmarkFailed", "ValueError"]
+    assert both[1]["collective"] == "within collective calls"  # raised as it is
 
 
 # -----------------------------------------------------------------------------
-# Processes of their own, with a stand-in for torch, which notes the environment as it is imported
+# Separate processes with a fake torch, which records the environment when it is imported
+
+
+FAKE_TORCH = """
+import os
+seen = dict(os.environ)
+class OutOfMemoryError(Exception):
+    pass
+"""
 
 
 @pytest.fixture
 def bare(tmp_path):
     """bare(code, *before, **environment) runs code in another process, after the command `before`."""
     (tmp_path / "torch").mkdir()
-    (tmp_path / "torch" / "__init__.py").write_text("import os\nseen = dict(os.environ)\n")
+    (tmp_path / "torch" / "__init__.py").write_text(FAKE_TORCH)
     (tmp_path / "torch" / "distributed.py").touch()
 
     def run(code, *before, **environment):
         env = {name: value for name, value in os.environ.items() if name not in SET}
         env |= {"PYTHONPATH": os.pathsep.join((str(tmp_path), str(REPO))), **environment}
         command = [*before, sys.executable, "-c", code]
-        hears = partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)  # also where the tests run under nohup
+        hears = partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
         options = {"capture_output": True, "text": True, "timeout": 60, "preexec_fn": hears}
         return subprocess.run(command, cwd=tmp_path, env=env, **options)
 
@@ -524,7 +793,7 @@ print(json.dumps(machine.torch.seen))
         ("4.4.0-19041-Microsoft", None),
     ],
 )
-def test_torch_finds_its_environment_set_as_it_is_imported(bare, release, allocator):
+def test_the_environment_is_set_before_torch_is_imported(bare, release, allocator):
     found = json.loads(bare(IMPORTING.format(release=release)).stdout)
     assert found.get(ALLOCATOR) == allocator
     assert found["GOMP_SPINCOUNT"] == "3000"
@@ -532,24 +801,40 @@ def test_torch_finds_its_environment_set_as_it_is_imported(bare, release, alloca
 
 
 @pytest.mark.parametrize("release", ["6.8.0-45-generic", "5.15.153.1-microsoft-standard-WSL2"])
-def test_what_a_user_has_set_stays(bare, release):
+def test_variables_that_the_user_has_set_are_kept(bare, release):
     own = {ALLOCATOR: "max_split_size_mb:64", "GOMP_SPINCOUNT": "7"}
     found = json.loads(bare(IMPORTING.format(release=release), **own).stdout)
     assert {name: found[name] for name in own} == own
 
 
-def test_the_new_name_of_the_allocator_s_setting_stays_too(bare):
+def test_the_newer_variable_of_the_allocator_is_kept_too(bare):
     own = {ALLOCATOR_TOO: "max_split_size_mb:64"}
     found = json.loads(bare(IMPORTING.format(release="6.8.0-45-generic"), **own).stdout)
     assert found[ALLOCATOR_TOO] == own[ALLOCATOR_TOO] and ALLOCATOR not in found
 
 
-def test_a_hang_shows_where_and_ends(bare):
+@pytest.mark.parametrize(
+    "error, status, message",
+    [
+        ("machine.MachineError('a\\nb')", 2, "error: a\nb\n"),
+        ("machine.torch.OutOfMemoryError()", 2, f"error: {TOO_SMALL}\n"),
+        ("KeyboardInterrupt", 130, ""),
+        ("ValueError('no')", 1, "ValueError: no\n"),
+    ],
+)
+def test_the_exit_status_of_a_process_with_the_hook(bare, error, status, message):
+    code = f"import machine; machine.ErrorHook().clean_up.append(lambda error: print('clean')); raise {error}"
+    done = bare(code)
+    assert (done.returncode, done.stdout) == (status, "clean\n")
+    assert done.stderr.endswith(message) and (status == 1) == ("Traceback" in done.stderr)
+
+
+def test_a_hang_prints_the_stack_and_ends(bare):
     code = """
 import time, machine
 machine.HANG_SECONDS, ranks = 0.8, machine.Ranks()
 for item in ranks.watch(range(3)):
-    time.sleep(0.3)  # each in time
+    time.sleep(0.3)  # shorter than the limit
 def hang():
     time.sleep(60)
 hang()
@@ -566,7 +851,7 @@ hang()
 
 @pytest.fixture
 def handlers():
-    """Puts the handlers back, and lets no signal end the tests meanwhile."""
+    """Restores the handlers after the test; meanwhile no signal can end the tests."""
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
     before = {number: signal.signal(number, lambda number, frame: None) for number in numbers}
     yield
@@ -575,21 +860,21 @@ def handlers():
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_asks_to_stop(handlers, number):
+def test_a_signal_requests_a_stop(handlers, number):
     signals = machine.Signals()
     assert (signals.stop, signals.save) == (0, False)
     signal.raise_signal(number)
     assert (signals.stop, signals.save) == (number, False)
 
 
-def test_a_signal_asks_to_save(handlers):
+def test_a_signal_requests_a_save(handlers):
     signals = machine.Signals()
     signal.raise_signal(signal.SIGUSR1)
     assert (signals.stop, signals.save) == (0, True)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_only_the_first_ctrl_c_is_noted(handlers, number):
+def test_only_the_first_ctrl_c_is_recorded(handlers, number):
     machine.Signals()
     signal.raise_signal(signal.SIGTERM)
     assert signal.getsignal(number) != signal.SIG_DFL  # a scheduler may send it twice
@@ -597,9 +882,9 @@ def test_only_the_first_ctrl_c_is_noted(handlers, number):
     assert signal.getsignal(number) == signal.SIG_DFL
 
 
-NOTED = """
+RECORDED = """
 import os, signal, machine
-os.kill(os.getpid(), signal.SIGUSR1)  # there is nothing to save yet
+os.kill(os.getpid(), signal.SIGUSR1)  # ignored: there is nothing to save yet
 signals = machine.Signals()
 for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGINT):
     os.kill(os.getpid(), number)
@@ -609,17 +894,17 @@ print("still there")
 """
 
 
-def test_a_terminal_that_goes_away_stops_a_run_but_not_under_nohup(bare):
+def test_a_closed_terminal_stops_a_run_but_not_under_nohup(bare):
     sighup, sigint = int(signal.SIGHUP), int(signal.SIGINT)
-    done = bare(NOTED)
+    done = bare(RECORDED)
     assert done.returncode == -sigint  # the second Ctrl-C
     assert done.stdout.splitlines() == [f"{sighup} False", f"{sighup} True", f"{sigint} True"]
-    done = bare(NOTED, "nohup")
+    done = bare(RECORDED, "nohup")
     assert done.returncode == -sigint
     assert done.stdout.splitlines() == ["0 False", "0 True", f"{sigint} True"]
 
 
-def test_windows_is_told_of_wsl_in_two_lines():
+def test_on_windows_two_lines_recommend_wsl():
     code = (
         "import sys, runpy; sys.platform, sys.modules['resource'] = 'win32', None; sys.argv = ['train.py']\n"
     )

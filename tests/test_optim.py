@@ -1,7 +1,7 @@
 """
-The optimizer against independent references, and real gloo processes against one process.
+The optimizer against independent references, and several gloo processes against one process.
 
-The references: torch.optim.AdamW, torch.optim.Muon, and `Reference`, Muon one matrix at a time in float64.
+References: torch.optim.AdamW, torch.optim.Muon, and `Reference`: Muon for one matrix at a time in float64.
 """
 
 import copy
@@ -10,7 +10,6 @@ import itertools
 import math
 import multiprocessing
 import os
-import random
 import shutil
 import sys
 import time
@@ -26,20 +25,10 @@ from optim_muon import (
     POLAR_EXPRESS,
     QUINTIC,
     MuonAdamW,
-    Timetable,
-    best_batch_size,
-    best_weight_decay,
     checksums,
     equilibrate_rows,
-    expected_mfu,
-    largest_vocab,
-    lr_multiplier,
-    lr_scales,
-    muon_momentum,
-    needed_tokens,
+    optimizer_state_bytes,
     orthogonalize,
-    weight_decay_multiplier,
-    whole_rows,
 )
 
 torch.set_num_threads(1)
@@ -61,8 +50,13 @@ def set_gradients(params, step):
         p.grad = (randn(*p.shape, seed=1000 * (step + 1) + i) * 10 ** (i % 3 - 2)).to(p.dtype)
 
 
+def lr_multiplier(step, steps):
+    """A schedule for the tests: two steps of warm-up, then linearly down."""
+    return min(1, (step + 1) / 2) * (1 - 0.9 * step / steps)
+
+
 def snapshot(optimizer):
-    """Copies of all weights and all state, to be compared bit by bit."""
+    """Copies of all weights and all state, for comparison bit by bit."""
     weights = {n: p.detach().clone() for b in optimizer.buckets for n, p in zip(b.names, b.params)}
     state = {f"{b.names} {k}": t.clone() for b in optimizer.buckets for k, t in b.state.items()}
     return weights | state
@@ -99,14 +93,14 @@ def test_adamw_equals_torch_with_schedules_on(reference_dtype):
         for name, p in ours.items():
             theirs[name].grad = p.grad.to(reference_dtype)
         for group in optimizer.param_groups + reference.param_groups:
-            group["lr"] = 0.03 * lr_multiplier(step, step / 50, 5, 0.5, 0.1)
+            group["lr"] = 0.03 * lr_multiplier(step, 50)
         optimizer.step()
         reference.step()
     for name, p in ours.items():
         torch.testing.assert_close(p.to(reference_dtype), theirs[name], rtol=1e-6, atol=1e-6)
 
 
-def test_adamw_computes_in_fp32_whatever_the_parameter_is():
+def test_adamw_computes_in_fp32_for_any_dtype():
     ours = parameters({"table": (40, 6)}, dtype=torch.bfloat16)
     reference_weight = torch.nn.Parameter(ours["table"].detach().float())
     optimizer = MuonAdamW([dict(kind="adamw", lr=0.01, params=ours)])
@@ -116,23 +110,23 @@ def test_adamw_computes_in_fp32_whatever_the_parameter_is():
         reference_weight.grad = ours["table"].grad.float()
         optimizer.step()
         reference.step()
-        reference_weight.data.copy_(reference_weight.bfloat16())  # only what is stored is rounded
+        reference_weight.data.copy_(reference_weight.bfloat16())  # only the stored weight is rounded
     assert optimizer.state_dict()["state"]["table"]["exp_avg_sq"].dtype == torch.float32
     assert ours["table"].dtype == torch.bfloat16
     assert torch.equal(ours["table"].float(), reference_weight)
 
 
 def test_memory_layout_does_not_matter():
-    straight = parameters({"table": (40, 6), "matrix": (6, 10)})
-    turned = {name: torch.nn.Parameter(p.detach().T.contiguous().T) for name, p in straight.items()}
-    for params in (straight, turned):
+    contiguous = parameters({"table": (40, 6), "matrix": (6, 10)})
+    transposed = {name: torch.nn.Parameter(p.detach().T.contiguous().T) for name, p in contiguous.items()}
+    for params in (contiguous, transposed):
         groups = [dict(kind="adamw", lr=0.1, params={"table": params["table"]}, weight_decay=0.1)]
         optimizer = MuonAdamW(groups + [dict(kind="muon", lr=0.1, params={"matrix": params["matrix"]})])
         for step in range(3):
             set_gradients(params, step)
             optimizer.step()
-    for name, p in straight.items():
-        assert torch.equal(p, turned[name])
+    for name, p in contiguous.items():
+        assert torch.equal(p, transposed[name])
 
 
 # -----------------------------------------------------------------------------
@@ -140,7 +134,7 @@ def test_memory_layout_does_not_matter():
 
 
 class Reference:
-    """Muon for one matrix, in float64, as the papers write it: polynomials of the singular values."""
+    """Muon for one matrix in float64, directly from the papers: polynomials of the singular values."""
 
     def __init__(self, weight, coefficients=QUINTIC, safety=1.0, beta2=None, refined=False):
         self.weight, self.coefficients, self.safety = weight.detach().double(), coefficients, safety
@@ -172,16 +166,16 @@ class Reference:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("refined", [False, True])
 def test_muon_equals_a_float64_reference(shape, refined):
-    params = parameters({"a": SHAPES[shape], "b": SHAPES[shape]})  # two of a shape are one stack
+    params = parameters({"a": SHAPES[shape], "b": SHAPES[shape]})  # matrices of one shape are one stack
     refinements = dict(coefficients=POLAR_EXPRESS, safety=1.02, beta2=0.9, refined=True)
     references = {name: Reference(p, **(refinements if refined else {})) for name, p in params.items()}
     optimizer = MuonAdamW([dict(kind="muon", lr=0.02, params=params, **({} if refined else TEXTBOOK))])
     (group,) = optimizer.param_groups
     for step in range(10):
         set_gradients(params, step)
-        group["lr"] = 0.02 * lr_multiplier(step, step / 10, 1, 0.5, 0.1)
-        group["momentum"] = muon_momentum(step, step / 10, 0.5)
-        group["weight_decay"] = 0.3 * weight_decay_multiplier(step / 10, 0.5)
+        group["lr"] = 0.02 * lr_multiplier(step, 10)
+        group["momentum"] = 0.85 + 0.01 * step
+        group["weight_decay"] = 0.3 * (1 - step / 10)
         optimizer.step()
         for name, reference in references.items():
             reference.step(params[name].grad, group["lr"], group["momentum"], group["weight_decay"])
@@ -203,7 +197,7 @@ def test_textbook_muon_equals_torch(shape, dtype):
         set_gradients(params, step)
         theirs["a"].grad = params["a"].grad.clone()
         for g in optimizer.param_groups + reference.param_groups:
-            g["lr"] = 0.02 * lr_multiplier(step, step / 20, 2, 0.5, 0.1)
+            g["lr"] = 0.02 * lr_multiplier(step, 20)
         optimizer.step()
         reference.step()
     assert relative(params["a"] - start, theirs["a"] - start) < 0.02
@@ -221,7 +215,7 @@ def with_spectrum(rows, cols, spectrum, seed=0):
 )
 @pytest.mark.parametrize("method, low, high", [("polar_express", 0.858, 1.142), ("quintic", 0.681, 1.204)])
 @pytest.mark.parametrize("dtype, slack", [(torch.float32, 1e-3), (torch.bfloat16, 0.06)])
-def test_singular_values_lie_in_the_promised_interval(rows, cols, rank, method, low, high, dtype, slack):
+def test_singular_values_are_in_the_published_interval(rows, cols, rank, method, low, high, dtype, slack):
     spectrum = torch.logspace(0, -1.5, rank, dtype=torch.float64).tolist()
     for magnitude in (1e-4, 1.0, 1e4):
         G = magnitude * with_spectrum(rows, cols, spectrum)
@@ -237,7 +231,7 @@ def test_singular_values_lie_in_the_promised_interval(rows, cols, rank, method, 
             assert torch.linalg.eigvalsh(product + product.mT).min() > -1e-3
 
 
-def test_spectra_that_fall_to_zero_stay_below_the_interval():
+def test_small_singular_values_stay_below_the_interval():
     spectrum = torch.logspace(0, -8, 32, dtype=torch.float64).tolist()
     for rows, cols in ((32, 128), (128, 32), (32, 32)):
         G = with_spectrum(rows, cols, spectrum)
@@ -252,7 +246,7 @@ def test_spectra_that_fall_to_zero_stay_below_the_interval():
 
 
 class TF32(TorchDispatchMode):
-    """Batched products as an A100 makes them: factors rounded to 10 bits, sums in fp32."""
+    """Batched products as on an A100: factors rounded to 10 bits, sums in fp32."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func in (torch.ops.aten.bmm.default, torch.ops.aten.baddbmm.default):
@@ -261,7 +255,7 @@ class TF32(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_where_products_are_tf32_the_steps_are_taken_on_the_matrix_itself():
+def test_in_tf32_the_steps_are_applied_to_the_matrix_itself():
     generator = torch.Generator().manual_seed(0)
     U, V = (torch.linalg.qr(torch.randn(n, 64, generator=generator))[0] for n in (64, 256))
     G = (U * torch.logspace(0, -4, 64)) @ V.T  # ill-conditioned
@@ -289,7 +283,7 @@ def test_zero_gradients_change_nothing(dtype):
     assert_same_bits(before, {**params, "vector": vector})
 
 
-def test_a_stack_in_pieces_is_the_same_stack(monkeypatch):
+def test_a_stack_in_pieces_gives_the_same_weights(monkeypatch):
     whole, pieces = parameters(dict.fromkeys("abcde", (8, 20))), parameters(dict.fromkeys("abcde", (8, 20)))
     for params, numel in ((whole, 10**6), (pieces, 2 * 8 * 20)):  # all five; two, two and one
         monkeypatch.setattr("optim_muon.EAGER_NUMEL", numel)
@@ -302,11 +296,11 @@ def test_a_stack_in_pieces_is_the_same_stack(monkeypatch):
 
 
 # -----------------------------------------------------------------------------
-# The guard
+# Steps with a non-finite loss or gradient
 
 
 def mixed(compile=False, seed=0):
-    """An optimizer over two stacks, a lone matrix, a table and small tensors."""
+    """An optimizer for stacks of matrices, a table and a vector."""
     shapes = {"m1": (8, 6), "m2": (8, 6), "m3": (4, 12), "m4": (7, 7), "table": (30, 5), "v": (3,)}
     params = parameters(shapes, seed)
     matrices, rest = ({n: p for n, p in params.items() if (n[0] == "m") == m} for m in (True, False))
@@ -333,7 +327,7 @@ def test_a_bad_step_changes_nothing(where, value):
         optimizer.step(torch.tensor(value if where == "loss" else 1.0))  # the first step included
         assert optimizer.skipped == 1
         optimizer.zero_grad(set_to_none=True)
-        assert optimizer.not_finite() == (None if where == "loss" else where)
+        assert optimizer.first_nonfinite_parameter() == (None if where == "loss" else where)
         assert_same_bits(before, snapshot(optimizer))
         for o, p in ((optimizer, params), (clean, clean_params)):
             set_gradients(p, step)
@@ -343,8 +337,8 @@ def test_a_bad_step_changes_nothing(where, value):
     assert_same_bits(snapshot(optimizer), snapshot(clean))
 
 
-def test_a_skipped_flag_and_a_norm_stay_what_they_were():
-    """The caller keeps those of many steps, and reads them at the end of a window."""
+def test_later_steps_do_not_change_an_earlier_flag_or_norm():
+    """The caller keeps those of many steps, and reads them at the end of a log interval."""
     optimizer, params = mixed()
     flags, norms, expected = [], [], []
     for step in range(4):
@@ -418,7 +412,7 @@ def test_state_that_does_not_fit_is_named_and_changes_nothing():
 
 
 def test_hyperparameters_are_not_state():
-    """A resumed run can change its learning rates: what the groups say counts."""
+    """A resumed run can change its learning rates: those of the groups are used."""
     (old, _), (new, _) = mixed(), mixed()
     for group in new.param_groups:
         group["lr"] = group["initial_lr"] = 7.0
@@ -426,8 +420,24 @@ def test_hyperparameters_are_not_state():
     assert [group["lr"] for group in new.param_groups] == [7.0, 7.0]
 
 
+@pytest.mark.parametrize("numel", [{"muon": 10, "adamw": 7}, {"muon": 10}, {}])
+def test_state_bytes_count_one_or_two_fp32_moments(numel):
+    assert optimizer_state_bytes(numel) == 4 * numel.get("muon", 0) + 8 * numel.get("adamw", 0)
+
+
+def test_state_bytes_of_an_optimizer():
+    optimizer, params = mixed()
+    moments = ("momentum_buffer", "exp_avg", "exp_avg_sq")
+    state = optimizer.state_dict()["state"].values()
+    sizes = [4 * t.numel() for tensors in state for key, t in tensors.items() if key in moments]
+    assert optimizer.state_bytes() == sum(sizes)
+    matrices = sum(p.numel() for name, p in params.items() if name[0] == "m")
+    others = sum(p.numel() for p in params.values()) - matrices
+    assert optimizer.state_bytes() == optimizer_state_bytes({"muon": matrices, "adamw": others})
+
+
 # -----------------------------------------------------------------------------
-# Misuse
+# Invalid input
 
 
 def matrix(*shape):
@@ -447,7 +457,7 @@ def matrix(*shape):
         ([dict(kind="muon", lr=1.0, params={"embedding.weight": matrix()})], "embedding.weight.*\n.*adamw"),
     ],
 )
-def test_groups_that_make_no_sense(groups, message):
+def test_invalid_groups(groups, message):
     with pytest.raises(ValueError, match=message):
         MuonAdamW(groups)
 
@@ -482,12 +492,12 @@ def test_empty_groups_are_left_out():
 
 
 # -----------------------------------------------------------------------------
-# Compiled
+# Compiled, and on a GPU
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
-def test_compiled_is_the_same_and_compiles_once():
+def test_the_compiled_update_is_the_same_and_compiles_once():
     (eager, eager_params), (compiled, compiled_params) = mixed(), mixed(compile=True)
     for step in range(6):
         with torch.compiler.set_stance("default" if step == 0 else "fail_on_recompile"):
@@ -534,18 +544,18 @@ def test_cuda_equals_cpu_without_synchronization(compile):
 
 
 # -----------------------------------------------------------------------------
-# Real processes. Shapes that do not divide: 3 and 5 matrices, 131 and 3 rows, on 2, 3 and 4 ranks
+# Several processes. Sizes that 2, 3 and 4 ranks cannot share evenly: 3 and 5 matrices, 131 and 3 rows
 
 MATRICES = {f"tall{i}": (12, 8) for i in range(3)} | {"square": (6, 6)}
 MATRICES |= {f"wide{i}": (8, 20) for i in range(5)}
 TENSORS = {"table": (131, 128), "few_rows": (3, 6000), "vector": (10,), "scalar": (), "small": (7, 4)}
-ROWS = 12  # of the global batch, each rank takes its slice
+ROWS = 12  # rows of the global batch; each rank takes its slice
 WORLDS = (1, 2, 3, 4)
 
 
 @functools.cache
 def regression():
-    """{name: (inputs (ROWS, ...), targets)}: a least-squares problem for each parameter."""
+    """{name: (inputs (ROWS, ...), targets (ROWS,))}: a least-squares problem for each parameter."""
     shapes = {**MATRICES, **TENSORS}
     problems = {}
     for i, (name, shape) in enumerate(shapes.items()):
@@ -564,7 +574,7 @@ def problem(compile=False):
 
 
 def backward(params, rank, world):
-    """Gradients of the mean loss over this rank's rows of the global batch -> that loss."""
+    """Compute gradients of the mean loss over this rank's rows of the global batch -> that loss."""
     total = 0.0
     for name, p in params.items():
         x, y = (t.chunk(world)[rank] for t in regression()[name])
@@ -578,7 +588,7 @@ def train(optimizer, params, steps, rank, world):
     norms = []
     for step in steps:
         for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * lr_multiplier(step, step / 20, 2, 0.5, 0.1)
+            group["lr"] = group["initial_lr"] * lr_multiplier(step, 20)
         optimizer.step(backward(params, rank, world))
         assert optimizer.skipped == 0
         norms.append(optimizer.grad_norm.item())
@@ -587,13 +597,13 @@ def train(optimizer, params, steps, rank, world):
 
 def train_in_micro_steps(early, rank, world):
     """
-    Ten steps of two backward passes each -> the weights, and how many reductions were under way before the
-    update and after another backward pass, which belongs to the next step.
+    Ten steps of two backward passes each -> the weights, and the number of reductions that had started before
+    the update, and after another backward pass, which belongs to the next step.
     """
     optimizer, params = problem()
     for step in range(10):
         for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * lr_multiplier(step, step / 20, 2, 0.5, 0.1)
+            group["lr"] = group["initial_lr"] * lr_multiplier(step, 20)
         for micro_step in (0, 1):
             if early and micro_step == 1:
                 optimizer.reduce_early()
@@ -603,16 +613,16 @@ def train_in_micro_steps(early, rank, world):
                 errors = (x * p).reshape(len(y), -1).sum(1) - y
                 loss = loss + 0.5 * (errors[micro_step::2] ** 2).sum() / len(y)
             loss.backward()
-        under_way = len(optimizer.reductions)
+        started = len(optimizer.reductions)
         optimizer.step(loss)
         optimizer.zero_grad(set_to_none=True)
     weights = values(params)
     sum((p**2).sum() for p in params.values()).backward()
-    return weights, under_way, len(optimizer.reductions)
+    return weights, started, len(optimizer.reductions)
 
 
 def order_of_events():
-    """What a backward pass through three layers does and what is reduced, as it happens."""
+    """-> the events in a backward pass through three layers, and the reductions, in their order."""
     params = {name: torch.nn.Parameter(torch.eye(4)) for name in ("first", "second", "third")}
     optimizer, x, events = MuonAdamW([dict(kind="muon", lr=0.1, params=params)]), torch.ones(4), []
     for name, p in params.items():
@@ -632,8 +642,8 @@ def values(params):
 
 
 def one_rank(rank, world, folder):
-    """What each process does; its findings go to a file for the tests below."""
-    found, optim_muon.EAGER_NUMEL = {}, 200  # so that there are several buckets of one shape
+    """What each process does -> its results, for the tests below."""
+    found, optim_muon.EAGER_NUMEL = {}, 200  # small, to get several buckets of one shape
     optimizer, params = problem()
     found["norms"] = train(optimizer, params, range(10), rank, world)
     found["state_10"], found["weights_10"] = copy.deepcopy(optimizer.state_dict()), values(params)
@@ -644,7 +654,7 @@ def one_rank(rank, world, folder):
     if rank == 0 and world == 2:
         torch.save((found["state_10"], found["weights_10"]), folder / "from_2.pt")
 
-    if world != 3:  # continue from what 2 ranks have saved
+    if world != 3:  # continue from the state that 2 ranks have saved
         state, weights = found["state_10"], found["weights_10"]
         if world != 2:
             state, weights = torch.load(folder / "from_2.pt")
@@ -659,7 +669,7 @@ def one_rank(rank, world, folder):
     found["early"], found["late"] = (train_in_micro_steps(early, rank, world) for early in (True, False))
     found["events"] = order_of_events()
 
-    optimizer, params = problem()  # what is bad is bad on the last rank only
+    optimizer, params = problem()  # only the last rank gets a bad gradient or loss
     found["skips"] = []
     for where in ("table", None, "wide4", "vector", "loss", None):
         loss = backward(params, rank, world)
@@ -690,7 +700,7 @@ def process(rank, world, folder):
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    """{world size: [what each rank found]}, from real processes."""
+    """{world size: [results of each rank]}, from real processes."""
     folder = tmp_path_factory.mktemp("ranks")
     context = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
     context.set_forkserver_preload(["pytest", "torch._dynamo"])  # imported once, not ten times
@@ -706,7 +716,7 @@ def ranks(tmp_path_factory):
         assert [p.exitcode for p in processes] == [0] * world
         return [torch.load(folder / f"{world}_{rank}.pt") for rank in range(world)]
 
-    return {world: run(world) for world in (2, 1, 3, 4)}  # the others load what 2 have saved
+    return {world: run(world) for world in (2, 1, 3, 4)}  # 2 first: the others load its state
 
 
 def assert_close(one, other, tolerance=1e-5):
@@ -730,11 +740,11 @@ def test_many_processes_train_like_one(ranks, world):
 def test_reducing_during_the_last_backward_pass_changes_no_bit(ranks, world):
     all_of_them = len(MATRICES) + len(TENSORS)
     for rank in ranks[world]:
-        (weights, under_way, next_step), (expected, *none_early) = rank["early"], rank["late"]
+        (weights, started, next_step), (expected, *none_early) = rank["early"], rank["late"]
         assert_same_bits(weights, expected)
         assert_same_bits(weights, ranks[world][0]["early"][0])
         assert_close(weights, ranks[1][0]["weights_10"])
-        assert (under_way, next_step) == (all_of_them if world > 1 else 0, 0) and none_early == [0, 0]
+        assert (started, next_step) == (all_of_them if world > 1 else 0, 0) and none_early == [0, 0]
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -744,7 +754,7 @@ def test_late_layers_are_reduced_before_early_ones_have_their_gradients(ranks, w
 
 
 @pytest.mark.parametrize("world", WORLDS)
-def test_the_gradient_norm_is_that_of_the_whole_batch(ranks, world):
+def test_the_gradient_norm_is_that_of_the_global_batch(ranks, world):
     params = parameters({**MATRICES, **TENSORS})
     backward(params, 0, 1)
     expected = torch.cat([p.grad.flatten() for p in params.values()]).double().norm().item()
@@ -752,7 +762,7 @@ def test_the_gradient_norm_is_that_of_the_whole_batch(ranks, world):
 
 
 @pytest.mark.parametrize("world", WORLDS)
-def test_what_is_bad_on_one_rank_is_skipped_on_all(ranks, world):
+def test_a_bad_gradient_on_one_rank_is_skipped_on_all(ranks, world):
     expected = [(1, True), (0, False), (1, True), (1, True), (1, True), (0, False)]
     optimizer, params = problem()
     for _ in range(2):
@@ -765,7 +775,7 @@ def test_what_is_bad_on_one_rank_is_skipped_on_all(ranks, world):
 
 
 @pytest.mark.parametrize("world", WORLDS)
-def test_state_is_whole_whatever_the_world(ranks, world):
+def test_the_state_dict_is_the_same_for_any_world_size(ranks, world):
     optimizer, params = problem()
     train(optimizer, params, range(10), 0, 1)
     expected = optimizer.state_dict()["state"]
@@ -791,214 +801,15 @@ def test_each_rank_keeps_its_share_of_the_state(ranks, world):
     state = optimizer.state_dict()["state"]
     whole = sum(t.numel() for name in sharded for t in state[name].values() if t.ndim)
     shares = [rank["own_state"] for rank in ranks[world]]
-    assert sum(shares) == whole  # nothing is kept twice, nothing is padding
-    assert max(shares) < 1.15 * whole / world + 2 * 6000  # to one row of few_rows
+    assert sum(shares) == whole  # no duplicates and no padding
+    assert max(shares) < 1.15 * whole / world + 2 * 6000  # even up to one row of few_rows
 
 
 # -----------------------------------------------------------------------------
-# Schedules
+# Small parts
 
 
-@pytest.mark.parametrize(
-    "step, progress, warmup, warmdown, final, expected",
-    [
-        (0, 0.0, 40, 0.5, 0.1, 1 / 40),  # the first update already moves
-        (38, 0.038, 40, 0.5, 0.1, 39 / 40),
-        (39, 0.039, 40, 0.5, 0.1, 1.0),  # the warmup is over
-        (500, 0.5, 40, 0.5, 0.1, 1.0),  # the last stable update
-        (750, 0.75, 40, 0.5, 0.1, 0.1 + 0.9 * 0.5),
-        (999, 0.999, 40, 0.5, 0.1, 0.1 + 0.9 / 500),  # the last update of 1,000
-        (1000, 1.0, 40, 0.5, 0.1, 0.1),
-        (999, 0.999, 40, 0.5, 0.0, 1 / 500),  # never 0 while there is an update
-        (0, 0.0, 0.1, 0.65, 0.05, 1.0),  # N = 1: a tenth of it
-        (0, 0.0, 2, 0.5, 0.1, 0.5),  # N = 20
-        (1, 0.05, 2, 0.5, 0.1, 1.0),
-        (0, 0.0, 0, 0.5, 0.1, 1.0),  # no warmup
-        (99, 0.99, 10, 0.0, 0.1, 1.0),  # no warmdown
-        (100, 1.0, 10, 0.0, 0.1, 1.0),
-        (0, 0.0, 0, 1.0, 0.0, 1.0),  # warmdown from the start
-        (25, 0.25, 0, 1.0, 0.0, 0.75),
-        (4, 0.04, 10, 1.0, 0.0, 0.5 * 0.96),  # where they overlap they multiply
-        (50, 0.5, 0, 1.0, 1.0, 1.0),  # final 1: constant
-        (7, 0.75, 0, 0.5, 0.1, 0.55),  # progress by the clock need not be step / N
-    ],
-)
-def test_lr_multiplier(step, progress, warmup, warmdown, final, expected):
-    assert lr_multiplier(step, progress, warmup, warmdown, final) == pytest.approx(expected, rel=1e-12)
-
-
-def test_muon_momentum():
-    assert muon_momentum(0, 0.0, 0.5) == pytest.approx(0.85)
-    assert muon_momentum(200, 0.02, 0.5) == pytest.approx(0.91)
-    assert [muon_momentum(s, s / 10_000, 0.5) for s in (400, 3000, 5000)] == pytest.approx([0.97] * 3)
-    assert muon_momentum(7500, 0.75, 0.5) == pytest.approx(0.935)
-    assert muon_momentum(10_000, 1.0, 0.5) == pytest.approx(0.90)
-    assert muon_momentum(9999, 0.9999, 0.0) == pytest.approx(0.97)
-    assert all(0.85 <= muon_momentum(s, s / 300, 1.0) <= 0.97 for s in range(300))
-
-
-def test_weight_decay_multiplier():
-    assert [weight_decay_multiplier(p, 0.5) for p in (0.0, 0.499, 0.5)] == [1.0, 1.0, 1.0]
-    assert weight_decay_multiplier(0.75, 0.5) == pytest.approx(0.5)
-    assert 0 < weight_decay_multiplier(0.999, 0.5) < 1e-4
-    assert weight_decay_multiplier(1.0, 0.5) == pytest.approx(0)
-    assert weight_decay_multiplier(0.999, 0.0) == 1.0
-
-
-@pytest.mark.parametrize(
-    "minutes, vocab", [(0.05, 512), (1, 2048), (3, 4096), (5, 4096), (10, 4096), (20, 8192), (1e6, 2**15)]
-)
-def test_the_largest_vocabulary(minutes, vocab):
-    assert largest_vocab(minutes) == vocab
-
-
-@pytest.mark.parametrize(
-    "params, tokens", [(124e6, 1.488e9), (1e9, 12e9), (124e6 / 2**5, 12 * 124e6 / 2**7.9)]
-)
-def test_the_tokens_that_parameters_need(params, tokens):
-    assert needed_tokens(params, math.inf) == pytest.approx(tokens)
-    assert needed_tokens(params, tokens / 5) == pytest.approx(tokens)  # five epochs
-    assert needed_tokens(params, tokens / 9) == pytest.approx(tokens / 9 * 5)
-    assert needed_tokens(params, tokens / 11) == math.inf
-
-
-@pytest.mark.parametrize("width, measured", [(256, 0.285), (768, 0.474)])  # on an H100, README
-def test_the_expected_mfu_is_about_what_was_measured(width, measured):
-    assert expected_mfu(width) == pytest.approx(measured, rel=0.1)
-
-
-@pytest.mark.parametrize("tokens, batch", [(1.5e9, 2**19), (3e9, 2**19.383), (8e6, 1e4), (45, 2**11)])
-def test_the_best_batch(tokens, batch):
-    assert best_batch_size(tokens) == pytest.approx(batch)
-
-
-@pytest.mark.parametrize(
-    "batch, T, rows",
-    [(2**19, 2048, 256), (2**19, 1000, 512), (2**12, 512, 8), (4000, 384, 8), (1, 512, 1), (700, 512, 1)],
-)
-def test_whole_rows(batch, T, rows):
-    assert whole_rows(batch, T) == rows * T
-
-
-def test_learning_rates_and_weight_decay_for_a_batch():
-    assert lr_scales(2**19) == (1.0, 1.0)
-    assert lr_scales(2**21) == (2.0, 2.0)
-    assert lr_scales(2**11) == pytest.approx((0.5, 2**1.6))
-    assert best_weight_decay(2**19, 1.5e9) == pytest.approx(0.28)
-    assert best_weight_decay(2**19, 6e9) == pytest.approx(0.07)
-    assert best_weight_decay(2**21, 6e9) == pytest.approx(0.14)
-    assert best_weight_decay(2**12, 2e6) == 0.28
-
-
-# -----------------------------------------------------------------------------
-# Progress by the clock
-
-
-NEVER = math.inf
-
-
-def timed_run(
-    span,
-    step_time,
-    rng,
-    log_every=None,
-    eval_every=0,
-    eval_time=0,
-    resume_at=NEVER,
-    stop_at=NEVER,
-    stop=0,
-    last_step=NEVER,
-):
-    """
-    A run as train.py's loop makes it, on a clock of our own; step_time: seconds since the start -> of a step.
-    -> (seconds beyond the deadline, [(progress, seconds) of each step], seconds it was put off).
-    """
-    now = begin = 1e6 * rng.random()
-    table = Timetable(now, span, last_step=last_step)
-    dt = step_time(0.0) * rng.choice([0.5, 1, 2])  # the trial's figure is coarse
-    steps, put_off, set_up = [], 0.0, 0.0
-    while True:
-        most = log_every or (1 if len(steps) < 10 else min(10, max(1, int(0.5 / dt))))
-        most = min(most, max(1, int(10 / dt)))
-        if eval_every:
-            most = min(most, eval_every - len(steps) % eval_every)
-        progress, increment, count, stall = table.window(now, dt, most, len(steps))
-        put_off += stall
-        if count == 0:
-            return now - begin - span - set_up, steps, put_off
-        start = now
-        for i in range(count):
-            steps.append((progress + i * increment, step_time(now - begin)))
-            now += steps[-1][1]
-            if now - begin > stop_at:
-                now, stop_at = now + stop, NEVER
-        dt = (now - start) / count
-        if eval_every and len(steps) % eval_every == 0 and table.left(now) > 3 * eval_time:
-            now += eval_time * rng.uniform(0.7, 1.5)
-        if now - begin > resume_at:  # killed just after a save, and started again
-            saved, resume_at = table.at(now), NEVER
-            now, set_up = now + 30.0, 30.0
-            table = Timetable(now, span, saved, last_step)
-
-
-def assert_in_time(late, steps, span):
-    """Late by 1%, 4 s or one step at most, early by 3% or 8 s; the last step's progress close to 1."""
-    slowest = max(seconds for _, seconds in steps[-10:])
-    assert -max(0.03 * span, 8) <= late <= max(0.01 * span, 4, slowest)
-    assert (1 - steps[-1][0]) * span <= 1.5 * slowest
-    assert all(0 <= a <= b <= 1 for (a, _), (b, _) in zip(steps, steps[1:]))
-
-
-@pytest.mark.parametrize("seed", range(200))
-def test_a_timed_run_ends_in_time_with_its_decay_complete(seed):
-    rng = random.Random(seed)
-    span = rng.choice([10, 40, 250, 900])
-    base = span * 10 ** rng.uniform(-4, -1.7)  # coarser steps may miss the end by half of one
-    cut, change, noise = rng.uniform(0, span), rng.choice([0.5, 1, 2]), rng.choice([0, 0.1, 0.3])
-
-    def step_time(seconds):
-        return base * (change if seconds > cut else 1) * (1 + noise * rng.uniform(-1, 1))
-
-    eval_every = rng.choice([0, 7, 50])
-    eval_time = min(base * rng.choice([0.3, 3, 10]), 0.1 * base * eval_every)
-    resume_at = rng.choice([NEVER, 0.4 * span])
-    log_every = rng.choice([None, 10**6])  # windows of half a second, or of ten
-    late, steps, put_off = timed_run(span, step_time, rng, log_every, eval_every, eval_time, resume_at)
-    assert put_off == 0
-    assert_in_time(late, steps, span)
-
-
-@pytest.mark.parametrize("stop", [5.0, 15.0, 60.0, 3600.0])
-def test_a_long_stall_moves_progress_by_a_fifth_and_is_added_to_the_deadline(stop):
-    rng = random.Random(0)
-    late, steps, put_off = timed_run(100, lambda seconds: 0.2, rng, stop_at=50.0, stop=stop)
-    assert late == pytest.approx(max(0.0, stop - 20), abs=2) and put_off == pytest.approx(late, abs=2)
-    assert max(b - a for (a, _), (b, _) in zip(steps, steps[1:])) <= 0.21
-    assert_in_time(late - put_off, steps, 100)
-
-
-@pytest.mark.parametrize("resume_at", [NEVER, 20.0])
-def test_a_run_that_its_text_ends_goes_by_steps(resume_at):
-    late, steps, _ = timed_run(100, lambda s: 0.1, random.Random(0), resume_at=resume_at, last_step=400)
-    assert len(steps) == 400 and late < -25
-    assert [p for p, _ in steps] == pytest.approx([step / 400 for step in range(400)], abs=0.01)
-
-
-def test_where_the_machine_becomes_too_slow_the_clock_ends_it():
-    slow = lambda seconds: 0.1 if seconds < 30 else 2.0  # noqa: E731
-    late, steps, _ = timed_run(100, slow, random.Random(0), last_step=400)
-    assert 300 < len(steps) < 400
-    assert_in_time(late, steps, 100)
-
-
-def test_one_step_always_runs_and_an_ended_run_stays_ended():
-    table = Timetable(50.0, 3.0)
-    assert table.window(50.0, 3.0, 10) == (0.0, pytest.approx(1.0), 1, 0.0)
-    assert table.window(54.0, 4.0, 10)[2] == 0 and table.at(54.0) == 1.0
-    assert Timetable(50.0, 100.0, progress=1.0).window(50.0, 0.01, 10) == (1.0, 0.0, 0, 0.0)
-
-
-def test_rows_are_brought_to_one_length_and_zeros_stay_zeros():
+def test_rows_get_the_same_length_and_zeros_stay_zeros():
     G = torch.randn(2, 5, 7) * torch.logspace(-12, 3, 5)[:, None]
     G[1, 2] = 0
     found = equilibrate_rows(G)
@@ -1008,7 +819,7 @@ def test_rows_are_brought_to_one_length_and_zeros_stay_zeros():
     assert torch.equal(equilibrate_rows(torch.zeros(1, 3, 3)), torch.zeros(1, 3, 3))
 
 
-def test_checksums_see_a_bit_and_a_place():
+def test_checksums_depend_on_each_bit_and_its_position():
     for shape in ((12, 8), (7,), (1,)):
         p = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         same = [int(s) for s in checksums(p)]
@@ -1016,5 +827,5 @@ def test_checksums_see_a_bit_and_a_place():
         changed = p.clone()
         changed.view(torch.int32).view(-1)[-1] ^= 1
         assert [int(s) for s in checksums(changed)] != same
-        for dim in range(p.ndim if p.numel() > 1 else 0):  # the same numbers in other places
+        for dim in range(p.ndim if p.numel() > 1 else 0):  # the same numbers in another order
             assert [int(s) for s in checksums(p.flip(dim))] != same
