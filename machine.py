@@ -215,20 +215,25 @@ def find_peak_flops(device, dtype, given_tflops=None):
 
 def measure_peak_flops(device, dtype):
     """FLOP/s of a product of random n × n matrices: the median of 5, for the largest n that 2 s allow."""
-    synchronize, begin = synchronizer(device), time.perf_counter()
+    begin = time.perf_counter()
     for n in (256, 512, 1024, 2048, 4096, 8192):
         a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-        times = []
-        for _ in range(6):
-            synchronize()
-            start = time.perf_counter()
-            torch.mm(a, b)
-            synchronize()
-            times.append(time.perf_counter() - start)
-        seconds = statistics.median(times[1:])  # the first product also loads the kernel
+        seconds = statistics.median(timings(partial(torch.mm, a, b), device, 6)[1:])
         if time.perf_counter() - begin + 6 * 8 * seconds > 2:  # the next size takes 8 times as long
             break
     return 2 * n**3 / seconds
+
+
+def timings(work, device, count):
+    """Call work() `count` times -> the seconds of each call. The first call may also load kernels."""
+    synchronize, times = synchronizer(device), []
+    for _ in range(count):
+        synchronize()
+        start = time.perf_counter()
+        work()
+        synchronize()
+        times.append(time.perf_counter() - start)
+    return times
 
 
 def set_fallback_temporary_folder(folder):
