@@ -1,4 +1,4 @@
-"""The data: corpora, tokenizer, cache, rows and their order, validation, fetching; what can go wrong."""
+"""Text to tokens: corpora, reading, the tokenizer, the cache, public data sets, the command line, errors."""
 
 import base64
 import bz2
@@ -7,7 +7,6 @@ import gzip
 import hashlib
 import http.server
 import io
-import itertools
 import json
 import lzma
 import os
@@ -30,10 +29,11 @@ import tiktoken
 os.environ.update(HF_HUB_DISABLE_XET="1", HF_HUB_DISABLE_TELEMETRY="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
 os.environ.update(HF_HUB_ETAG_TIMEOUT="2", HF_HUB_DOWNLOAD_TIMEOUT="2")  # read when the hub is imported
 
-import dataloader
-from dataloader import DataError, DataLoader, ValidationRows, prepare, validation_tokens
+import dataset
+from dataloader import DataLoader, NotEnoughText, ValidationRows
+from dataset import DataError, prepare
 
-REPO = Path(dataloader.__file__).parent
+REPO = Path(dataset.__file__).parent
 SYLLABLES = "ba de ki lo mu ra se ti vo nu pha chi gre sta lin ter mon ost und ell".split()
 WORDS = np.array([a + b + c for a in SYLLABLES for b in SYLLABLES for c in ("", "s", "ing")])
 
@@ -94,10 +94,10 @@ def split_at(tokens, bos):
 
 
 def read_file(file, **how):
-    """The documents in a file, as a TextReader finds them, and what it tells of them."""
-    reader, text = dataloader.TextReader(**how), dataloader.Text()
+    """The documents in a file, and the notes of the TextReader about it."""
+    reader, text = dataset.TextReader(**how), dataset.Text()
     reader.read(file, text)
-    return [text[begin:end].decode() for begin, end in text.documents()], list(reader.told())
+    return [text[begin:end].decode() for begin, end in text.documents()], list(reader.note_lines())
 
 
 def documents(corpus, split):
@@ -115,14 +115,11 @@ def gpt2_vocabulary(home):
 
 
 def two_lines(error):
-    """The message of an error that is meant for a person."""
+    """The message of an error that the user can fix."""
     message = str(error.value)
+    assert error.value.exit_status == 2
     assert message.count("\n") == 1 and all(message.split("\n")), message
     return message
-
-
-def held_out(corpus, T, eval_bytes):
-    return ValidationRows(corpus.tokenizer, validation_tokens(corpus, eval_bytes), T)
 
 
 def take(loader, count):
@@ -150,7 +147,7 @@ def test_default_is_the_standard_library(monkeypatch, tmp_path):
     for name in ("os.py", "json/tool.py", "site-packages/mine.py", "notes.txt"):
         (library / name).parent.mkdir(parents=True, exist_ok=True)
         (library / name).write_text(f"# {name}\n" + prose(len(name), 300))
-    monkeypatch.setattr(dataloader.sysconfig, "get_path", lambda name: str(library))
+    monkeypatch.setattr(dataset.sysconfig, "get_path", lambda name: str(library))
     found = "".join(documents(prepare("stdlib"), "train"))
     assert "# os.py" in found and "# json/tool.py" in found
     assert "mine.py" not in found and "notes" not in found
@@ -232,7 +229,7 @@ def test_pieces_have_so_many_letters_and_end_with_a_line_if_they_can(size):
         rest = rest.removeprefix(expected[-1])
     content = b"before" + text.encode() + text[:3].encode()
     places = [(6, 6 + len(text.encode())), (6 + len(text.encode()), len(content))]
-    found = list(dataloader.cut_into_pieces(content, places, size))
+    found = list(dataset.cut_into_pieces(content, places, size))
     assert [piece for _, piece in found[: len(expected)]] == expected
     assert "".join(piece for _, piece in found[len(expected) :]) == text[:3]
     assert [starts for starts, _ in found].count(True) == 2 and found[0][0] and found[len(expected)][0]
@@ -246,7 +243,7 @@ def test_half_a_surrogate_pair_is_replaced(tmp_path):
 
 
 def test_a_document_longer_than_a_shard_runs_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(dataloader, "SHARD_TOKENS", 1000)
+    monkeypatch.setattr(dataset, "SHARD_TOKENS", 1000)
     (tmp_path / "long.txt").write_text(prose(0, 2000))
     (tmp_path / "short.txt").write_text(prose(1, 5))
     (tmp_path / "val.txt").write_text(prose(2, 50))
@@ -293,7 +290,7 @@ def test_nothing_to_read(tmp_path):
     for name in ("empty", "binary", "none.txt", "missing"):
         with pytest.raises(DataError, match=name):
             prepare(str(tmp_path / name))
-    for name, why in (("empty", "no text"), ("missing", "no such"), ("binary", "3 files .*no")):
+    for name, why in (("empty", "no text"), ("missing", "no such"), ("binary", "3 files .*unknown type")):
         with pytest.raises(DataError, match=why) as error:
             prepare(str(tmp_path / name))
         two_lines(error)
@@ -305,11 +302,11 @@ def test_too_little_text_says_so(tmp_path):
     with pytest.raises(DataError) as error:
         DataLoader(corpus, 512, 1, 0, "cpu")
     assert "512" in two_lines(error)
-    held_out(corpus, 512, 10**6)  # of that, any amount will do
+    ValidationRows(corpus, 10**6, 512)  # any amount of validation text is enough
     corpus.shards["val"].clear()
-    with pytest.raises(DataError) as error:
-        held_out(corpus, 512, 10**6)
-    assert "to validate on" in two_lines(error)
+    with pytest.raises(NotEnoughText) as error:
+        ValidationRows(corpus, 10**6, 512)
+    assert "no validation text" in two_lines(error)
 
 
 def test_ready_shards(tmp_path, home):
@@ -322,7 +319,7 @@ def test_ready_shards(tmp_path, home):
     assert corpus.bos == 50256 and corpus.tokenizer.n_vocab == 50257
     assert read(corpus, "train") == tokens[:2].tolist() and read(corpus, "val") == tokens[2:].tolist()
     lengths = [1 if token < 256 else 2 if token < 50256 else 0 for token in tokens[2]]
-    validation = held_out(corpus, 100, 601)
+    validation = ValidationRows(corpus, 601, 100)
     assert validation.tokens.tolist() == tokens[2][: len(validation.tokens)].tolist()  # the shard's first
     assert 601 <= sum(lengths[: len(validation.tokens)]) <= 602
     assert validation.beginnings(4, 5, 3) == [([50256, *tokens[2][:4]], tokens[2][4:7].tolist())]
@@ -335,10 +332,10 @@ def test_ready_shards(tmp_path, home):
     with pytest.raises(DataError, match="a_train_2.bin is damaged"):  # the same size, another content
         take(DataLoader(prepare(str(tmp_path / "e")), 100, 100, 0, "cpu"), 1)
     shard(tmp_path / "f" / "train.bin", [60_000] * 500)
-    (tmp_path / "f" / "manifest.json").write_text("{}")  # the person's own
+    (tmp_path / "f" / "manifest.json").write_text("{}")  # the user's own file
     with pytest.raises(DataError, match="60,000") as error:
         prepare(str(tmp_path / "f"))
-    assert f"delete {home / 'checked'} to begin anew" in two_lines(error)
+    assert f"delete {home / 'checked'} to start over" in two_lines(error)
 
 
 def test_gpt2_vocabulary_by_hand_or_not_at_all(tmp_path, home, monkeypatch):
@@ -351,7 +348,7 @@ def test_gpt2_vocabulary_by_hand_or_not_at_all(tmp_path, home, monkeypatch):
     message = two_lines(error)
     assert "r50k_base.tiktoken" in message and str(home) in message and "--data stdlib" in message
     gpt2_vocabulary(home)
-    encoding = dataloader.gpt2_tokenizer(None)
+    encoding = dataset.gpt2_tokenizer(None)
     assert encoding.encode("ab", disallowed_special=()) == [256 + 256 * ord("a") + ord("b")]
     lines = (home / "r50k_base.tiktoken").read_text()
     (home / "r50k_base.tiktoken").write_text(lines[:-100])
@@ -411,7 +408,7 @@ def test_one_damaged_byte_does_not_make_utf8_something_else(tmp_path):
     (tmp_path / "a.txt").write_bytes(content + b"\xff\n" + content)
     corpus = prepare(str(tmp_path / "a.txt"))
     assert "".join(everything(corpus)).count("\ufffd") == 1
-    assert any("damage" in line and "a.txt" in line for line in corpus.notes)
+    assert "UTF-8 files with invalid bytes, replaced by U+FFFD: 1 (a.txt)" in corpus.notes
 
 
 def test_text_is_read_in_blocks_without_a_seam(tmp_path, monkeypatch):
@@ -420,18 +417,18 @@ def test_text_is_read_in_blocks_without_a_seam(tmp_path, monkeypatch):
     for encoding in ("utf-8", "utf-16"):
         (tmp_path / f"{encoding}.txt").write_bytes(content.encode(encoding))
         for block in (5, 17, 1000):
-            monkeypatch.setattr(dataloader, "BLOCK", block)
+            monkeypatch.setattr(dataset, "BLOCK", block)
             assert read_file(tmp_path / f"{encoding}.txt")[0] == expected
 
 
 @pytest.mark.parametrize("separator", [None, "%%", "\\n\\n\\n"])
-def test_documents_in_one_file_are_parted(tmp_path, separator):
+def test_documents_in_one_file_are_separated(tmp_path, separator):
     between = {None: "\n<|endoftext|>\n", "%%": "%%", "\\n\\n\\n": "\n\n\n"}[separator]
     texts = [text.strip() for text in rows_of(400)]
     (tmp_path / "stories.txt").write_text(between.join(texts) + between)
     corpus = prepare(str(tmp_path / "stories.txt"), separator=separator)
     assert everything(corpus) == Counter(texts) and corpus.split == "hash"
-    assert any("parted" in line and "400" in line for line in corpus.notes)
+    assert any("separated by" in line and "400" in line for line in corpus.notes)
     (tmp_path / "code.py").write_text("MARKER = '<|endoftext|>'\n" * 90)  # source code is as it is
     assert len("".join(everything(prepare(str(tmp_path / "code.py"))))) == 90 * 25
 
@@ -474,30 +471,32 @@ TABLES = {
 
 @pytest.mark.parametrize("name", TABLES)
 def test_the_field_with_the_text_is_found(tmp_path, name, monkeypatch):
-    monkeypatch.setattr(dataloader, "BLOCK", 700)  # JSON is read in blocks, too
+    monkeypatch.setattr(dataset, "BLOCK", 700)  # JSON is read in blocks, too
     (tmp_path / name).write_bytes(TABLES[name])
     corpus = prepare(str(tmp_path / name))
     assert everything(corpus) == Counter(rows_of(120, 7))
-    assert any("texts from the field" in line for line in corpus.notes) == (b"text" not in TABLES[name][:400])
+    assert any("texts read from the field" in line for line in corpus.notes) == (
+        b"text" not in TABLES[name][:400]
+    )
 
 
 def test_another_field_is_named_or_found_missing(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(json_lines(rows_of(120), "poem"))
-    with pytest.raises(DataError, match="a.jsonl: none of its fields id, poem") as error:
+    with pytest.raises(DataError, match="a.jsonl: none of its fields.*: id, poem") as error:
         prepare(str(tmp_path / "a.jsonl"))
     assert "--text-field" in two_lines(error)
     assert everything(prepare(str(tmp_path / "a.jsonl"), text_field="poem")) == Counter(rows_of(120))
-    with pytest.raises(DataError, match="no field verse") as error:
+    with pytest.raises(DataError, match="no field verse with strings") as error:
         prepare(str(tmp_path / "a.jsonl"), text_field="verse")
     two_lines(error)
     turns = [{"role": "user", "content": "hello"}]
     (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
-    with pytest.raises(DataError, match="its messages are chats"):
+    with pytest.raises(DataError, match="its field messages contains chats"):
         prepare(str(tmp_path / "chat.jsonl"))
 
 
 @pytest.mark.parametrize("name", ["package.json", "list.json", "broken.json", "numbers.csv", "one.json"])
-def test_what_is_no_table_of_texts_stays_plain_text(tmp_path, name):
+def test_files_that_are_not_tables_of_texts_are_read_as_plain_text(tmp_path, name):
     contents = {
         "package.json": json.dumps({"name": "x", "files": list(range(2000))}, indent=1),
         "list.json": json.dumps(list(range(3000))),
@@ -523,7 +522,7 @@ def test_rows_without_a_text_are_counted(tmp_path):
     two_lines(error)
 
 
-def test_parquet_columns_that_are_no_text_are_named(tmp_path):
+def test_parquet_columns_that_are_not_text_are_named(tmp_path):
     parquet, arrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
     texts = rows_of(120)
     columns = {"list": [[t] for t in texts], "struct": [{"a": t} for t in texts], "number": range(120)}
@@ -564,7 +563,7 @@ def test_held_out_files_are_never_trained_on(text, name):
     assert corpus.notes[0].startswith("held out: 1 file") and file.name in corpus.notes[0]
 
 
-def test_the_first_kind_is_the_validation_split_and_others_are_left_alone(tmp_path):
+def test_the_first_kind_is_the_validation_split_and_others_are_not_used(tmp_path):
     folder = tmp_path / "d"
     folder.mkdir()
     for name, count in (("train", 400), ("test", 40), ("dev", 40), ("validation", 40), ("valid", 3)):
@@ -576,28 +575,28 @@ def test_the_first_kind_is_the_validation_split_and_others_are_left_alone(tmp_pa
 
     corpus = prepare(str(folder), 300)
     assert kinds(corpus, "train") == {"train"} and kinds(corpus, "val") == {"validation", "valid"}
-    assert "2 files" in corpus.notes[0] and "not used, as dev-0" in corpus.notes[0]
+    assert "2 files" in corpus.notes[0] and "not used, such as dev-0" in corpus.notes[0]
     for name in ("validation", "valid"):
         (folder / f"{name}-00000-of-00001.jsonl").unlink()
     corpus = prepare(str(folder), 300)
     assert kinds(corpus, "train") == {"train"} and kinds(corpus, "val") == {"dev"}
     (folder / "train-00000-of-00001.jsonl").unlink()
-    with pytest.raises(DataError, match="all its files are held out") as error:
+    with pytest.raises(DataError, match="all files are held out") as error:
         prepare(str(folder), 300)
     two_lines(error)
     (folder / "dev-00000-of-00001.jsonl").unlink()
-    assert kinds(prepare(str(folder), 300), "train") == {"test"}  # of one kind: the name tells nothing
+    assert kinds(prepare(str(folder), 300), "train") == {"test"}  # all of one kind: the names mean nothing
     assert kinds(prepare(str(folder / "test-00000-of-00001.jsonl"), 300), "train") == {"test"}
 
 
-def test_the_standard_library_stays_what_it_was(tmp_path, monkeypatch):
+def test_the_standard_library_is_read_as_before(tmp_path, monkeypatch):
     library = tmp_path / "python3"
     for n in range(120):
         (library / "test").mkdir(parents=True, exist_ok=True)
         (library / "test" / f"test_{n}.py").write_text(f"# {n} <|endoftext|>\n" + "x = 1\n" * n)
     (library / "test" / "odd.py").write_bytes(b"\xef\xbb\xbf# caf\xe9\r\n")
     (library / "link").symlink_to(library / "test")
-    monkeypatch.setattr(dataloader.sysconfig, "get_path", lambda name: str(library))
+    monkeypatch.setattr(dataset.sysconfig, "get_path", lambda name: str(library))
     corpus = prepare("stdlib", 300)
     assert corpus.split == "hash" and corpus.fingerprint == "0b3b5feb9585"  # as of commit b6158f1
 
@@ -612,7 +611,7 @@ def test_links_are_followed_without_loops_and_nothing_is_read_twice(tmp_path):
     (corpus / "again").symlink_to("../disk/deep")
     (disk / "deep" / "up").symlink_to("../..")
     (corpus / "parent").symlink_to("..")
-    (tmp_path / "no part of it.txt").write_text("outside " * 99)
+    (tmp_path / "outside.txt").write_text("outside " * 99)
     (corpus / "one.txt").symlink_to("books/deep/1.txt")
     (corpus / "nowhere.txt").symlink_to("gone.txt")
     found = prepare(str(corpus))
@@ -620,7 +619,7 @@ def test_links_are_followed_without_loops_and_nothing_is_read_twice(tmp_path):
     assert {Path(path).name for path, _ in found.left_out} >= {"nowhere.txt", "one.txt"}
 
 
-def test_what_is_left_out_is_one_line_and_listed(tmp_path, text):
+def test_files_left_out_are_one_note_and_a_list(tmp_path, text):
     for name in ("a.pdf", "b.pdf", "c.zip", "LICENSE", ".hidden", "binary.txt"):
         (text / name).write_bytes(b"\0\1\2" * 99)
     said = []
@@ -628,19 +627,28 @@ def test_what_is_left_out_is_one_line_and_listed(tmp_path, text):
     assert any(line.startswith("60 files with 60 documents, ") for line in said)
     for again in (corpus, prepare(str(text))):  # and again from the cache
         (line,) = [line for line in again.notes if line.startswith("left out")]
-        assert "6 files" in line and "2 .pdf" in line and "as binary.txt: not text" in line
+        assert "6 files" in line and "2 .pdf" in line and "such as binary.txt: not text" in line
     result = command(text)
     listed = [line for line in result.stdout.splitlines() if line.startswith("left out: /")]
     assert len(listed) == 6 and any("binary.txt: not text" in line for line in listed)
     assert not any(line.startswith("left out") for line in prepare(str(text / "00.txt")).notes)
 
 
+def test_empty_files_are_counted(text):
+    for name in ("empty.txt", "__init__.py"):
+        (text / name).write_text("")
+    (text / "binary.txt").write_bytes(b"\0")  # left out, so not counted as empty
+    said = []
+    prepare(str(text), 300, said.append)
+    assert said[0].startswith("62 files (2 empty) with 60 documents, ")
+
+
 def test_no_memory_and_no_home_are_two_lines(text, monkeypatch):
     def full(*arguments):
         raise MemoryError
 
-    monkeypatch.setattr(dataloader.Text, "write", full)
-    with pytest.raises(DataError, match="more memory than there is") as error:
+    monkeypatch.setattr(dataset.Text, "write", full)
+    with pytest.raises(DataError, match="not enough memory") as error:
         prepare(str(text))
     two_lines(error)
     monkeypatch.delenv("ONEDIAL_HOME")
@@ -650,7 +658,7 @@ def test_no_memory_and_no_home_are_two_lines(text, monkeypatch):
     assert "ONEDIAL_HOME" in two_lines(error)
 
 
-def test_content_decides_what_is_prepared_anew(text, tmp_path):
+def test_only_content_decides_what_is_prepared_again(text, tmp_path):
     said = []
     first = prepare(str(text))
     for file in text.iterdir():
@@ -669,11 +677,11 @@ def test_content_decides_what_is_prepared_anew(text, tmp_path):
 @pytest.mark.parametrize("name", ["a.txt", "a.json"])
 def test_memory_does_not_grow_with_the_file(tmp_path, name, monkeypatch):
     content = prose(0, 2000) + "🎉"
-    text = (content + "\n") * 150  # 12 MB, which as one text in memory would take 50
+    text = (content + "\n") * 150  # 12 MB; as one str in memory it would take 50 MB
     if name == "a.json":
         text = json.dumps([{"text": content}] * 150)
     (tmp_path / name).write_text(text)
-    monkeypatch.setattr(dataloader, "THREADS", 2)
+    monkeypatch.setattr(dataset, "THREADS", 2)
     del text
     tracemalloc.start()
     prepare(str(tmp_path / name), 300)
@@ -700,14 +708,14 @@ def test_tokenizer_is_saved_as_text(text, tmp_path):
     corpus = prepare(str(text), 500)
     encoding = corpus.tokenizer
     assert encoding.n_vocab == 500 and encoding.decode([499]) == "<|bos|>"
-    dataloader.save_tokenizer(encoding, tmp_path / "t")
-    again = dataloader.load_tokenizer(tmp_path / "t")
+    dataset.save_tokenizer(encoding, tmp_path / "t")
+    again = dataset.load_tokenizer(tmp_path / "t")
     sample = prose(5, 40) + "".join(HARD.values())[-2000:]
     assert again.encode_ordinary(sample) == encoding.encode_ordinary(sample)
     assert again.special_tokens_set == {"<|bos|>"} and again.n_vocab == 500
     for file in (tmp_path / "t").iterdir():
         file.read_text("ascii")
-    lengths = dataloader.token_bytes(corpus.tokenizer)
+    lengths = dataset.token_bytes(corpus.tokenizer)
     assert lengths[499] == 0 and len(lengths) == 500
     assert lengths[encoding.encode_ordinary(sample)].sum() == len(sample.encode())
 
@@ -722,7 +730,7 @@ def test_vocabulary_follows_the_size(text, tmp_path):
     assert prepare(str(text)).tokenizer.n_vocab == 2048  # by the text and not by its compressed form
 
 
-def test_tokenizer_reads_so_much_from_all_over_the_corpus(text, monkeypatch):
+def test_tokenizer_reads_a_limited_amount_from_all_over_the_corpus(text, monkeypatch):
     seen, said = [], []
 
     class Listener:
@@ -732,8 +740,8 @@ def test_tokenizer_reads_so_much_from_all_over_the_corpus(text, monkeypatch):
         def get_mergeable_ranks(self):
             return [(bytes([b]), b) for b in range(256)]
 
-    monkeypatch.setattr(dataloader, "TOKENIZER_BYTES", 30_000)
-    monkeypatch.setattr(dataloader.rustbpe, "Tokenizer", Listener)
+    monkeypatch.setattr(dataset, "TOKENIZER_BYTES", 30_000)
+    monkeypatch.setattr(dataset.rustbpe, "Tokenizer", Listener)
     train = documents(prepare(str(text), 400, said.append), "train")
     size = len("".join(train))
     assert 30_000 <= len("".join(seen)) < 34_000 < size / 2 and "400 tokens on 0.0 MB" in "".join(said)
@@ -760,29 +768,29 @@ def test_a_corpus_is_made_once_and_again_when_it_changes(text, home, monkeypatch
     assert prepare(str(tmp_path / "copy")).fingerprint == changed.fingerprint  # content, not place or time
 
 
-def test_a_table_without_a_column_of_text_is_told_and_one_without_the_named_one_refused(tmp_path):
+def test_a_table_without_a_text_column_is_noted_and_one_without_the_named_column_is_an_error(tmp_path):
     table = tmp_path / "reviews.csv"
     table.write_text("id,review\n" + "1,good\n" * 40)
-    found, told = read_file(table)
-    assert found == [table.read_text()] and "read as plain text: 1 (reviews.csv)" in told[0]
-    with pytest.raises(DataError, match="no field nofield is a text"):
+    found, notes = read_file(table)
+    assert found == [table.read_text()] and "read as plain text: 1 (reviews.csv)" in notes[0]
+    with pytest.raises(DataError, match="no field nofield with strings"):
         read_file(table, text_field="nofield")
 
 
-def test_what_has_changed_since_a_checkpoint_is_named_with_the_way_on(text, home, tmp_path):
+def test_changes_since_a_checkpoint_are_named_and_the_old_corpus_can_be_used(text, home, tmp_path):
     first = prepare(str(text), 400)
-    dataloader.check_same(first, first.fingerprint)
+    dataset.check_same(first, first.fingerprint)
     for n in range(3):
         (text / f"new {n}.txt").write_text(prose(900 + n, 30))
     (text / "05.txt").write_text("changed " * 99)
     (text / "06.txt").unlink()
-    with pytest.raises(DataError, match="3 more, 1 fewer, 1 changed") as error:
-        dataloader.check_same(prepare(str(text), 400), first.fingerprint)
+    with pytest.raises(DataError, match="files: 3 added, 1 removed, 1 changed") as error:
+        dataset.check_same(prepare(str(text), 400), first.fingerprint)
     kept = two_lines(error).split("--data ")[1].split(", or start")[0]
-    again = prepare(kept, 400)  # what the message says to do
+    again = prepare(kept, 400)  # as the message says
     assert again.fingerprint == first.fingerprint and everything(again) == everything(first)
     with pytest.raises(DataError, match="unknown"):
-        dataloader.check_same(first, "unknown")
+        dataset.check_same(first, "unknown")
 
 
 def test_shards_have_the_public_layout(text):
@@ -798,18 +806,18 @@ def test_shards_have_the_public_layout(text):
 
 
 def use(data):
-    """Everything that a run reads of a corpus."""
+    """Read everything that a run reads from a corpus."""
     corpus = prepare(str(data))
-    validation_tokens(corpus, 10**6)
-    batches = DataLoader(corpus, 32, 4, 0, "cpu").batches()  # no thread may outlive the damage
-    for _ in range(sum(corpus.rows("train", 32)) // 4 + 1):
+    ValidationRows(corpus, 10**6, 32)
+    batches = DataLoader(corpus, 32, 4, 0, "cpu").batches()  # without its thread
+    for _ in range(sum(corpus.rows_per_shard("train", 32)) // 4 + 1):
         next(batches)
 
 
 @pytest.mark.parametrize("harm", ["flip", "truncate", "delete"])
 @pytest.mark.parametrize("name", ["train_000002.bin", "val_000000.bin", "tokenizer.tiktoken"])
 def test_damage_is_named(text, home, monkeypatch, name, harm):
-    monkeypatch.setattr(dataloader, "SHARD_TOKENS", 10_000)
+    monkeypatch.setattr(dataset, "SHARD_TOKENS", 10_000)
     use(text)
     (path,) = home.rglob(name)
     content = bytearray(path.read_bytes())
@@ -820,28 +828,28 @@ def test_damage_is_named(text, home, monkeypatch, name, harm):
         use(text)
     folder = next(folder for folder in path.parents if (folder / "manifest.json").exists())
     assert str(path) in two_lines(error) and str(folder) in str(error.value)
-    shutil.rmtree(folder)  # what the message says to do
+    shutil.rmtree(folder)  # as the message says
     use(text)
 
 
-def test_a_bin_file_of_no_bytes_is_no_shard(text):
+def test_an_empty_bin_file_is_not_a_shard(text):
     (text / "x.bin").write_bytes(b"")
     assert len(prepare(str(text), 300).shards["train"]) == 1
 
 
-def test_a_shard_shows_at_once_that_it_is_none(tmp_path):
+def test_a_damaged_shard_is_found_without_its_sha256(tmp_path):
     path = tmp_path / "a.bin"
     shard(path, range(100))
     good = path.read_bytes()
-    assert dataloader.open_shard(path).tolist() == list(range(100))
+    assert dataset.open_shard(path).tolist() == list(range(100))
     changed = np.frombuffer(good, "<i4").copy()
     changed[1] = 2  # another version
     for bad in (good[:-1], good + b"\0\0", b"", good[:900], b"\0" * 2000, good[4:], changed.tobytes()):
         path.write_bytes(bad)
         with pytest.raises(DataError, match="a.bin is damaged"):
-            dataloader.open_shard(path)
+            dataset.open_shard(path)
     shard(path, [])
-    assert len(dataloader.open_shard(path)) == 0
+    assert len(dataset.open_shard(path)) == 0
 
 
 def test_a_damaged_manifest_is_named(text, home):
@@ -853,13 +861,12 @@ def test_a_damaged_manifest_is_named(text, home):
 
 
 BUILD = """
-import os, sys, time, types
-sys.modules["torch"] = types.ModuleType("torch")  # not needed here, and slow to import
+import os, sys, time
 sys.path.insert(0, {repo!r})
-import dataloader
-dataloader.SHARD_TOKENS = 5000
+import dataset
+dataset.SHARD_TOKENS = 5000
 {more}
-corpus = dataloader.prepare({data!r}, say=lambda line: print(line, flush=True))
+corpus = dataset.prepare({data!r}, say=lambda line: print(line, flush=True))
 print("fingerprint", corpus.fingerprint, flush=True)
 """
 
@@ -870,24 +877,24 @@ def build(data, more=""):
 
 
 KILL = """
-write, left = dataloader.write, [{stage}]
+write, left = dataset.write, [{stage}]
 def write_and_die(path, *contents):
     left[0] -= 1
     if not left[0]:
         open(path, "wb").write(contents[-1][: len(contents[-1]) // 2])
         os.kill(os.getpid(), 9)
     return write(path, *contents)
-dataloader.write = write_and_die
+dataset.write = write_and_die
 """
-DIE_AT_RENAME = "dataloader.os.rename = lambda *paths: os.kill(os.getpid(), 9)"
+DIE_AT_RENAME = "dataset.os.rename = lambda *paths: os.kill(os.getpid(), 9)"
 
 
-def test_a_kill_leaves_nothing_that_is_trusted(text, home, tmp_path, monkeypatch):
+def test_a_kill_leaves_nothing_that_is_used_later(text, home, tmp_path, monkeypatch):
     for stage in (KILL.format(stage=1), KILL.format(stage=5), DIE_AT_RENAME):
         process = build(text, stage)
         process.communicate()
         assert process.returncode == -signal.SIGKILL
-        assert list(home.rglob(".tmp-*"))  # it did die at work
+        assert list(home.rglob(".tmp-*"))  # it was killed while it built the corpus
         assert not [path for path in home.glob("corpora/*/manifest.json") if ".tmp-" not in str(path)]
     process = build(text)
     output = process.communicate()[0]
@@ -896,9 +903,9 @@ def test_a_kill_leaves_nothing_that_is_trusted(text, home, tmp_path, monkeypatch
     assert build(text).communicate()[0].split()[-1] == output.split()[-1]
 
 
-def test_processes_at_once_build_once(text):
-    slow = "encode = dataloader.encode_texts\ndef later(*a): time.sleep(0.7); return encode(*a)\n"
-    processes = [build(text, slow + "dataloader.encode_texts = later") for _ in range(3)]
+def test_processes_that_start_together_build_once(text):
+    slow = "encode = dataset.encode_texts\ndef later(*a): time.sleep(0.7); return encode(*a)\n"
+    processes = [build(text, slow + "dataset.encode_texts = later") for _ in range(3)]
     outputs = [process.communicate()[0] for process in processes]
     assert sum("BPE" in output for output in outputs) == 1
     assert len({output.split()[-1] for output in outputs}) == 1
@@ -931,7 +938,7 @@ def test_full_disk(small_disk, tmp_path):
     corpora = small_disk.folder / "home" / "corpora"
     assert not [path for path in corpora.rglob("*") if path.is_file() and path.stat().st_size]
     assert small_disk("remount", "size=8m")
-    assert sum(prepare(str(tmp_path / "book.txt"), 300).rows("train", 64)) > 1000
+    assert sum(prepare(str(tmp_path / "book.txt"), 300).rows_per_shard("train", 64)) > 1000
 
 
 @pytest.mark.filterwarnings("ignore:Not enough free disk space")
@@ -957,258 +964,6 @@ def test_read_only_cache(small_disk, text, tmp_path):
 
 
 # -----------------------------------------------------------------------------
-# Rows and their order
-
-
-@pytest.fixture
-def corpus(text, monkeypatch):
-    monkeypatch.setattr(dataloader, "SHARD_TOKENS", 7000)
-    return prepare(str(text), 400)
-
-
-def test_every_token_is_a_target_once_an_epoch(corpus):
-    T, shards = 48, read(corpus, "train")
-    expected = Counter(
-        tuple(tokens[i : i + T]) for tokens in shards for i in range(0, len(tokens) - T + 1, T)
-    )
-    assert len(shards) > 3 and sum(expected.values()) == sum(len(tokens) // T for tokens in shards)
-    loader = DataLoader(corpus, T, 1, 0, "cpu")
-    epochs = [take(loader, loader.rows_per_epoch) for _ in range(3)]
-    for rows in epochs:
-        assert rows.shape == (sum(expected.values()), T + 1) and rows.dtype == np.int64
-        assert (rows[:, 0] == corpus.bos).all()
-        assert Counter(map(tuple, rows[:, 1:].tolist())) == expected
-    assert loader.epoch == 3
-    assert not np.array_equal(epochs[0], epochs[1]) and not np.array_equal(epochs[1], epochs[2])
-
-
-def test_order_depends_on_corpus_seed_and_length_only(corpus):
-    def rows(batch, world_size=1, seed=5, threaded=True):
-        ranks = [DataLoader(corpus, 32, batch, seed, "cpu", rank, world_size) for rank in range(world_size)]
-        if not threaded:
-            ranks = [loader.batches() for loader in ranks]
-        count = 2400 // batch
-        return np.concatenate([next(ranks[i % world_size]).numpy() for i in range(count * world_size)])
-
-    expected = rows(24)  # more than an epoch
-    assert len(expected) > DataLoader(corpus, 32, 1, 0, "cpu").rows_per_epoch
-    for options in ((8,), (1,), (48, 4), (24, 2), (12, 3), (24, 1, 5, False)):
-        assert np.array_equal(rows(*options), expected), options
-    assert not np.array_equal(rows(24, seed=6), expected)
-    with pytest.raises(ValueError, match="do not divide"):
-        DataLoader(corpus, 32, 9, 0, "cpu", 0, 2)
-
-
-def test_the_shuffle_is_the_same_everywhere():
-    assert dataloader.shuffled(8, 42, 0).tolist() == [4, 3, 7, 6, 0, 1, 5, 2]
-    order = dataloader.row_order([3, 2], seed=7)
-    assert [next(order) for _ in range(5)] == [(1, 0), (1, 1), (0, 1), (0, 2), (0, 0)]
-
-
-def test_shards_and_rows_are_shuffled_anew_each_epoch_but_a_growing_set_starts_as_listed():
-    def epochs(growing, count=20):
-        order = dataloader.row_order([30] * count, seed=1, growing=growing)
-        return [list(itertools.islice(order, 30 * count)) for _ in range(3)]
-
-    plain, growing, longer = epochs(False), epochs(True), epochs(True, 25)
-    shards = lambda rows: tuple(dict.fromkeys(shard for shard, _ in rows))  # noqa: E731
-    assert len({shards(rows) for rows in plain} | {tuple(range(20))}) == 4
-    assert shards(growing[0]) == tuple(range(20)) and growing[1:] == plain[1:]
-    assert longer[0][:600] == growing[0]
-    for shard in range(20):
-        assert len({tuple(row for s, row in rows if s == shard) for rows in plain} | {tuple(range(30))}) == 4
-
-
-@pytest.mark.parametrize(
-    "batch, T, world, limit, shares",
-    [
-        (512, 64, 1, 8, (8, 8, 8)),
-        (512, 64, 2, 3, (8, 4, 2)),  # the largest divisor of 4 that is at most 3
-        (500, 64, 4, 8, (8, 2, 2)),  # rounded to whole rows, never to suit a machine
-        (10, 64, 1, 8, (1, 1, 1)),
-        (2**19, 2048, 8, 32, (256, 32, 32)),
-    ],
-)
-def test_a_batch_is_shared_in_whole_rows(batch, T, world, limit, shares):
-    assert dataloader.split_batch(batch, T, world, limit) == shares
-
-
-def test_a_batch_that_ranks_cannot_share_names_the_nearest():
-    with pytest.raises(dataloader.DataError, match="cannot share 8 rows") as error:
-        dataloader.split_batch(512, 64, 3, 8)
-    assert "384 and 576" in two_lines(error)
-    for size in (384, 576):
-        assert dataloader.split_batch(size, 64, 3, 8)[0] == size // 64
-
-
-def test_resume_continues_with_the_next_row(corpus):
-    whole = DataLoader(corpus, 32, 6, 3, "cpu")
-    rows = take(whole, 500)
-    for batches, batch, world_size in ((1, 6, 1), (37, 12, 2), (200, 24, 4), (299, 3, 3)):
-        before = DataLoader(corpus, 32, 6, 3, "cpu")
-        take(before, batches)
-        state = json.loads(json.dumps(before.state_dict()))
-        assert state["cursor"] == 6 * batches  # not what the thread has made ahead
-        after = []
-        for rank in range(world_size):
-            loader = DataLoader(corpus, 32, batch, 3, "cpu", rank, world_size)
-            loader.load_state_dict(state)
-            after.append(next(loader).numpy())
-        assert np.array_equal(np.concatenate(after), rows[6 * batches :][:batch])
-
-
-def test_resume_is_immediate_and_refuses_another_corpus(corpus, text, tmp_path):
-    loader = DataLoader(corpus, 32, 6, 3, "cpu")
-    state = {**loader.state_dict(), "cursor": 10**15}
-    start = time.perf_counter()
-    loader.load_state_dict(state)
-    next(loader)
-    assert time.perf_counter() - start < 2
-    (text / "00.txt").write_text("another text")
-    for other, name in (
-        (DataLoader(prepare(str(text), 400), 32, 6, 3, "cpu"), "fingerprint"),
-        (DataLoader(corpus, 16, 6, 3, "cpu"), "T is 16, was 32"),
-        (DataLoader(corpus, 32, 6, 4, "cpu"), "seed"),
-    ):
-        with pytest.raises(ValueError, match=name):
-            other.load_state_dict(state)
-
-
-def test_the_thread_stays_two_batches_ahead_and_tells_of_errors(corpus, monkeypatch):
-    made = []
-    batches = DataLoader.batches
-
-    def counted(self):
-        for batch in batches(self):
-            made.append(batch)
-            yield batch
-
-    monkeypatch.setattr(DataLoader, "batches", counted)
-    loader = DataLoader(corpus, 32, 4, 0, "cpu")
-    assert loader.wait_time == 0
-    for consumed in range(1, 4):
-        next(loader)
-        deadline = time.time() + 5
-        while len(made) < consumed + 2 and time.time() < deadline:
-            time.sleep(0.01)
-        time.sleep(0.05)
-        assert len(made) == consumed + 2
-    waited = loader.wait_time
-    next(loader)
-    assert waited > 0 and loader.wait_time - waited < 0.05
-
-    def broken(self):
-        yield batches(self).__next__()
-        raise DataError("a shard\nis damaged")
-
-    monkeypatch.setattr(DataLoader, "batches", broken)
-    loader = DataLoader(corpus, 32, 4, 0, "cpu")
-    next(loader)
-    with pytest.raises(DataError, match="a shard"):
-        next(loader)
-    with pytest.raises(StopIteration):  # and no waiting for ever
-        next(loader)
-
-
-# -----------------------------------------------------------------------------
-# Validation
-
-
-def test_validation_rows_are_the_same_for_any_batch_and_world_size(corpus):
-    stream = validation_tokens(corpus, 3000)[:990]
-    validation = ValidationRows(corpus.tokenizer, stream, 40)
-    assert len(validation) == 25
-
-    def everything(batch_size, world_size):
-        rows, total = {}, 0
-        for rank in range(world_size):
-            batches = validation.batches(batch_size, "cpu", rank, world_size)
-            for n, (tokens, targets, size) in enumerate(batches):
-                assert tokens.shape == targets.shape == (batch_size, 40)
-                assert (tokens[:, 0] == corpus.bos).all()
-                for j in range(batch_size):
-                    place = (n * world_size + rank) * batch_size + j
-                    if place < 25:
-                        rows[place] = (tokens[j].tolist(), targets[j].tolist())
-                    else:
-                        assert (targets[j] == -1).all()
-                total += size
-        return rows, total
-
-    expected, size = everything(1, 1)
-    assert sorted(expected) == list(range(25))
-    length = lambda token: len(corpus.tokenizer.decode_single_token_bytes(token))  # noqa: E731
-    for place, (tokens, targets) in expected.items():
-        true = [*stream[place * 40 : place * 40 + 40].tolist(), *[corpus.bos] * 40][:40]
-        assert tokens == [corpus.bos, *true[:-1]]
-        assert targets == [-1 if t == corpus.bos else t for t in true]
-    assert any(-1 in targets for _, targets in expected.values())
-    assert size == sum(length(t) for t in stream.tolist() if t != corpus.bos)
-    for batch_size in (1, 3, 8, 30):
-        for world_size in (1, 2, 3):
-            assert everything(batch_size, world_size) == (expected, size)
-    starts = [place for place, token in enumerate(stream) if token == corpus.bos]
-    beginnings = validation.beginnings(4, 5, 10)
-    assert 1 < len(beginnings) <= 4 and len({tuple(prompt) for prompt, _ in beginnings}) > 1
-    for prompt, more in beginnings:
-        (place,) = [place for place in starts if stream[place : place + 15].tolist() == prompt + more]
-        assert len(prompt) == 5 and corpus.bos not in more
-
-
-def test_what_is_evaluated_does_not_depend_on_the_vocabulary(text, monkeypatch):
-    (text / "val.txt").write_bytes((HARD["many languages"] * 50 + prose(5, 2000)).encode() + b" " * 20_000)
-    ours, theirs = prepare(str(text), 300), prepare(str(text), 900)
-    monkeypatch.setattr(dataloader, "SHARD_TOKENS", 10_000)  # a shard's end is no document's
-    in_shards = prepare(str(text), 301)
-    assert len(in_shards.shards["val"]) > 5
-    for eval_bytes in (1, 20_000, 60_000, 10**9):
-        found = [
-            [c.tokenizer.decode_bytes(d) for d in split_at(validation_tokens(c, eval_bytes).tolist(), c.bos)]
-            for c in (ours, theirs, in_shards)
-        ]
-        assert found[0] == found[1] == found[2]
-        size, whole = sum(map(len, found[0])), (text / "val.txt").stat().st_size
-        assert abs(size - min(eval_bytes, whole)) <= 2 * 4096
-    assert b"".join(found[0]) == (text / "val.txt").read_bytes()  # all of it, nothing twice
-
-
-BPB = """
-import os, sys
-sys.path.insert(0, {repo!r})
-import torch, torch.distributed as dist, dataloader, report
-rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-corpus = dataloader.prepare({data!r}, 400)
-held_out = dataloader.validation_tokens(corpus, 4000)
-if world_size > 1:
-    dist.init_process_group("gloo")
-torch.manual_seed(0)
-table = torch.randn(400, 400)
-def model(tokens, targets):
-    logits, targets = table[tokens].flatten(0, 1), targets.flatten()
-    return torch.nn.functional.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
-for size in (1, 3, 8):
-    batches = dataloader.ValidationRows(corpus.tokenizer, held_out, 40).batches(size, "cpu", rank, world_size)
-    print(repr(report.bits_per_byte(model, batches, torch.device("cpu"))))
-"""
-
-
-@pytest.mark.slow
-def test_bits_per_byte_are_the_same_on_1_2_3_processes(text):
-    prepare(str(text), 400)
-    code, values = BPB.format(repo=str(REPO), data=str(text)), []
-    for world_size in (1, 2, 3):
-        env = {**os.environ, "WORLD_SIZE": str(world_size), "OMP_NUM_THREADS": "1"}
-        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(29_500 + os.getpid() % 1000 + world_size)}
-        ranks = []
-        for rank in range(world_size):
-            pipe = {"env": {**env, "RANK": str(rank)}, "stdout": subprocess.PIPE, "text": True}
-            ranks.append(subprocess.Popen([sys.executable, "-c", code], **pipe))
-        values += [float(value) for process in ranks for value in process.communicate()[0].split()]
-    assert len(values) == 3 * (1 + 2 + 3)
-    assert max(values) - min(values) < 1e-6 * min(values)
-
-
-# -----------------------------------------------------------------------------
 # Public data sets
 
 
@@ -1216,7 +971,7 @@ PATH = "/{repo_id}/resolve/{revision}/{filename}"
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """As much of the hub as a download asks for, with its troubles; log: the names of the files sent."""
+    """The part of the hub that a download needs, with modes of failure; log: the names of the files sent."""
 
     files, mode, log = {}, "good", []
     protocol_version = "HTTP/1.1"
@@ -1279,23 +1034,24 @@ def hub(monkeypatch, tmp_path, home):
 
 
 def test_fineweb_fetches_what_the_horizon_needs(hub, home):
-    said, remains = [], home / "fineweb" / ".tmp-fineweb_train_000001.bin" / "half"
-    remains.mkdir(parents=True)  # of a start that was killed
+    said, partial = [], home / "fineweb" / ".tmp-fineweb_train_000001.bin" / "half"
+    partial.mkdir(parents=True)  # left by a process that was killed
     corpus = prepare("fineweb", say=said.append)
     assert files_in(home / "fineweb") == ["fineweb_train_000001.bin", "fineweb_val_000000.bin"]
     assert hub.log == ["fineweb_val_000000.bin", "fineweb_train_000001.bin"]
     assert any("fineweb_train_000001.bin" in line and "200 MB" in line for line in said)
     rows = take(DataLoader(corpus, 50, 8, 0, "cpu"), 10)  # all of the first shard
     first = corpus.fingerprint
-    dataloader.fetch_more(corpus, 80, 50, said.append)  # it has them already
+    assert corpus.unique_tokens == 103 * 4000  # estimated: all files have the same size in the listing
+    dataset.fetch_more(corpus, 80, 50, said.append)  # the corpus has 80 rows
     assert len(hub.log) == 2
     said.clear()
-    dataloader.fetch_more(corpus, 170, 50, said.append)
+    dataset.fetch_more(corpus, 170, 50, said.append)
     assert hub.log[2:] == ["fineweb_train_000002.bin", "fineweb_train_000003.bin"]
     assert "2 more files" in said[0] and "0.4 GB" in said[0]
     assert corpus.fingerprint == first and corpus.counts["train"]["tokens"] == 12_000
     more = take(DataLoader(corpus, 50, 8, 0, "cpu"), 30)
-    assert np.array_equal(more[:80], rows)  # the rows that were there keep their places
+    assert np.array_equal(more[:80], rows)  # earlier rows keep their places
     assert [read(corpus, "train")[n] for n in range(3)] == [
         np.frombuffer(hub.files[f"fineweb_train_00000{n}.bin"][1024:], "<u2").tolist() for n in (1, 2, 3)
     ]
@@ -1306,7 +1062,7 @@ def test_fineweb_fetches_what_the_horizon_needs(hub, home):
 
 
 @pytest.mark.parametrize("mode", ["404", "429", "500", "500 on GET", "truncates", "short", "drops", "gone"])
-def test_a_failing_hub_is_told_in_two_lines(hub, home, monkeypatch, mode):
+def test_a_failing_hub_is_an_error_of_two_lines(hub, home, monkeypatch, mode):
     from huggingface_hub import constants
 
     hub.mode = mode
@@ -1320,7 +1076,7 @@ def test_a_failing_hub_is_told_in_two_lines(hub, home, monkeypatch, mode):
     assert not files_in(home / "fineweb")
     hub.mode = "good"
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.address + PATH)
-    assert sum(prepare("fineweb").rows("train", 50)) == 80
+    assert sum(prepare("fineweb").rows_per_shard("train", 50)) == 80
 
 
 def test_a_shard_that_arrives_broken_is_not_kept(hub, home):
@@ -1340,7 +1096,7 @@ def test_public_shards_put_there_by_hand(hub, home):
         (home / "fineweb" / name).write_bytes(hub.files[name])
     hub.mode = "500"
     corpus = prepare("fineweb")
-    validation_tokens(corpus, 1000)
+    ValidationRows(corpus, 1000, 50)
     take(DataLoader(corpus, 50, 8, 0, "cpu"), 3)
     assert not hub.log
     for name in ("fineweb_val_000000.bin", "fineweb_train_000001.bin"):
@@ -1349,12 +1105,12 @@ def test_public_shards_put_there_by_hand(hub, home):
         path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
         with pytest.raises(DataError) as error:
             corpus = prepare("fineweb")
-            validation_tokens(corpus, 1000)
+            ValidationRows(corpus, 1000, 50)
             take(DataLoader(corpus, 50, 8, 0, "cpu"), 3)
         assert f"{path} is damaged" in two_lines(error) and f"delete {path}" in str(error.value)
         path.unlink()
         hub.mode = "good"
-        prepare("fineweb")  # fetched anew
+        prepare("fineweb")  # fetches it again
         assert path.read_bytes() == content
 
 
@@ -1374,15 +1130,15 @@ def test_climbmix_is_tokenized_file_by_file(hub, climbmix, home):
     assert hub.log == ["shard_00000.parquet", "shard_06542.parquet"]
     assert documents(corpus, "train") == climbmix["shard_00000.parquet"]
     assert documents(corpus, "val") == climbmix["shard_06542.parquet"]
-    only_first = dataloader.train_tokenizer(climbmix["shard_00000.parquet"], 500)
+    only_first = dataset.train_tokenizer(climbmix["shard_00000.parquet"], 500)
     assert corpus.tokenizer._mergeable_ranks == only_first._mergeable_ranks
     rows = take(DataLoader(corpus, 32, 4, 0, "cpu"), 20)
-    first, have = corpus.fingerprint, sum(corpus.rows("train", 32))
-    dataloader.fetch_more(corpus, have + 1, 32)
+    first, have = corpus.fingerprint, sum(corpus.rows_per_shard("train", 32))
+    dataset.fetch_more(corpus, have + 1, 32)
     assert corpus.fingerprint == first and corpus.counts["train"]["documents"] == 40
     assert documents(corpus, "train") == climbmix["shard_00000.parquet"] + climbmix["shard_00001.parquet"]
     assert np.array_equal(take(DataLoader(corpus, 32, 4, 0, "cpu"), 20), rows)
-    for path in (home / "climbmix").glob("*.parquet"):  # the text has done its work
+    for path in (home / "climbmix").glob("*.parquet"):  # the text is not needed any more
         path.unlink()
     hub.mode = "500"
     assert prepare("climbmix", 500).fingerprint == first
@@ -1402,8 +1158,8 @@ COMMIT = "c0ffee" + "0" * 34
 
 
 @pytest.fixture
-def dataset(hub, monkeypatch):
-    """dataset({file: content}): what the hub holds as hf:some/set, listed and fetched like any public one."""
+def hub_files(hub, monkeypatch):
+    """hub_files({file: content}) sets the files of hf:some/set and returns the revisions asked for."""
     import huggingface_hub
     from huggingface_hub import HfApi, constants
 
@@ -1419,19 +1175,19 @@ def dataset(hub, monkeypatch):
             error = huggingface_hub.errors.HfHubHTTPError.__new__(huggingface_hub.errors.HfHubHTTPError)
             error.response = response
             raise error
-        files = [types.SimpleNamespace(rfilename=name, size=len(content)) for name, content in held.items()]
+        files = [types.SimpleNamespace(rfilename=name, size=len(content)) for name, content in listed.items()]
         return types.SimpleNamespace(sha=COMMIT, siblings=files)
 
     monkeypatch.setattr(HfApi, "dataset_info", dataset_info)
-    held = {}
+    listed = {}
 
-    def hold(files):
-        held.clear()
-        held.update(files)
+    def set_files(files):
+        listed.clear()
+        listed.update(files)
         hub.files.update({name.split("/")[-1]: content for name, content in files.items()})
         return asked
 
-    return hold
+    return set_files
 
 
 def parts(names, count=150):
@@ -1444,8 +1200,8 @@ def first_words(corpus, split):
     return sorted({text.split()[0] for text in documents(corpus, split)})
 
 
-def test_any_data_set_of_the_hub_by_its_name(dataset, hub, home):
-    asked = dataset(
+def test_any_data_set_of_the_hub_by_its_name(hub_files, hub, home):
+    asked = hub_files(
         {"README.md": b"x" * 99_000, "dataset_infos.json": b"{}"}
         | parts(
             [
@@ -1461,26 +1217,31 @@ def test_any_data_set_of_the_hub_by_its_name(dataset, hub, home):
     assert hub.log == ["train-00000-of-00002.jsonl", "validation.jsonl"] and asked == [None]
     assert first_words(corpus, "train") == ["data/train-00000-of-00002.jsonl"]
     assert first_words(corpus, "val") == ["data/validation.jsonl"] and "validation.jsonl" in corpus.notes[0]
-    assert any("fetching data/train-0" in line and "MB" in line for line in said)
-    dataloader.fetch_more(corpus, sum(corpus.rows("train", 32)) + 1, 32)
-    assert first_words(corpus, "train")[1] == "data/train-00001-of-00002.jsonl" and not corpus.more
+    assert any("downloading data/train-0" in line and "MB" in line for line in said)
+    estimate = corpus.unique_tokens
+    dataset.fetch_more(corpus, sum(corpus.rows_per_shard("train", 32)) + 1, 32)
+    assert first_words(corpus, "train")[1] == "data/train-00001-of-00002.jsonl" and corpus.more == []
+    # once all files are fetched their tokens are known, so a limit of epochs can hold
+    assert corpus.unique_tokens == sum(map(len, read(corpus, "train")))
+    assert 0.9 < estimate / corpus.unique_tokens < 1.1
     assert corpus.data == f"hf:some/set@{COMMIT}"
-    hub.mode = "500"  # the commit and the files are known
+    hub.mode = "500"  # commit and files are in the cache
     assert prepare("hf:some/set").fingerprint == prepare(corpus.data).fingerprint == corpus.fingerprint
 
 
-def test_a_data_set_without_a_validation_split(dataset, home):
-    dataset(parts(["a.txt", "b.txt", "c.txt"]))
+def test_a_data_set_without_a_validation_split(hub_files, home):
+    hub_files(parts(["a.txt", "b.txt", "c.txt"]))
     corpus = prepare("hf:some/set")
     assert (first_words(corpus, "train")[0], first_words(corpus, "val")[0]) == ('{"id":', '{"id":')
     assert corpus.public.val == "c.txt" and list(corpus.public.train) == ["a.txt", "b.txt"]
-    dataset(parts(["only/one.jsonl"]))
+    hub_files(parts(["only/one.jsonl"]))
     corpus = prepare("hf:some/other/only")
     assert corpus.split == "hash" and corpus.more is None and corpus.data == f"hf:some/other@{COMMIT}/only"
     assert everything(corpus).total() == 150
+    assert corpus.unique_tokens == corpus.counts["train"]["tokens"]
 
 
-def test_a_data_set_that_cannot_be_had_is_told_in_two_lines(dataset, hub, home, monkeypatch):
+def test_a_data_set_that_cannot_be_used_is_an_error_of_two_lines(hub_files, hub, home, monkeypatch):
     def refused(data, *words):
         with pytest.raises(DataError) as error:
             prepare(data)
@@ -1492,14 +1253,14 @@ def test_a_data_set_that_cannot_be_had_is_told_in_two_lines(dataset, hub, home, 
             "hf:some/set", "hf:some/set cannot be listed", hub.mode if hub.mode == "401" else "", "auth login"
         )
     hub.mode = "good"
-    dataset({"README.md": b"x", "a.png": b"y"})
+    hub_files({"README.md": b"x", "a.png": b"y"})
     refused("hf:some/set", "no parquet, JSONL or text files", "1 .png")
-    dataset(parts(["en/train.jsonl", "fr/train.jsonl"]))
+    hub_files(parts(["en/train.jsonl", "fr/train.jsonl"]))
     refused("hf:some/set", "several data sets: en, fr", "hf:some/set/en")
     refused("hf:nothing", "OWNER/NAME")
-    dataset(parts(["a.jsonl", "b.jsonl"]))
+    hub_files(parts(["a.jsonl", "b.jsonl"]))
     usage = types.SimpleNamespace(free=1000)
-    monkeypatch.setattr(dataloader.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(dataset.shutil, "disk_usage", lambda path: usage)
     refused("hf:some/set", "are free", "ONEDIAL_HOME")
     assert not hub.log
 
@@ -1509,7 +1270,7 @@ def test_a_data_set_that_cannot_be_had_is_told_in_two_lines(dataset, hub, home, 
 
 
 def command(*arguments, **env):
-    process = [sys.executable, str(REPO / "dataloader.py"), *map(str, arguments)]
+    process = [sys.executable, str(REPO / "dataset.py"), *map(str, arguments)]
     return subprocess.run(process, env={**os.environ, **env}, capture_output=True, text=True)
 
 
@@ -1522,10 +1283,10 @@ def test_command_line_describes_a_corpus(text, home):
         counts = corpus.counts[split]
         for key in ("documents", "bytes", "tokens"):
             assert f"{counts[key]:,} {key}" in line
-        assert f"{sum(corpus.rows(split, 128)):,} rows" in line
+        assert f"{sum(corpus.rows_per_shard(split, 128)):,} rows" in line
         assert f"{counts['bytes'] / counts['tokens']:.2f} bytes per token" in line
     assert "split by hash" in result.stdout and corpus.fingerprint in result.stdout
-    row = result.stdout.split("an example row:\n")[1].strip()
+    row = result.stdout.split("the first tokens:\n")[1].strip()
     assert row.startswith("<|bos|>")
     assert row[7:].split("<|bos|>")[0].strip() in "".join(documents(corpus, "train"))
 
@@ -1538,12 +1299,12 @@ def test_command_line_lists_the_cache(text, home):
     assert line.split()[0] == f"{size / 1e6:,.1f}" and time.strftime("%Y-%m-%d") in line
 
 
-def test_command_line_fails_politely(tmp_path, text):
+def test_command_line_errors_have_two_lines(tmp_path, text):
     result = command(tmp_path / "nothing")
     assert result.returncode == 2 and not result.stdout
     assert result.stderr.count("\n") == 2 and "nothing" in result.stderr
     prepare(str(text))
-    reader = f"{sys.executable} {REPO / 'dataloader.py'} {text} | true"
+    reader = f"{sys.executable} {REPO / 'dataset.py'} {text} | true"
     result = subprocess.run(["bash", "-c", reader], capture_output=True, text=True)
     assert result.stderr == ""
 

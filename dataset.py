@@ -1,0 +1,1342 @@
+"""
+Text to tokens: find or fetch files, read them, split off validation text, train a tokenizer, tokenize.
+
+A corpus is prepared once. A byte-level BPE is trained on its training split (rustbpe), all cores encode the
+text (tiktoken), and the tokens are kept in the cache folder ($ONEDIAL_HOME, or ~/.cache/onedial) as uint16
+shards in the layout of the public GPT-2-tokenized FineWeb.
+
+    python dataset.py PATH       prepare a corpus; print what it contains and what was left out
+    python dataset.py --cache    list what the cache folder contains
+"""
+
+import argparse
+import base64
+import bz2
+import codecs
+import csv
+import errno
+import gzip
+import hashlib
+import io
+import json
+import lzma
+import math
+import os
+import re
+import shutil
+import sys
+import sysconfig
+import tempfile
+import time
+import unicodedata
+from array import array
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from itertools import chain, islice
+from pathlib import Path
+
+import filelock
+import numpy as np
+import rustbpe
+import tiktoken
+
+# Token shards: the layout of the public GPT-2-tokenized FineWeb (kjj0/fineweb10B-gpt2)
+MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256  # the header is 256 little-endian int32
+SHARD_TOKENS = 100_000_000
+
+# Limits
+BLOCK = 2**20  # characters or bytes read at a time, so that memory does not grow with a file
+PIECE_CHARS = 2**16  # longer documents are encoded in pieces: the regex engines fail on a million spaces
+VAL_PIECE_CHARS = 2**12  # validation text is cut into documents of this size; evaluations read some
+TOKENIZER_BYTES = 200_000_000  # a BPE is trained on at most this much text, taken evenly from the corpus
+VAL_FRACTION = 0.05  # of a text that has no validation files
+THREADS = min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+LAYOUT = 3  # version of the cache's content; with another number every corpus is built again
+
+# GPT-4's split pattern, but numbers have at most 2 digits: better for vocabularies below 100,000 (nanochat)
+SPLIT_PATTERN = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}|"
+SPLIT_PATTERN += r" ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+# Files
+SUFFIXES = """
+    .txt .text .md .rst .org .tex .adoc .bib .log .csv .tsv .json .xml .html .htm .css .yaml .yml .toml .py
+    .pyi .c .h .cc .cpp .cxx .hpp .cu .java .js .jsx .ts .tsx .go .rs .rb .php .pl .sh .bash .sql .swift .kt
+    .scala .hs .ml .lua .r .jl .m .lisp .el .clj .ex .erl .f90 .cs .vb .dart .zig .nim .proto
+    .jsonl .ndjson .parquet""".split()
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")  # may follow another suffix
+DATA_FILES = (".txt", ".text", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".bin")
+# Words in a data file's name that mark it as held out. The lowest number present is the validation split.
+HELD_OUT = {"val": 0, "valid": 0, "validation": 0, "dev": 1, "test": 2, "eval": 3, "heldout": 4}
+TEXT_FIELDS = "text content story document body article passage page_content raw_content contents".split()
+STRING_TYPE = re.compile("(large_)?string|dictionary<values=string")  # pyarrow's names of string types
+BYTE_ORDER_MARKS = {  # UTF-32 first: its little-endian mark begins with UTF-16's
+    codecs.BOM_UTF8: "utf-8-sig",
+    **{codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"},
+    **{codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"},
+}
+ENCODINGS = """
+    cp1252 cp1250 cp1251 cp1253 cp1254 cp1255 cp1256 cp1257 koi8_r mac_roman cp437 cp850 cp866
+    cp932 euc_jp gb18030 big5 cp949""".split()
+
+# Advice that several errors share
+FIX_FILE = "Fix the file, or remove it."
+NAME_FIELD = "Name the field with the text with --text-field NAME, or remove the file."
+FREE_SPACE = "Free some space there, or set ONEDIAL_HOME to another folder."
+OTHER_TEXT = "or train on other text: --data stdlib or --data PATH."
+
+
+class DataError(Exception):
+    """A problem with the data that the user can fix. The message has two lines: what is wrong, what to do."""
+
+    exit_status = 2
+
+
+@dataclass
+class PublicSet:
+    """A data set of the Hugging Face hub."""
+
+    name: str  # of its folder in the cache
+    repository: str
+    train: dict  # {file: size in MB}, in the order of epoch 0
+    val: str | None  # None: the only training file is split like local text
+    revision: str = "main"
+    inside: str = ""  # the folder or file of the repository that was asked for
+
+
+PUBLIC = {
+    "fineweb": PublicSet(
+        name="fineweb",
+        repository="kjj0/fineweb10B-gpt2",
+        train={f"fineweb_train_{n:06}.bin": 200 for n in range(1, 104)},
+        val="fineweb_val_000000.bin",
+    ),
+    "climbmix": PublicSet(
+        name="climbmix",
+        repository="karpathy/climbmix-400b-shuffle",
+        train={f"shard_{n:05}.parquet": 90 for n in range(6542)},
+        val="shard_06542.parquet",
+    ),
+}
+SHORT_NAMES = {"tinystories": "hf:roneneldan/TinyStories/data"}
+
+
+def is_public(data):
+    """Whether `data` names a public data set; otherwise it is a path or `stdlib`."""
+    return data in PUBLIC or data in SHORT_NAMES or data.startswith("hf:")
+
+
+# -----------------------------------------------------------------------------
+# A corpus: tokens and their tokenizer
+
+
+@dataclass
+class Corpus:
+    """A tokenized corpus. Splits are named "train" and "val"."""
+
+    name: str
+    fingerprint: str  # short hash of the content
+    tokenizer: tiktoken.Encoding
+    split: str = "files"  # how the splits were made: see choose_split
+    spread_val: bool = False  # evaluations read from all over the validation split, not its beginning
+    more: list | None = None  # training files of `public` that are not used yet; None for other corpora
+    public: PublicSet | None = None
+    reader: "TextReader | None" = None  # reads the files of `public`
+    digests: dict = field(default_factory=dict)  # {file: sha256}
+    notes: list = field(default_factory=list)  # lines that a user should see
+    left_out: list = field(default_factory=list)  # [(path, reason)]
+    shards: dict = field(default_factory=lambda: {"train": [], "val": []})  # {split: [(path, sha256)]}
+    # {split: {"documents", "bytes", "tokens": number}}
+    counts: dict = field(default_factory=lambda: {"train": Counter(), "val": Counter()})
+
+    @property
+    def bos(self):
+        """The token that starts each document and each row."""
+        return self.tokenizer.n_vocab - 1
+
+    @cached_property
+    def token_bytes(self):
+        """The length of each token in bytes, uint16 (n_vocab,)."""
+        return token_bytes(self.tokenizer)
+
+    @property
+    def data(self):
+        """The value of --data that names the same commit of a hub data set; None for other corpora."""
+        if self.public and self.public.revision != "main":
+            return f"hf:{self.public.repository}@{self.public.revision}/{self.public.inside}".rstrip("/")
+
+    @property
+    def unique_tokens(self):
+        """Training tokens once all files are fetched; estimated from file sizes while some are missing."""
+        tokens = self.counts["train"]["tokens"]
+        if not self.more:
+            return tokens
+        total = sum(self.public.train.values())  # MB
+        fetched = total - sum(self.public.train[name] for name in self.more)
+        return round(tokens * total / fetched) if fetched > 0 else math.inf  # inf: no sizes are known
+
+    def rows_per_shard(self, split, T):
+        """The number of rows of T tokens in each shard of a split, a list. DataError if there are no rows."""
+        rows = [len(open_shard(path)) // T for path, _ in self.shards[split]]
+        if not any(rows):
+            what = f"{self.name}: the {split} split is shorter than one row of {T} tokens"
+            raise DataError(f"{what}.\nProvide more text, or a smaller --max-seq-len.")
+        return rows
+
+    def open_shard(self, split, index):
+        """The tokens of a shard, memory-mapped uint16 (tokens,), sha256 verified. Raises DataError."""
+        return open_shard(*self.shards[split][index])
+
+    def add(self, root, split, entry):
+        """Add a manifest's entry for a split: its counts, and its shards, which are in the folder `root`."""
+        self.shards[split] += [(root / shard["file"], shard["sha256"]) for shard in entry["shards"]]
+        self.counts[split].update({key: count for key, count in entry.items() if key != "shards"})
+
+
+def prepare(data, vocab_size=None, say=lambda line: None, largest_vocab=2**15, tokenizer=None, **reading):
+    """
+    Find, split, tokenize and cache the text of `data` -> Corpus. Raises DataError.
+
+    data: "stdlib", the name of a public data set, a path, or a corpus folder of the cache
+    vocab_size: size of the BPE; None: chosen by the size of the text, at most largest_vocab
+    say: called with each line about the progress
+    tokenizer: an existing tokenizer to use instead of training one
+    reading: text_field and separator of TextReader
+
+    One process does the work and the others wait. Of a public data set only the validation file and the
+    first training file are fetched; fetch_more adds others.
+    """
+    reader = TextReader(**reading, plain=data == "stdlib")
+    folder = Path(data).expanduser()
+    options = reader, vocab_size, say, largest_vocab, tokenizer
+    try:
+        public = find_public(data) if is_public(data) else None
+        if (folder / "manifest.json").exists() and (folder / "tokenizer").exists():
+            corpus = load_corpus(folder)
+        elif public and public.val:
+            corpus = prepare_public(public, reader, vocab_size, say, tokenizer)
+        elif public:
+            file = fetch_file(public, *public.train, say)
+            corpus = prepare_files(data, FoundFiles(file.parent, [file]), *options)
+            corpus.public = public
+        else:
+            corpus = prepare_files(data, find_files(data), *options)
+    except OSError as error:
+        raise DataError(f"{error.filename or data}: {error.strerror}.\nFix this and start again.") from None
+    except MemoryError:
+        advice = "Split its largest files or rows into smaller ones."
+        raise DataError(f"there is not enough memory to prepare {data}.\n{advice}") from None
+    if tokenizer and tokenizer_fingerprint(corpus.tokenizer) != tokenizer_fingerprint(tokenizer):
+        what = f"{corpus.name} is already tokenized, with another tokenizer than that of --init-from"
+        raise DataError(f"{what}.\nPass its text as --data, or remove --init-from.")
+    return corpus
+
+
+def prepare_files(data, found, reader, vocab_size, say, largest_vocab, tokenizer):
+    """The corpus of local files: .bin shards or text."""
+    if found.train and found.train[0].suffix == ".bin":
+        corpus = prepare_shards(data, found, vocab_size, say)
+    else:
+        corpus = prepare_text(data, found, reader, vocab_size, say, largest_vocab, tokenizer)
+    corpus.left_out = corpus.left_out + found.left_out
+    corpus.notes[:0] = describe_split(found, corpus)
+    return corpus
+
+
+def prepare_shards(data, found, vocab_size, say):
+    """The corpus of local .bin shards, which contain GPT-2's tokens. They are used where they are."""
+    corpus = Corpus(Path(data).resolve().stem, "", gpt2_tokenizer(vocab_size))
+    for split, files in (("train", found.train), ("val", found.val)):
+        for file in files:
+            add_file(corpus, split, file, say)
+    digests = [[digest for _, digest in corpus.shards[split]] for split in ("train", "val")]
+    corpus.fingerprint = fingerprint(digests)
+    return corpus
+
+
+def prepare_text(data, found, reader, vocab_size, say, largest_vocab, tokenizer):
+    """The corpus of local text files. It is built again when the content of a file or an option changes."""
+    name = Path(data).resolve().stem
+    sources = hash_files(name, found)
+    if tokenizer:
+        vocab_size = tokenizer.n_vocab
+    elif not vocab_size:  # compressed text is about 4 times as long as its file
+        sizes = (size * (4 if Path(path).suffix.lower() in COMPRESSED else 1) for path, size, _ in sources)
+        vocab_size = min(largest_vocab, default_vocab_size(sum(sizes)))
+
+    def make(temporary):
+        text, num_train = read_files(data, found, reader, temporary)
+        places = text.documents()
+        split, cuts = choose_split(text, places, num_train)
+        train, val = np.stack([places[:, 0], cuts], axis=1), np.stack([cuts, places[:, 1]], axis=1)
+        files = plural(len(sources) - len(reader.left_out), "file")
+        empty = f" ({reader.empty_files:,} empty)" if reader.empty_files else ""
+        say(f"{files}{empty} with {plural(len(places), 'document')}, {text.size / 1e6:,.1f} MB")
+        encoding = tokenizer or train_on_split(text, train, vocab_size, say)
+        manifest = {"split": split, "sources": [[path, size] for path, size, _ in sources]}
+        manifest["tokenizer"] = save_tokenizer(encoding, temporary / "tokenizer")
+        say(f"tokenizing {text.size / 1e6:,.1f} MB")
+        manifest["train"] = encode_texts(encoding, text, train, temporary, "train", say)
+        manifest["val"] = encode_texts(encoding, text, val, temporary, "val", say)
+        manifest["fingerprint"] = fingerprint(manifest)
+        manifest["digests"] = {path: digest for path, _, digest in sources}
+        return manifest | {"left_out": reader.left_out, "notes": list(reader.note_lines())}
+
+    options = [LAYOUT, vocab_size, SPLIT_PATTERN, reader.plain, reader.text_field, reader.separator]
+    options += [tokenizer_fingerprint(tokenizer)] if tokenizer else []
+    folder = cache_folder() / "corpora" / f"{name}-{fingerprint(options, len(found.val), sources)}"
+    make_once(folder, make)
+    return load_corpus(folder)
+
+
+def hash_files(name, found):
+    """[[path below root, size in bytes, sha256], ...]. The hashes are kept until a file is written again."""
+    stats = []
+    for file in sorted(found.train + found.val):
+        path, status = str(file.relative_to(found.root)), file.stat()
+        stats.append([path, status.st_size, status.st_mtime_ns, status.st_ctime_ns])
+
+    def make(temporary):
+        try:
+            return [[path, size, file_sha256(found.root / path)] for path, size, *_ in stats]
+        except OSError as error:
+            raise DataError(f"{error.filename} cannot be read: {error.strerror}.\n{FIX_FILE}") from None
+
+    identity = fingerprint(str(found.root.resolve()), stats)
+    return make_once(cache_folder() / "seen" / f"{name}-{identity}", make)
+
+
+def read_files(data, found, reader, folder):
+    """Read all files -> (Text, number of documents to train on, which come first). DataError if that is 0."""
+    text = Text(folder)
+    for file in found.train:
+        reader.read(file, text)
+    num_train = text.num_documents
+    for file in found.val:
+        reader.read(file, text)
+    if not num_train:
+        left_out = found.left_out + reader.left_out
+        reasons = f" (left out: {describe_left_out(left_out)})" if left_out else ""
+        known = ".txt, .md, .py and other sources, .jsonl, .json, .csv, .tsv, .parquet, .bin shards"
+        raise DataError(f"--data {data} has no text to train on{reasons}.\nSupported files: {known}.")
+    return text, num_train
+
+
+def default_vocab_size(num_bytes):
+    """√bytes, rounded to a power of two: 4,096 for 20 MB of text, 32,768 for 1 GB."""
+    return int(2 ** max(9, round(np.log2(max(1, num_bytes)) / 2)))
+
+
+def load_corpus(folder):
+    """The corpus in a folder of the cache."""
+    manifest = read_manifest(folder)
+    facts = {key: manifest[key] for key in ("fingerprint", "split", "digests", "notes", "left_out")}
+    encoding = load_tokenizer(folder / "tokenizer", manifest["tokenizer"])
+    corpus = Corpus(folder.name.rpartition("-")[0], tokenizer=encoding, spread_val=True, **facts)
+    for split in ("train", "val"):
+        corpus.add(folder, split, manifest[split])
+    return corpus
+
+
+def check_same(corpus, expected):
+    """DataError if the corpus has another fingerprint than the expected one: what changed, and what to do."""
+    if corpus.fingerprint == expected:
+        return
+    for path in (cache_folder() / "corpora").glob("*/manifest.json"):
+        manifest = json.loads(path.read_bytes())
+        if manifest.get("fingerprint") == expected:
+            what = describe_changes(manifest["digests"], corpus.digests)
+            advice = f"Resume with the old text, --data {path.parent}, or start a new run with --init-from"
+            raise DataError(f"{corpus.name} has changed since the checkpoint: {what}.\n{advice}.")
+    what = f"the checkpoint's corpus has fingerprint {expected}, and {corpus.name} has {corpus.fingerprint}"
+    raise DataError(f"{what}.\nPass the --data of that run, or restore its files.")
+
+
+def describe_changes(before, now):
+    """What differs between two {file: sha256}: `files: 3 added, 1 removed`."""
+    counts = {
+        "added": len(now.keys() - before.keys()),
+        "removed": len(before.keys() - now.keys()),
+        "changed": sum(before[name] != now[name] for name in before.keys() & now.keys()),
+    }
+    changes = [f"{count:,} {word}" for word, count in counts.items() if count]
+    return f"files: {', '.join(changes)}" if changes else "its files are read with other options"
+
+
+def describe_split(found, corpus):
+    """Lines that say how the split was made and what was left out."""
+    how = {"hash": "5% of the documents, chosen by content", "tail": "the last 5% of each document"}
+    how["files"] = f"{summarize(found.val)} by name, such as {found.val[0].name}" if found.val else "nothing"
+    unused = f"; {summarize(found.unused)} not used, such as {found.unused[0].name}" if found.unused else ""
+    yield f"held out: {how[corpus.split]}{unused}"
+    if corpus.left_out:
+        yield f"left out: {describe_left_out(corpus.left_out)}"
+
+
+def describe_left_out(left_out):
+    """How many files of which types, with the reason of one: `2 files (1 .pdf, 1 .zip), such as a.pdf: …`."""
+    path, reason = min(left_out, key=lambda entry: entry[1] == "hidden")
+    return f"{summarize([path for path, _ in left_out])}, such as {Path(path).name}: {reason}"
+
+
+def summarize(paths):
+    """Count paths by suffix: `3 files (2 .pdf, 1 .zip)`."""
+    kinds = Counter(Path(path).suffix.lower() or "without a suffix" for path in paths)
+    kinds = [f"{number:,} {kind}" for kind, number in kinds.most_common()]
+    more = f", {len(kinds) - 6} other types" if len(kinds) > 6 else ""
+    return f"{plural(len(paths), 'file')} ({', '.join(kinds[:6])}{more})"
+
+
+def plural(number, noun):
+    """`1 file`, `2,000 files`."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
+# -----------------------------------------------------------------------------
+# Find the files of a corpus
+
+
+@dataclass
+class FoundFiles:
+    """Files below a root. `val` and `unused` are held out by their names; left_out is [(path, reason)]."""
+
+    root: Path
+    train: list
+    val: list = field(default_factory=list)
+    unused: list = field(default_factory=list)
+    left_out: list = field(default_factory=list)
+
+
+def find_files(data):
+    """
+    The text files of `stdlib` or of a path; if a folder has .bin shards, only those -> FoundFiles. Data files
+    whose names mark them as held out are never trained on. Raises DataError.
+    """
+    if data == "stdlib":
+        root = Path(sysconfig.get_path("stdlib"))
+        return FoundFiles(root, list_stdlib(root))
+    root = Path(data).expanduser()
+    if not root.exists():
+        names = ", ".join(["stdlib", *PUBLIC, *SHORT_NAMES, "hf:OWNER/NAME"])
+        advice = f"Pass a text file, a folder of text, or one of: {names}."
+        raise DataError(f"{data}: no such file or folder.\n{advice}")
+    if root.is_file():
+        return FoundFiles(root.parent, [root])
+    found = FoundFiles(root, [])
+    files = list_files(root, found.left_out)
+    shards = [file for file in files if file.suffix == ".bin"]
+    if not any(MAGIC in np.fromfile(file, dtype="<i4", count=1) for file in shards):
+        shards = []
+    known = set(shards or [file for file in files if suffix_of(file) in SUFFIXES])
+    found.left_out += [(file, "unknown type of file") for file in files if file not in known]
+    files = [file for file in files if file in known]
+    found.train, found.val, found.unused = split_by_name(data, root, files)
+    return found
+
+
+def list_stdlib(root):
+    """The .py files of Python's standard library, sorted. Changing this list changes the default corpus."""
+    files, skip = [], ("site-packages", "dist-packages")
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".") and name not in skip]
+        files += [Path(folder, name) for name in names if not name.startswith(".")]
+    return sorted(file for file in files if file.suffix.lower() == ".py" and file.is_file())
+
+
+def list_files(root, left_out):
+    """All files below root, sorted; links are followed, no file is listed twice. Others go to left_out."""
+    files, seen = [], set()
+
+    def is_new(path):
+        status = os.stat(path)
+        place = (status.st_dev, status.st_ino)
+        return place not in seen and not seen.add(place)
+
+    def failed(error):
+        left_out.append((Path(error.filename), error.strerror))
+
+    for folder in (root.resolve(), *root.resolve().parents):
+        is_new(folder)  # a link to one of these is a loop
+    for folder, subfolders, names in os.walk(root, onerror=failed, followlinks=True):
+        left_out += [(Path(folder, name), "hidden") for name in subfolders + names if name.startswith(".")]
+        files += [Path(folder, name) for name in names if not name.startswith(".")]
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        subfolders[:] = [name for name in subfolders if is_new(Path(folder, name))]
+    kept = []
+    for file in sorted(files, key=lambda file: (file.is_symlink(), file)):  # files before links to them
+        if not file.is_file():
+            left_out.append((file, "not a file, or a broken link"))
+        elif not is_new(file):
+            left_out.append((file, "a link to a file that is already read"))
+        else:
+            kept.append(file)
+    return sorted(kept)
+
+
+def split_by_name(data, root, files):
+    """
+    Split files below root by the words of HELD_OUT in their names -> (train, val, unused), three lists.
+    The lowest kind present is the validation split. DataError if no file is left to train on.
+    """
+    kinds = {}  # {kind of HELD_OUT, or -1 for training: files}
+    for file in files:
+        kinds.setdefault(HELD_OUT.get(held_out_word(root, file), -1), []).append(file)
+    if len(kinds) > 1 and -1 not in kinds:
+        what = f"--data {data}: all files are held out by their names, such as {kinds[min(kinds)][0].name}"
+        raise DataError(f"{what}.\nPass the path of the file to train on, or rename it.")
+    train, val, *unused = [kinds[kind] for kind in sorted(kinds)] + [[], []]
+    return train, val, sum(unused, [])
+
+
+def held_out_word(root, file):
+    """
+    The word of HELD_OUT that marks a data file, or None. It is the name of a folder below root, or the first
+    or last word of the file name before its numbers (test-00000-of-00007.parquet, wiki_val_000.txt.gz).
+    """
+    suffix = suffix_of(file)
+    if suffix not in DATA_FILES:
+        return None
+    path = unicodedata.normalize("NFC", str(file.relative_to(root)).casefold())
+    *folders, name = re.sub(r"held[-_ ]out", "heldout", path).split(os.sep)
+    stem = re.sub(r"\W\d+-of-\d+.*", "", name[: name.rindex(suffix)])
+    words = re.findall(r"[^\W_]+", re.sub(r"[\W\d_]+$", "", stem) or stem)
+    return next((word for word in (*folders, *words[:1], *words[-1:]) if word in HELD_OUT), None)
+
+
+def suffix_of(file):
+    """The suffix of the uncompressed file, in lower case: .jsonl for a.jsonl.gz."""
+    name = file.name.lower()
+    return Path(name[: -len(file.suffix)] if file.suffix.lower() in COMPRESSED else name).suffix
+
+
+# -----------------------------------------------------------------------------
+# Read files into one text
+
+
+class Text:
+    """
+    The text of many files, as UTF-8 in one temporary file in `folder`, with the places of its documents.
+    text[begin:end] reads bytes, so no document has to fit into memory.
+    """
+
+    def __init__(self, folder=None):
+        self.file = tempfile.TemporaryFile(dir=folder)
+        self.size, self.num_documents = 0, 0  # bytes, documents
+        self.places = array("Q")  # begin, end, begin, end, …
+
+    def write(self, text):
+        """Append text. It becomes a document with add_document."""
+        self.size += self.file.write(text.encode("utf-8", "replace"))  # JSON can contain half surrogate pairs
+
+    def add_document(self, begin, end):
+        """Add a document by its place in bytes. Empty documents are ignored."""
+        if begin < end:
+            self.places.extend((begin, end))
+            self.num_documents += 1
+
+    def documents(self):
+        """The (begin, end) of each document in bytes, int64 (documents, 2)."""
+        return np.array(self.places, dtype=np.int64).reshape(-1, 2)
+
+    def __getitem__(self, place):
+        self.file.flush()
+        return os.pread(self.file.fileno(), place.stop - place.start, place.start)
+
+
+class TextReader:
+    """
+    Reads text files of any supported type.
+
+    text_field: field or column that contains the text; None: the first of TEXT_FIELDS that is a string
+    separator: separates documents in a plain text file; None: <|endoftext|> in .txt files
+    plain: read every file as UTF-8, one document per file
+    left_out: [(path, reason)]; notes: {note: {file name: count}}; empty_files: number without a document
+    """
+
+    def __init__(self, text_field=None, separator=None, plain=False):
+        self.text_field, self.plain = text_field, plain
+        self.separator = (separator or "").replace("\\n", "\n") or None  # a shell passes \n as two letters
+        self.left_out, self.notes, self.empty_files = [], {}, 0
+
+    def note(self, what, file, count=1):
+        """Count something about a file that the user should see."""
+        self.notes.setdefault(what, Counter())[file.name] += count
+
+    def note_lines(self):
+        """One line per note: `rows without a text: 3 (posts.csv and 2 other files)`."""
+        for what, files in self.notes.items():
+            more = f" and {len(files) - 1:,} other files" if len(files) > 1 else ""
+            yield f"{what}: {files.total():,} ({next(iter(files))}{more})"
+
+    def read(self, file, text):
+        """Append the documents of a file to a Text. DataError if the file cannot be read."""
+        before = text.num_documents
+        try:
+            is_text = self.add_documents(file, text)
+        except (DataError, MemoryError):
+            raise
+        except ImportError as error:
+            what = f"reading {file} needs the package {error.name}"
+            raise DataError(f"{what}.\nRun `pip install {error.name}`.") from None
+        except Exception as error:  # the libraries that read files raise many types
+            if getattr(error, "errno", None) == errno.ENOSPC:  # the disk of the Text is full
+                raise
+            reason = getattr(error, "strerror", None) or str(error).split("\n")[0] or type(error).__name__
+            raise DataError(f"{file} cannot be read: {reason.rstrip('.')}.\n{FIX_FILE}") from None
+        self.empty_files += is_text and text.num_documents == before
+
+    def add_documents(self, file, text):
+        """Append the documents of a file to a Text -> False if the file is not text."""
+        suffix = suffix_of(file)
+        if suffix == ".parquet":
+            self.add_rows(file, read_parquet(file, self.text_field), text)
+            return True
+        encoding = self.find_encoding(file)
+        if encoding is None:
+            return False
+        if suffix in TABLES:
+            with open_text(file, encoding) as stream:
+                if self.add_rows(file, TABLES[suffix](file, stream), text):
+                    return True
+            if suffix in (".csv", ".tsv"):
+                self.note("tables without a known text column, read as plain text", file)
+        with open_text(file, encoding) as stream:
+            self.add_plain_text(file, stream, text)
+        return True
+
+    def find_encoding(self, file):
+        """The encoding of a text file, or None if it is not text. Reads the file once."""
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        with open_bytes(file) as stream:
+            block = stream.read(BLOCK)
+            mark = next((mark for mark in BYTE_ORDER_MARKS if block.startswith(mark)), None)
+            if mark and not self.plain:
+                return BYTE_ORDER_MARKS[mark]
+            if b"\0" in block[:8192]:
+                self.left_out.append((str(file), "not text: contains a zero byte"))
+                return None
+            try:
+                while block and not self.plain:
+                    decoder.decode(block)
+                    sample, block = block, stream.read(BLOCK)
+                decoder.decode(b"", final=True)
+                return "utf-8"
+            except UnicodeDecodeError as error:
+                begin = max(0, error.start - 1000)
+                encoding = guess_encoding((block or sample)[begin : begin + 2**16])
+        damaged = "UTF-8 files with invalid bytes, replaced by U+FFFD"
+        self.note(damaged if encoding == "utf-8" else f"files read as {encoding}", file)
+        return encoding
+
+    def add_plain_text(self, file, stream, text):
+        """Append plain text, split into documents at the separator and one line end on each side of it."""
+        begin, before = text.size, text.num_documents
+        for block in iter(partial(stream.read, BLOCK), ""):
+            text.write(block)
+        separator = self.separator or ("<|endoftext|>" if suffix_of(file) in (".txt", ".text") else None)
+        if separator and not self.plain:
+            pattern, at = rb"(?:\r?\n)?%b(?:\r?\n)?" % re.escape(separator.encode()), begin
+            while at < text.size:
+                for match in re.finditer(pattern, text[at : at + BLOCK + len(separator.encode()) + 4]):
+                    if match.start() < BLOCK:  # later ones may be cut off; the next block finds them
+                        text.add_document(begin, at + match.start())
+                        begin = at + match.end()
+                at = max(at + BLOCK, begin)
+        text.add_document(begin, text.size)
+        if (documents := text.num_documents - before) > 1:
+            self.note(f"documents separated by {separator!r}", file, documents)
+
+    def add_rows(self, file, rows, text):
+        """
+        Append the texts of (place, row) pairs as documents -> False if this is not a table of texts.
+        Rows without a text are counted; DataError if there are more than 1% of them.
+        """
+        first_rows, first_missing, missing, count = [], None, 0, 0
+        try:
+            first_rows += islice(rows, 16)
+        except (ValueError, csv.Error):
+            if suffix_of(file) == ".parquet" or find_text_field(file, first_rows, self.text_field):
+                raise
+            return False
+        name = find_text_field(file, first_rows, self.text_field)
+        if name is None:
+            return False
+        for place, row in chain(first_rows, rows):
+            content, begin = row.get(name) if isinstance(row, dict) else None, text.size
+            count += 1
+            if isinstance(content, str):
+                text.write(content)
+                text.add_document(begin, text.size)
+            else:
+                first_missing, missing = first_missing or place, missing + 1
+        if missing > 0.01 * count:
+            what = f"the field {name} is missing or not a string (in {missing:,} of {count:,} rows)"
+            raise DataError(f"{file}, {first_missing}: {what}.\n{NAME_FIELD}")
+        if missing:
+            self.note("rows without a text", file, missing)
+        if name != (self.text_field or "text"):
+            self.note(f"texts read from the field {name}", file, count - missing)
+        return True
+
+
+def find_text_field(file, rows, text_field):
+    """
+    The name of the field with the text, found in the first (place, value) rows: text_field, or the first of
+    TEXT_FIELDS that is a string. None if the file can be read as plain text instead, otherwise DataError.
+    """
+    rows = [row for _, row in rows if isinstance(row, dict)]
+    strings = {name for row in rows for name, value in row.items() if isinstance(value, str)}
+    names = [text_field] if text_field else TEXT_FIELDS
+    if name := next((name for name in names if name in strings), None):
+        return name
+    if text_field:
+        raise DataError(f"{file} has no field {text_field} with strings.\n{NAME_FIELD}")
+    if suffix_of(file) in (".json", ".csv", ".tsv"):
+        return None
+    what = "its lines are not JSON objects"
+    if rows:
+        what = f"none of its fields is known to contain the text: {', '.join(rows[0])}"
+    for name, value in rows[0].items() if rows else ():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            what = f"its field {name} contains chats (lists of turns), not texts"
+    raise DataError(f"{file}: {what}.\n{NAME_FIELD}")
+
+
+def read_json_lines(file, stream):
+    """Yield (place, value) for each line that is not blank."""
+    for number, line in enumerate(stream, 1):
+        if line.strip():
+            try:
+                yield f"line {number}", json.loads(line)
+            except ValueError:
+                what = f"{file}, line {number}: not valid JSON"
+                raise DataError(f"{what}.\nFix or delete that line.") from None
+
+
+def read_json(file, stream):
+    """Yield (place, value) for each value of a JSON array, or of values one after another; else nothing."""
+    decoder, text, count = json.JSONDecoder(), stream.read(BLOCK).lstrip(), 0
+    if not text.startswith(("[", "{")):
+        return
+    at = int(text.startswith("["))
+    while True:
+        at = re.compile(r"[\s,]*").match(text, at).end()
+        try:
+            value, at = decoder.raw_decode(text, at)
+        except ValueError:  # either invalid, or the rest of the value has not been read yet
+            text, at, more = text[at:], 0, stream.read(max(BLOCK, len(text)))
+            if not more and text.strip() in ("", "]"):
+                return
+            if not more or len(text) > 64 * BLOCK:
+                raise
+            text += more
+        else:
+            count += 1
+            yield f"value {count}", value
+
+
+def read_csv(file, stream):
+    """Yield (place, {column: text}) for each row of a table with a header, separated by , or ; or tabs."""
+    csv.field_size_limit(2**31 - 1)
+    header = stream.readline()
+    lines = csv.reader(chain([header], stream), delimiter=max("\t,;", key=header.count))
+    names = next(lines, [])
+    for row in lines:
+        if row:
+            yield f"line {lines.line_num}", dict(zip(names, row))
+
+
+def read_parquet(file, text_field):
+    """Yield (place, {column: text}) for each row, only with the column of the text. Raises DataError."""
+    import pyarrow.parquet as parquet  # optional dependency
+
+    table, count = parquet.ParquetFile(file, buffer_size=BLOCK), 0
+    types = {column.name: str(column.type) for column in table.schema_arrow}
+    names = [text_field] if text_field else TEXT_FIELDS
+    name = next((name for name in names if STRING_TYPE.match(types.get(name, ""))), None)
+    if name is None:
+        columns = ", ".join(f"{name} ({kind})" for name, kind in types.items())
+        what = f"{file} has no column {text_field or 'text'} of strings; its columns are {columns}"
+        raise DataError(f"{what}.\n{NAME_FIELD}")
+    for batch in table.iter_batches(batch_size=64, columns=[name]):
+        for text in batch.column(name).cast("string").to_pylist():
+            count += 1
+            yield f"row {count}", {name: text}
+
+
+TABLES = {".jsonl": read_json_lines, ".ndjson": read_json_lines, ".json": read_json}
+TABLES |= {".csv": read_csv, ".tsv": read_csv}
+
+
+def open_bytes(file):
+    """Open a file to read bytes; it is decompressed according to its suffix."""
+    suffix = file.suffix.lower()
+    if suffix == ".zst":
+        import zstandard  # optional dependency
+
+        return zstandard.ZstdDecompressor().stream_reader(open(file, "rb"), read_across_frames=True)
+    return {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(suffix, open)(file, "rb")
+
+
+def open_text(file, encoding):
+    """Open a file to read text; line ends are not changed."""
+    return io.TextIOWrapper(open_bytes(file), encoding, "replace", newline="")
+
+
+def guess_encoding(sample):
+    """The most likely encoding of bytes that are not valid UTF-8."""
+    text = sample.decode("utf-8", "replace")
+    if sum(letter > "\x7f" for letter in text) > 2 * text.count("\ufffd"):
+        return "utf-8"  # mostly valid, some bytes are damaged
+    import charset_normalizer  # slow to import and rarely needed
+
+    western, best = (
+        charset_normalizer.from_bytes(sample, cp_isolation=names).best() for names in (["cp1252"], ENCODINGS)
+    )
+    if not best or western and western.chaos <= best.chaos + 0.02:  # cp1252 is by far the most common
+        return "cp1252"
+    return best.encoding
+
+
+# -----------------------------------------------------------------------------
+# Split documents into train and val, and cut them into pieces
+
+
+def choose_split(text, places, num_train):
+    """
+    Choose the validation text -> (how, the byte in each document where its validation part begins).
+
+    "files": the documents from number num_train on, which come from files held out by their names
+    "hash": 5% of the documents, chosen by a hash of the content, so that adding files moves no other document
+    "tail": the last 5% of each document, if there are too few documents for "hash"
+    """
+    begins, ends = places.T
+    if num_train < len(places):
+        return "files", np.where(np.arange(len(places)) < num_train, ends, begins)
+    held_out = np.empty(len(places), dtype=bool)
+    for number, (begin, end) in enumerate(places):
+        digest = hashlib.sha256()
+        for at in range(begin, end, BLOCK):
+            digest.update(text[at : min(end, at + BLOCK)])
+        held_out[number] = int.from_bytes(digest.digest()[:4], "big") < VAL_FRACTION * 2**32
+    if 0.01 <= (ends - begins)[held_out].sum() / (ends - begins).sum() <= 0.20:
+        return "hash", np.where(held_out, begins, ends)
+    return "tail", np.array([find_cut(text, begin, end) for begin, end in places])
+
+
+def find_cut(text, begin, end):
+    """The byte where the last 5% of a document begin, moved to the start of a near line or a character."""
+    cut = begin + int((1 - VAL_FRACTION) * (end - begin))
+    first = max(cut - BLOCK, begin + int(0.8 * (end - begin)))
+    if line := text[first:cut].rfind(b"\n") + 1:
+        return first + line
+    while cut < end and text[cut : cut + 1][0] & 0xC0 == 0x80:  # inside a UTF-8 character
+        cut += 1
+    return cut
+
+
+def cut_into_pieces(text, places, size=PIECE_CHARS):
+    """
+    Cut documents of a Text, or of bytes -> yield (whether the piece starts a document, piece). A piece has at
+    most `size` characters and ends after a line end if it contains one.
+    """
+    for begin, end in places:
+        at = begin
+        while at < end:
+            # a character has 1 to 4 bytes; one more character shows whether the document goes on
+            piece = text[at : min(end, at + 4 * (size + 1))].decode("utf-8", "ignore")
+            if len(piece) > size:
+                piece = piece[: piece.rfind("\n", 0, size) + 1 or size]
+            yield at == begin, piece
+            at += len(piece.encode())
+
+
+def read_documents(data):
+    """Yield the documents in a file or folder as strings, held out by name or not. Raises DataError."""
+    found, reader, text = find_files(data), TextReader(), Text()
+    for file in found.train + found.val + found.unused:
+        reader.read(file, text)
+    yield from (text[begin:end].decode() for begin, end in text.documents())
+
+
+# -----------------------------------------------------------------------------
+# The tokenizer: a tiktoken Encoding. Its only special token, the last one, starts each document
+
+
+def train_on_split(text, train, vocab_size, say):
+    """Train a BPE on the training split, or on TOKENIZER_BYTES of it from all over the corpus."""
+    size = int((train[:, 1] - train[:, 0]).sum())
+    fraction = min(1.0, TOKENIZER_BYTES / max(1, size))
+    say(f"training a BPE of {vocab_size:,} tokens on {fraction * size / 1e6:,.1f} MB")
+    pieces = (piece for _, piece in cut_into_pieces(text, train))
+    return train_tokenizer(pieces, vocab_size, fraction)
+
+
+def train_tokenizer(pieces, vocab_size, fraction=1.0):
+    """Train a byte-level BPE of at most vocab_size tokens, <|bos|> included, on a fraction of the pieces."""
+    assert vocab_size <= 2**16, "tokens are stored as uint16"
+
+    def some_pieces():
+        seen = used = 0
+        for piece in pieces:
+            seen += len(piece)
+            if used < fraction * seen:
+                used += len(piece)
+                yield piece
+
+    trainer = rustbpe.Tokenizer()
+    trainer.train_from_iterator(some_pieces(), vocab_size - 1, buffer_size=64, pattern=SPLIT_PATTERN)
+    ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
+    special = {"<|bos|>": len(ranks)}
+    return tiktoken.Encoding("onedial", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=special)
+
+
+def save_tokenizer(encoding, folder):
+    """Write tokenizer.tiktoken (lines of base64 and rank) and tokenizer.json (the rest) -> {file: sha256}."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rest = {"name": encoding.name, "pattern": encoding._pat_str, "special_tokens": encoding._special_tokens}
+    lines = [base64.b64encode(token) + b" %d\n" % rank for token, rank in encoding._mergeable_ranks.items()]
+    files = {"tokenizer.tiktoken": b"".join(lines), "tokenizer.json": json.dumps(rest, indent=2).encode()}
+    return {name: write(folder / name, content) for name, content in files.items()}
+
+
+def load_tokenizer(folder, expected=None):
+    """Read what save_tokenizer wrote. expected: {file: sha256}; DataError if a file differs from it."""
+    for name, digest in (expected or {}).items():
+        if not (folder / name).exists() or file_sha256(folder / name) != digest:
+            raise damaged(folder / name, "its sha256 has changed")
+    rest = json.loads((folder / "tokenizer.json").read_text())
+    pattern, special = rest["pattern"], rest["special_tokens"]
+    ranks = read_ranks(folder / "tokenizer.tiktoken")
+    return tiktoken.Encoding(rest["name"], pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+
+
+def read_ranks(path):
+    """Read lines of base64 and rank -> {bytes of the token: rank}."""
+    lines = (line.split() for line in path.read_bytes().splitlines())
+    return {base64.b64decode(token): int(rank) for token, rank in lines}
+
+
+def gpt2_tokenizer(vocab_size):
+    """GPT-2's tokenizer, downloaded by tiktoken or read from a file in the cache folder. Raises DataError."""
+    if vocab_size not in (None, 50257):
+        what = f"--vocab-size {vocab_size}: this corpus is tokenized with GPT-2's 50,257 tokens"
+        raise DataError(f"{what}.\nRemove --vocab-size.")
+    path = cache_folder() / "r50k_base.tiktoken"  # the file name that OpenAI uses
+    os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(cache_folder() / "tiktoken"))  # instead of /tmp
+    try:
+        ranks = read_ranks(path) if path.exists() else tiktoken.get_encoding("r50k_base")._mergeable_ranks
+        if sorted(ranks.values()) != list(range(50256)):
+            raise ValueError
+    except Exception as error:  # tiktoken raises any network error
+        if path.exists():
+            raise damaged(path, "its ranks are not 0 to 50255") from None
+        what = f"GPT-2's vocabulary cannot be downloaded: {type(error).__name__}"
+        raise DataError(f"{what}.\nCopy {path.name} into {path.parent} yourself, {OTHER_TEXT}") from None
+    special = {"<|endoftext|>": 50256}
+    return tiktoken.Encoding("gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special)
+
+
+def tokenizer_fingerprint(encoding):
+    """A short hash of an encoding's tokens and split pattern."""
+    tokens = sorted(encoding._mergeable_ranks, key=encoding._mergeable_ranks.get)
+    return fingerprint(encoding._pat_str, [token.hex() for token in tokens])
+
+
+def token_bytes(encoding):
+    """The length of each token in bytes, uint16 (n_vocab,); 0 for the special token."""
+    lengths = np.zeros(encoding.n_vocab, dtype=np.uint16)
+    for token, rank in encoding._mergeable_ranks.items():
+        lengths[rank] = len(token)
+    return lengths
+
+
+# -----------------------------------------------------------------------------
+# Tokenize
+
+
+def encode_texts(encoding, text, places, folder, split, say):
+    """Encode documents of a Text on all cores into folder/SPLIT_000000.bin … -> the manifest's entry."""
+    pieces = cut_into_pieces(text, places, PIECE_CHARS if split == "train" else VAL_PIECE_CHARS)
+    groups = iter(lambda: list(islice(pieces, 16)), [])  # each is encoded by one thread
+    waiting, count, shards, last_line = [], 0, [], time.monotonic()
+
+    def write_shard(parts, count):
+        header = np.array([MAGIC, VERSION, count] + [0] * (HEADER_INTS - 3), dtype="<i4")
+        name = f"{split}_{len(shards):06}.bin"
+        shards.append({"file": name, "tokens": count, "sha256": write(folder / name, header, *parts)})
+
+    with ThreadPoolExecutor(THREADS) as pool:  # tiktoken releases the GIL
+        while batch := list(islice(groups, 2 * THREADS)):  # a limited number of groups, to limit the memory
+            waiting += pool.map(partial(encode_pieces, encoding, split=split), batch)
+            count += sum(map(len, waiting[-len(batch) :]))
+            while count >= SHARD_TOKENS:
+                tokens = np.concatenate(waiting)
+                write_shard([tokens[:SHARD_TOKENS]], SHARD_TOKENS)
+                waiting, count = [tokens[SHARD_TOKENS:]], count - SHARD_TOKENS
+            if time.monotonic() - last_line > 2:
+                last_line = time.monotonic()
+                say(f"{len(shards) * SHARD_TOKENS + count:,} tokens so far")
+    if count:
+        write_shard(waiting, count)
+    sizes = places[:, 1] - places[:, 0]
+    counts = {"documents": int(np.count_nonzero(sizes)), "bytes": int(sizes.sum())}
+    return {**counts, "tokens": sum(shard["tokens"] for shard in shards), "shards": shards}
+
+
+def encode_pieces(encoding, pieces, split):
+    """Encode pieces of cut_into_pieces -> uint16 (tokens,). A bos starts each document, or piece of "val"."""
+    bos, parts = np.array([encoding.n_vocab - 1], dtype=np.uint32), []
+    for starts_document, piece in pieces:
+        if starts_document or split == "val":
+            parts.append(bos)
+        parts.append(encoding.encode_to_numpy(piece, disallowed_special=()))  # "<|bos|>" in text is text
+    return np.concatenate(parts).astype("<u2")
+
+
+def encode_held_out(encoding, texts, whole=False):
+    """Encode texts as a validation split does, or whole, with one bos each -> uint16 (tokens,)."""
+    size, split = (PIECE_CHARS, "train") if whole else (VAL_PIECE_CHARS, "val")
+    texts = [text.encode() for text in texts]
+    pieces = (piece for text in texts for piece in cut_into_pieces(text, [(0, len(text))], size))
+    return encode_pieces(encoding, pieces, split)
+
+
+def open_shard(path, expected=None):
+    """Memory-map the tokens of a shard, uint16 (tokens,). DataError if header, size or sha256 is wrong."""
+    try:
+        header, size = np.fromfile(path, dtype="<i4", count=HEADER_INTS), path.stat().st_size
+        if header[:3].tolist() != [MAGIC, VERSION, (size - 4 * HEADER_INTS) / 2]:
+            raise damaged(path, f"the header {header[:3].tolist()} is not that of a shard of {size:,} bytes")
+        if expected and file_sha256(path) != expected:
+            raise damaged(path, "its sha256 has changed")
+    except OSError as error:
+        raise damaged(path, error.strerror) from None
+    return np.asarray(np.memmap(path, dtype="<u2", mode="r"))[2 * HEADER_INTS :]
+
+
+# -----------------------------------------------------------------------------
+# Public data sets: listed once, then fetched file by file, as far as the horizon needs them
+
+
+def find_public(data):
+    """
+    The PublicSet of a short name or of hf:OWNER/NAME[@COMMIT][/FOLDER-OR-FILE]. The newest commit is looked
+    up once and kept. DataError if the set cannot be listed, contains no text, or contains several sets.
+    """
+    if data in PUBLIC:
+        return PUBLIC[data]
+    data = SHORT_NAMES.get(data, data)
+    match = re.fullmatch(r"hf:([^/@]+/[^/@]+)(@[^/]+)?(/.+)?", data.rstrip("/"))
+    if not match:
+        raise DataError(f"--data {data} is not a data set's name.\nUse hf:OWNER/NAME[/FOLDER-OR-FILE].")
+    repository, commit, inside = (part.strip("@/") for part in match.groups(""))
+    name = repository.replace("/", "--")
+
+    def make(temporary):
+        import huggingface_hub  # slow to import and rarely needed
+
+        try:
+            options = {"revision": commit or None, "timeout": 60, "files_metadata": True}
+            info = huggingface_hub.HfApi().dataset_info(repository, **options)
+        except Exception as error:  # the hub raises any network error
+            advice = f"Check its name, log in with `hf auth login` if it is private, {OTHER_TEXT}"
+            raise DataError(f"{data} cannot be listed: {hub_reason(error)}.\n{advice}") from None
+        sizes = {file.rfilename: (file.size or 0) / 1e6 for file in info.siblings}
+        train, val = choose_files(data, inside, sizes)
+        return {"commit": info.sha, "train": {name: sizes[name] for name in train}, "val": val}
+
+    def listed(commit, make):
+        folder = cache_folder() / "listed" / f"{name}-{fingerprint(repository, commit, inside)}"
+        return make_once(folder, make)
+
+    found = listed(commit, make)
+    commit = found["commit"]
+    listed(commit, lambda temporary: found)  # a resumed run asks for this commit
+    return PublicSet(f"{name}-{commit[:12]}", repository, found["train"], found["val"], commit, inside)
+
+
+def choose_files(data, inside, sizes):
+    """Choose files of a hub data set, {file: MB} -> (training files, validation file or None)."""
+    kinds = {}  # {suffix: files}
+    for name in sorted(sizes):
+        if f"{name}/".startswith(f"{inside}/" if inside else "") and suffix_of(Path(name)) in DATA_FILES:
+            kinds.setdefault(suffix_of(Path(name)), []).append(Path(name))
+    kinds.pop(".bin", None)
+    if not kinds:
+        what = f"{data} contains no parquet, JSONL or text files, only {summarize(sizes)}"
+        raise DataError(f"{what}.\nChoose another data set, or another folder of it.")
+    total_size = lambda files: sum(sizes[str(file)] for file in files)  # noqa: E731
+    files = kinds.get(".parquet") or max(kinds.values(), key=total_size)
+    folders = {file.parts[0] for file in files if len(file.parts) > 1} - {"train", *HELD_OUT}
+    if len(folders) > 1:
+        what = f"{data} contains several data sets: {', '.join(sorted(folders)[:9])}"
+        raise DataError(f"{what}.\nChoose one of them, for example {data}/{min(folders)}.")
+    root = Path(inside).parent if inside in sizes else Path(inside)
+    train, val, _ = split_by_name(data, root, files)
+    if not val and len(train) > 1:
+        val = [train.pop()]
+    return [str(file) for file in train], str(val[0]) if val else None
+
+
+def prepare_public(public, reader, vocab_size, say, tokenizer):
+    """The corpus of a public data set, with its validation file and its first training file."""
+    first, *more = public.train
+    if first.endswith(".bin"):
+        encoding, identity = gpt2_tokenizer(vocab_size), "gpt2"
+    elif tokenizer:
+        encoding, identity = tokenizer, tokenizer_fingerprint(tokenizer)
+    else:
+        vocab_size = vocab_size or min(32_768, default_vocab_size(1e6 * sum(public.train.values())))
+
+        def make(temporary):
+            text = Text(temporary)
+            reader.read(fetch_file(public, first, say), text)
+            say(f"training a BPE of {vocab_size:,} tokens on {first}")
+            pieces = (piece for _, piece in cut_into_pieces(text, text.documents()))
+            return save_tokenizer(train_tokenizer(pieces, vocab_size), temporary)
+
+        name = f"{public.name}-tokenizer-{vocab_size}{reader.text_field or ''}"
+        identity = make_once(cache_folder() / "tokens" / name, make)
+        encoding = load_tokenizer(cache_folder() / "tokens" / name, identity)
+    content = fingerprint(public.name, public.repository, public.revision, identity)
+    corpus = Corpus(public.name, content, encoding, more=more, public=public, reader=reader)
+    add_file(corpus, "val", cache_folder() / public.name / public.val, say)
+    add_file(corpus, "train", cache_folder() / public.name / first, say)
+    corpus.notes = [f"held out: {public.val}", *reader.note_lines()]
+    return corpus
+
+
+def fetch_more(corpus, rows, T, say=lambda line: None):
+    """
+    Add files of a public data set until it has `rows` training rows of T tokens, or no more files. They are
+    added in the order of the list, so rows keep their places in epoch 0. Other corpora do not change.
+    """
+    available = corpus.rows_per_shard("train", T)
+    if corpus.more and sum(available) < rows:
+        missing = (rows - sum(available)) * len(available) / sum(available)
+        count = min(len(corpus.more), math.ceil(missing))
+        size = sum(corpus.public.train[name] for name in corpus.more[:count]) / 1000
+        say(f"this run needs {plural(count, 'more file')} of {corpus.name}, {size:.1f} GB in total")
+    while corpus.more and sum(corpus.rows_per_shard("train", T)) < rows:
+        add_file(corpus, "train", cache_folder() / corpus.name / corpus.more.pop(0), say)
+
+
+def add_file(corpus, split, path, say):
+    """
+    Add a file to a split, fetching it first if it belongs to a public data set. A .bin shard is checked once
+    and used where it is; a text file is tokenized once into the cache. Raises DataError.
+    """
+    is_shard = path.suffix == ".bin"
+    place = os.path.relpath(path.resolve(), cache_folder().resolve())
+    identity = fingerprint(LAYOUT, place, corpus.fingerprint)
+    folder = cache_folder() / ("checked" if is_shard else "tokens") / f"{path.stem}-{identity}"
+    if is_shard and not path.exists():  # the earlier check is about a file that was deleted
+        shutil.rmtree(folder, ignore_errors=True)
+
+    def make(temporary):
+        if corpus.public:
+            fetch_file(corpus.public, str(path.relative_to(cache_folder() / corpus.name)), say)
+        if is_shard:
+            say(f"checking {path.name}")
+            return check_shard(path, corpus.bos)
+        say(f"tokenizing {path.name}")
+        text = Text(temporary)
+        corpus.reader.read(path, text)
+        return encode_texts(corpus.tokenizer, text, text.documents(), temporary, split, say)
+
+    corpus.add(path.parent if is_shard else folder, split, make_once(folder, make))
+
+
+def check_shard(path, bos):
+    """Check a shard of GPT-2's tokens -> the manifest's entry. DataError if it is damaged."""
+    tokens, digest = open_shard(path), file_sha256(path)
+    if len(tokens) and tokens.max() > bos:
+        raise damaged(path, f"it contains the token {tokens.max():,}, and GPT-2's last token is {bos:,}")
+    return {"tokens": len(tokens), "shards": [{"file": path.name, "sha256": digest}]}
+
+
+def fetch_file(public, name, say):
+    """The path of a public data set's file in the cache; downloaded if necessary. Raises DataError."""
+    path = cache_folder() / public.name / name
+
+    def make(temporary):
+        download(public, name, temporary, say)
+        if path.suffix == ".bin":
+            open_shard(temporary / name)
+        return temporary / name
+
+    build_once(path, path, make)
+    return path
+
+
+def download(public, name, folder, say):
+    """Download a file of a public data set to folder/name. DataError says why it failed."""
+    import huggingface_hub  # slow to import and rarely needed
+
+    place = cache_folder() / public.name
+    megabytes = public.train.get(name) or max(public.train.values())
+    free = shutil.disk_usage(place).free / 1e6
+    say(f"downloading {name} of {public.repository}, about {megabytes:,.0f} MB")
+    if public.revision != "main" and megabytes > free:  # a listing has exact sizes, PUBLIC has not
+        what = f"{place / name} needs {megabytes:,.0f} MB of disk space, and {free:,.0f} MB are free"
+        raise DataError(f"{what}.\n{FREE_SPACE}")
+    try:
+        options = {"repo_type": "dataset", "revision": public.revision, "local_dir": folder}
+        huggingface_hub.hf_hub_download(public.repository, name, **options)  # checks the size
+    except Exception as error:  # the hub raises any network error
+        if type(error) in (OSError, PermissionError) and error.errno:
+            raise  # an error of the disk
+        what = f"{name} of {public.repository} cannot be downloaded: {hub_reason(error)}"
+        advice = f"Copy it (and the next files, for a long run) into {place} yourself, {OTHER_TEXT}"
+        raise DataError(f"{what}.\n{advice}") from None
+
+
+def hub_reason(error):
+    """Why a request to the hub failed, in a few words."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status in (401, 403):
+        return f"{status}, it is private, does not exist, or your login may not read it"
+    return str(error.__cause__ or error).split("\n")[0].rstrip(".") or type(error).__name__
+
+
+# -----------------------------------------------------------------------------
+# The cache: each folder in it is built once, by one process, and is either complete or absent
+
+
+def cache_folder():
+    """The folder of prepared corpora: $ONEDIAL_HOME, or ~/.cache/onedial. DataError if there is no home."""
+    try:
+        return Path(os.environ.get("ONEDIAL_HOME") or "~/.cache/onedial").expanduser()
+    except RuntimeError:
+        what = "there is no home folder for the cache of prepared corpora"
+        raise DataError(f"{what}.\nSet ONEDIAL_HOME to a folder.") from None
+
+
+def make_once(folder, make):
+    """
+    Build a folder of the cache unless it exists -> its manifest. make(temporary folder) fills the folder and
+    returns the manifest. DataError if the disk fails.
+    """
+
+    def make_folder(temporary):
+        write(temporary / "manifest.json", json.dumps(make(temporary), indent=1).encode())
+        shutil.rmtree(folder, ignore_errors=True)
+        return temporary
+
+    try:
+        build_once(folder, folder / "manifest.json", make_folder)
+    except OSError as error:
+        raise DataError(f"{folder} cannot be written: {error.strerror or error}.\n{FREE_SPACE}") from None
+    return read_manifest(folder)
+
+
+def build_once(path, marker, make):
+    """
+    Create a file or folder unless `marker` exists. make(temporary folder) returns what becomes `path`. A lock
+    makes other processes wait; the rename comes last, so a kill leaves nothing that is used later.
+    """
+    if marker.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(path.with_name(f".{path.name}.lock")):
+        if marker.exists():  # another process has built it while this one waited
+            return
+        temporary = path.with_name(f".tmp-{path.name}")
+        shutil.rmtree(temporary, ignore_errors=True)  # a killed process may have left it
+        try:
+            temporary.mkdir()
+            os.rename(make(temporary), path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def read_manifest(folder):
+    """The manifest of a folder of the cache. DataError if it is damaged."""
+    try:
+        return json.loads((folder / "manifest.json").read_bytes())
+    except (OSError, ValueError):
+        raise damaged(folder / "manifest.json", "it is not valid JSON") from None
+
+
+def damaged(path, reason):
+    """The DataError for a damaged file. It names the folder of the cache that can be deleted."""
+    folder = cache_folder() / "checked"  # the results of checks of files outside the cache
+    if cache_folder() in path.parents:
+        folder = next((parent for parent in path.parents[:2] if (parent / "manifest.json").exists()), path)
+    return DataError(f"{path} is damaged: {reason}.\nRestore the file, or delete {folder} to start over.")
+
+
+def write(path, *contents):
+    """Write bytes or arrays to a file and force them to disk -> their sha256."""
+    with open(path, "wb") as file:
+        for content in contents:
+            file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    return file_sha256(path)
+
+
+def file_sha256(path):
+    """The sha256 of a file's content, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint(*values):
+    """A short hash of plain values."""
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:12]
+
+
+# -----------------------------------------------------------------------------
+# The command line
+
+
+def describe(data, **reading):
+    """Prepare a corpus and print what it contains."""
+    corpus = prepare(data, say=lambda line: print(line, file=sys.stderr), **reading)
+    for split, count in corpus.counts.items():
+        facts = [f"{value:,} {key}" for key, value in count.items()]
+        facts.append(f"{sum(corpus.rows_per_shard(split, 128)):,} rows of 128")
+        if "bytes" in count:
+            facts.append(f"{count['bytes'] / count['tokens']:.2f} bytes per token")
+        print(f"{split:6}{' · '.join(facts)}")
+    for line in [*corpus.notes, *(f"left out: {path}: {reason}" for path, reason in corpus.left_out)]:
+        print(line)
+    print(f"split by {corpus.split} · vocabulary of {corpus.tokenizer.n_vocab:,} · {corpus.fingerprint}")
+    tokens = corpus.open_shard("train", 0)[:129].tolist()
+    print(f"the first tokens:\n{corpus.tokenizer.decode(tokens)}", flush=True)
+
+
+def list_cache():
+    """Print what the cache folder contains, the largest first. Anything deleted is built or fetched again."""
+    entries = []
+    for folder in cache_folder().glob("*/*"):
+        files = [file.stat() for file in (folder, *folder.rglob("*")) if file.is_file()]
+        if not folder.name.startswith("."):
+            day = time.strftime("%Y-%m-%d", time.localtime(folder.stat().st_mtime))
+            entries.append((sum(file.st_size for file in files), day, folder))
+    for size, day, folder in sorted(entries, reverse=True):
+        print(f"{size / 1e6:10,.1f} MB  {day}  {folder}")
+    total = sum(size for size, *_ in entries) / 1e6
+    print(f"{total:10,.1f} MB in total; you can delete any of it", flush=True)
+
+
+if __name__ == "__main__":
+    about = "Prepare a corpus; print what it contains and what was left out."
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("data", nargs="?", default="stdlib", help="like --data of train.py [stdlib]")
+    parser.add_argument("--text-field", help="field or column with the text [auto]")
+    text = "separates documents in a plain text file [auto]"
+    parser.add_argument("--document-separator", dest="separator", help=text)
+    parser.add_argument("--cache", action="store_true", help="list what the cache folder contains instead")
+    options = vars(parser.parse_args())
+    try:
+        list_cache() if options.pop("cache") else describe(**options)
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_status)
+    except BrokenPipeError:  # as in `python dataset.py | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,299 @@
+"""Tokens to rows: their order, resuming, prefetching, the validation rows."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import dataloader
+import dataset
+from dataloader import DataLoader, NotEnoughText, ValidationRows
+from dataset import prepare
+
+REPO = Path(dataloader.__file__).parent
+SYLLABLES = "ba de ki lo mu ra se ti vo nu pha chi gre sta lin ter mon ost und ell".split()
+WORDS = np.array([a + b + c for a in SYLLABLES for b in SYLLABLES for c in ("", "s", "ing")])
+
+
+def prose(seed, lines):
+    chosen = np.random.RandomState(seed).choice(WORDS, (lines, 7)).tolist()
+    return "".join(" ".join(words[: 3 + n % 5]) + ".\n" for n, words in enumerate(chosen))
+
+
+@pytest.fixture
+def text(tmp_path, monkeypatch):
+    """A folder of 60 files of text, 1 to 3 kB each, and an empty cache folder."""
+    monkeypatch.setenv("ONEDIAL_HOME", str(tmp_path / "home"))
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for n in range(60):
+        (folder / f"{n:02d}.txt").write_text(prose(n, 30 + n))
+    return folder
+
+
+@pytest.fixture
+def corpus(text, monkeypatch):
+    monkeypatch.setattr(dataset, "SHARD_TOKENS", 7000)
+    return prepare(str(text), 400)
+
+
+def read(corpus, split):
+    """The tokens of each shard of a split, read without the modules under test."""
+    return [np.fromfile(path, dtype="<u2")[512:].tolist() for path, _ in corpus.shards[split]]
+
+
+def split_at(tokens, bos):
+    """The documents in a list of tokens, each a list without its bos."""
+    found = []
+    for token in tokens:
+        if token == bos:
+            found.append([])
+        else:
+            found[-1].append(token)
+    return found
+
+
+def take(loader, count):
+    return np.concatenate([next(loader).numpy() for _ in range(count)])
+
+
+# -----------------------------------------------------------------------------
+# Rows and their order
+
+
+def test_every_token_is_a_target_once_an_epoch(corpus):
+    T, shards = 48, read(corpus, "train")
+    expected = Counter(
+        tuple(tokens[i : i + T]) for tokens in shards for i in range(0, len(tokens) - T + 1, T)
+    )
+    assert len(shards) > 3 and sum(expected.values()) == sum(len(tokens) // T for tokens in shards)
+    loader = DataLoader(corpus, T, 1, 0, "cpu")
+    epochs = [take(loader, loader.rows_per_epoch) for _ in range(3)]
+    for rows in epochs:
+        assert rows.shape == (sum(expected.values()), T + 1) and rows.dtype == np.int64
+        assert (rows[:, 0] == corpus.bos).all()
+        assert Counter(map(tuple, rows[:, 1:].tolist())) == expected
+    assert loader.epoch == 3
+    assert not np.array_equal(epochs[0], epochs[1]) and not np.array_equal(epochs[1], epochs[2])
+
+
+def test_order_depends_on_corpus_seed_and_length_only(corpus):
+    def rows(batch, world_size=1, seed=5, threaded=True):
+        ranks = [DataLoader(corpus, 32, batch, seed, "cpu", rank, world_size) for rank in range(world_size)]
+        if not threaded:
+            ranks = [loader.batches() for loader in ranks]
+        count = 2400 // batch
+        return np.concatenate([next(ranks[i % world_size]).numpy() for i in range(count * world_size)])
+
+    expected = rows(24)  # more than an epoch
+    assert len(expected) > DataLoader(corpus, 32, 1, 0, "cpu").rows_per_epoch
+    for options in ((8,), (1,), (48, 4), (24, 2), (12, 3), (24, 1, 5, False)):
+        assert np.array_equal(rows(*options), expected), options
+    assert not np.array_equal(rows(24, seed=6), expected)
+    with pytest.raises(ValueError, match="cannot be divided"):
+        DataLoader(corpus, 32, 9, 0, "cpu", 0, 2)
+
+
+def test_the_shuffle_is_the_same_everywhere():
+    assert dataloader.shuffled(8, 42, 0).tolist() == [4, 3, 7, 6, 0, 1, 5, 2]
+    order = dataloader.row_order([3, 2], seed=7)
+    assert [next(order) for _ in range(5)] == [(1, 0), (1, 1), (0, 1), (0, 2), (0, 0)]
+
+
+def test_shards_and_rows_are_shuffled_each_epoch_but_a_growing_set_starts_as_listed():
+    def epochs(growing, count=20):
+        order = dataloader.row_order([30] * count, seed=1, can_grow=growing)
+        return [list(itertools.islice(order, 30 * count)) for _ in range(3)]
+
+    plain, growing, longer = epochs(False), epochs(True), epochs(True, 25)
+    shards = lambda rows: tuple(dict.fromkeys(shard for shard, _ in rows))  # noqa: E731
+    assert len({shards(rows) for rows in plain} | {tuple(range(20))}) == 4
+    assert shards(growing[0]) == tuple(range(20)) and growing[1:] == plain[1:]
+    assert longer[0][:600] == growing[0]
+    for shard in range(20):
+        assert len({tuple(row for s, row in rows if s == shard) for rows in plain} | {tuple(range(30))}) == 4
+
+
+def test_a_batch_larger_than_the_corpus_is_an_error_of_two_lines(corpus):
+    with pytest.raises(NotEnoughText, match="rows, and a batch has 100000") as error:
+        DataLoader(corpus, 32, 100_000, 0, "cpu")
+    assert str(error.value).count("\n") == 1 and error.value.exit_status == 2
+
+
+def test_resume_continues_with_the_next_row(corpus):
+    whole = DataLoader(corpus, 32, 6, 3, "cpu")
+    rows = take(whole, 500)
+    for batches, batch, world_size in ((1, 6, 1), (37, 12, 2), (200, 24, 4), (299, 3, 3)):
+        before = DataLoader(corpus, 32, 6, 3, "cpu")
+        take(before, batches)
+        state = json.loads(json.dumps(before.state_dict()))
+        assert state["cursor"] == 6 * batches  # without the batches prepared ahead
+        after = []
+        for rank in range(world_size):
+            loader = DataLoader(corpus, 32, batch, 3, "cpu", rank, world_size)
+            loader.load_state_dict(state)
+            after.append(next(loader).numpy())
+        assert np.array_equal(np.concatenate(after), rows[6 * batches :][:batch])
+
+
+def test_resume_is_immediate_and_refuses_another_corpus(corpus, text, tmp_path):
+    loader = DataLoader(corpus, 32, 6, 3, "cpu")
+    state = {**loader.state_dict(), "cursor": 10**15}
+    start = time.perf_counter()
+    loader.load_state_dict(state)
+    next(loader)
+    assert time.perf_counter() - start < 2
+    (text / "00.txt").write_text("another text")
+    for other, name in (
+        (DataLoader(prepare(str(text), 400), 32, 6, 3, "cpu"), "fingerprint"),
+        (DataLoader(corpus, 16, 6, 3, "cpu"), "T is 16, was 32"),
+        (DataLoader(corpus, 32, 6, 4, "cpu"), "seed"),
+    ):
+        with pytest.raises(ValueError, match=name):
+            other.load_state_dict(state)
+
+
+def test_the_thread_stays_two_batches_ahead_and_errors_reach_the_loop(corpus, monkeypatch):
+    made = []
+    batches = DataLoader.batches
+
+    def counted(self):
+        for batch in batches(self):
+            made.append(batch)
+            yield batch
+
+    monkeypatch.setattr(DataLoader, "batches", counted)
+    loader = DataLoader(corpus, 32, 4, 0, "cpu")
+    assert loader.wait_time == 0
+    for consumed in range(1, 4):
+        next(loader)
+        deadline = time.time() + 5
+        while len(made) < consumed + 2 and time.time() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.05)
+        assert len(made) == consumed + 2
+    waited = loader.wait_time
+    next(loader)
+    assert waited > 0 and loader.wait_time - waited < 0.05
+
+    def broken(self):
+        yield batches(self).__next__()
+        raise dataset.DataError("a shard\nis damaged")
+
+    monkeypatch.setattr(DataLoader, "batches", broken)
+    loader = DataLoader(corpus, 32, 4, 0, "cpu")
+    next(loader)
+    with pytest.raises(dataset.DataError, match="a shard"):
+        next(loader)
+    with pytest.raises(StopIteration):  # and does not wait for a batch
+        next(loader)
+
+
+# -----------------------------------------------------------------------------
+# Validation
+
+
+def test_validation_rows_are_the_same_for_any_batch_and_world_size(corpus):
+    validation = ValidationRows(corpus, 3000, 40)
+    validation.tokens = stream = validation.tokens[:990]
+    assert len(validation) == 25
+
+    def everything(batch_size, world_size):
+        rows, total = {}, 0
+        for rank in range(world_size):
+            batches = validation.batches(batch_size, "cpu", rank, world_size)
+            for n, (tokens, targets, size) in enumerate(batches):
+                assert tokens.shape == targets.shape == (batch_size, 40)
+                assert (tokens[:, 0] == corpus.bos).all()
+                for j in range(batch_size):
+                    place = (n * world_size + rank) * batch_size + j
+                    if place < 25:
+                        rows[place] = (tokens[j].tolist(), targets[j].tolist())
+                    else:
+                        assert (targets[j] == -1).all()
+                total += size
+        return rows, total
+
+    expected, size = everything(1, 1)
+    assert sorted(expected) == list(range(25))
+    length = lambda token: len(corpus.tokenizer.decode_single_token_bytes(token))  # noqa: E731
+    for place, (tokens, targets) in expected.items():
+        true = [*stream[place * 40 : place * 40 + 40].tolist(), *[corpus.bos] * 40][:40]
+        assert tokens == [corpus.bos, *true[:-1]]
+        assert targets == [-1 if t == corpus.bos else t for t in true]
+    assert any(-1 in targets for _, targets in expected.values())
+    assert size == sum(length(t) for t in stream.tolist() if t != corpus.bos)
+    for batch_size in (1, 3, 8, 30):
+        for world_size in (1, 2, 3):
+            assert everything(batch_size, world_size) == (expected, size)
+    starts = [place for place, token in enumerate(stream) if token == corpus.bos]
+    beginnings = validation.beginnings(4, 5, 10)
+    assert 1 < len(beginnings) <= 4 and len({tuple(prompt) for prompt, _ in beginnings}) > 1
+    for prompt, more in beginnings:
+        (place,) = [place for place in starts if stream[place : place + 15].tolist() == prompt + more]
+        assert len(prompt) == 5 and corpus.bos not in more
+
+
+LANGUAGES = "αβγ 你好 🎉🎉 à é\r\n\u2028\u3000 done"
+
+
+def test_what_is_evaluated_does_not_depend_on_the_vocabulary(text, monkeypatch):
+    (text / "val.txt").write_bytes((LANGUAGES * 50 + prose(5, 2000)).encode() + b" " * 20_000)
+    ours, theirs = prepare(str(text), 300), prepare(str(text), 900)
+    monkeypatch.setattr(dataset, "SHARD_TOKENS", 10_000)  # documents run on from one shard to the next
+    in_shards = prepare(str(text), 301)
+    assert len(in_shards.shards["val"]) > 5
+    for eval_bytes in (1, 20_000, 60_000, 10**9):
+        found = [
+            [
+                c.tokenizer.decode_bytes(document)
+                for document in split_at(ValidationRows(c, eval_bytes, 64).tokens.tolist(), c.bos)
+            ]
+            for c in (ours, theirs, in_shards)
+        ]
+        assert found[0] == found[1] == found[2]
+        size, whole = sum(map(len, found[0])), (text / "val.txt").stat().st_size
+        assert abs(size - min(eval_bytes, whole)) <= 2 * 4096
+    assert b"".join(found[0]) == (text / "val.txt").read_bytes()  # everything, nothing twice
+
+
+BPB = """
+import os, sys
+sys.path.insert(0, {repo!r})
+import torch, torch.distributed as dist, dataloader, dataset, report
+rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+validation = dataloader.ValidationRows(dataset.prepare({data!r}, 400), 4000, 40)
+if world_size > 1:
+    dist.init_process_group("gloo")
+torch.manual_seed(0)
+table = torch.randn(400, 400)
+def model(tokens, targets):
+    logits, targets = table[tokens].flatten(0, 1), targets.flatten()
+    return torch.nn.functional.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
+for size in (1, 3, 8):
+    batches = validation.batches(size, "cpu", rank, world_size)
+    print(repr(report.bits_per_byte(model, batches, torch.device("cpu"))))
+"""
+
+
+@pytest.mark.slow
+def test_bits_per_byte_are_the_same_on_1_2_3_processes(text):
+    prepare(str(text), 400)
+    code, values = BPB.format(repo=str(REPO), data=str(text)), []
+    for world_size in (1, 2, 3):
+        env = {**os.environ, "WORLD_SIZE": str(world_size), "OMP_NUM_THREADS": "1"}
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(29_500 + os.getpid() % 1000 + world_size)}
+        ranks = []
+        for rank in range(world_size):
+            pipe = {"env": {**env, "RANK": str(rank)}, "stdout": subprocess.PIPE, "text": True}
+            ranks.append(subprocess.Popen([sys.executable, "-c", code], **pipe))
+        values += [float(value) for process in ranks for value in process.communicate()[0].split()]
+    assert len(values) == 3 * (1 + 2 + 3)
+    assert max(values) - min(values) < 1e-6 * min(values)
