@@ -287,9 +287,8 @@ class Console:
         with self.lock:
             try:
                 columns, output = shutil.get_terminal_size().columns, ""
-                if self.row:  # it is on more than one row now if the terminal was narrowed
-                    wraps = (len(self.row) - 1) // columns
-                    output = (f"\033[{wraps}A" if wraps else "") + "\r\033[J"
+                if self.row:  # a terminal that was narrowed has wrapped it: erase that many rows more
+                    output = "\r\033[K" + "\033[A\033[K" * ((len(self.row) - 1) // columns)
                 if line is not None:
                     line = CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", line)
                     output += f"\033[1m{line}\033[0m\n" if bold and is_lively() else f"{line}\n"

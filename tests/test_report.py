@@ -224,12 +224,13 @@ class Terminal:
         self.rows, self.columns = [""], columns
 
     def write(self, text):
-        for part in re.split(r"(\n|\033\[\d+A|\r\033\[J)", text):
+        for part in re.split(r"(\n|\r\033\[K|\033\[A\033\[K)", text):
             if part == "\n":
                 self.rows.append("")
-            elif up := re.fullmatch(r"\033\[(\d+)A", part):
-                del self.rows[-int(up[1]) :]
-            elif part == "\r\033[J":
+            elif part == "\r\033[K":
+                self.rows[-1] = ""
+            elif part == "\033[A\033[K":
+                assert self.rows.pop() == ""
                 self.rows[-1] = ""
             elif part:
                 self.rows[-1] += part
