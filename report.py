@@ -1,11 +1,11 @@
 """
-Honest numbers: measure them without disturbing the run, write them down, show them.
+Numbers of a run: measured without slowing it down, logged, printed and plotted.
 
-log.jsonl, config.json and summary.json are the record; the console line, report.md and wandb only show it.
+log.jsonl, config.json and summary.json are the record. Console, report.md and wandb only display it.
 
-    python report.py out           # its runs at a glance, newest first
-    python report.py out/a         # out/a/report.md anew, also of a run still going or cut off
-    python report.py out/a out/b   # out/compare-a-b/compare.md; runs that differ only in seed are one group
+    python report.py out           # list its runs, newest first
+    python report.py out/a         # write out/a/report.md, also of a running or killed run
+    python report.py out/a out/b   # write out/compare-a-b/compare.md; only the seed differs: one group
 """
 
 import codecs
@@ -24,6 +24,7 @@ import statistics
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -38,23 +39,28 @@ import torch.distributed as dist
 
 
 def versions():
-    """Versions of Python, packages, system and code, the git commit, and which settings were edited since."""
+    """Versions of Python, packages, system and code; the git commit and the settings edited since then."""
     found = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
     found |= {name: importlib.metadata.version(name) for name in ("numpy", "tiktoken", "rustbpe")}
     found |= {"system": platform.platform(), "git_commit": None, "edited_settings": ""}
     code = "".join(file.read_text("utf-8") for file in sorted(Path(__file__).parent.glob("*.py")))
-    code = re.sub(r"^\w+: .+ = .+", "", code, flags=re.MULTILINE)  # settings are compared by themselves
-    found["code"] = hashlib.sha256(code.encode()).hexdigest()[:12]  # two edits of one commit are told apart
+    code = re.sub(r"^\w+: .+ = .+", "", code, flags=re.MULTILINE)  # without settings: config.json has them
+    found["code"] = hashlib.sha256(code.encode()).hexdigest()[:12]  # differs for two edits of one commit
 
     def git(arguments):
         command = ["git", "-C", str(Path(__file__).parent), *arguments.split()]
         return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
-    with contextlib.suppress(OSError):  # there may be no git
+    with contextlib.suppress(OSError):  # git may not be installed
         found["git_commit"] = git("describe --always --abbrev=40 --dirty --exclude *") or None
         changes = git("diff --no-color -U0 HEAD -- train.py")
         found["edited_settings"] = " ".join(re.findall(r"^\+(\w+): .+ = ", changes, re.MULTILINE))
     return found
+
+
+def run_config(**facts):
+    """The content of config.json: the given facts and the versions."""
+    return {**facts, "versions": versions()}
 
 
 def update_ema(smooth, loss, beta):
@@ -63,31 +69,32 @@ def update_ema(smooth, loss, beta):
 
 
 def debias(smooth, beta, count):
-    """The average of `count` losses without its start at 0 (arXiv 1412.6980, section 3); nan for none."""
+    """Correct the EMA of `count` losses for its start at 0 (arXiv 1412.6980, section 3); nan if none."""
     return smooth / (1 - beta**count) if count else math.nan
 
 
 def bits_per_byte(model, batches, device):
     """
-    `model` (tokens, targets -> sum of nats, 0-D tensor) over this rank's (tokens, targets, bytes) batches:
-    nats of all ranks / (ln 2 · bytes of all ranks), added in float64 on the host after one synchronization.
+    Loss in bits per byte over the batches, (tokens, targets, number of bytes), of all ranks; `batches` are
+    this rank's. model(tokens, targets) returns the loss in nats, summed over the targets: a 0-D tensor. The
+    result is loss_sum / (ln 2 · bytes), summed in float64 on the CPU after a single synchronization.
     """
     losses, count = [], 0
     for tokens, targets, length in batches:
         losses.append(model(tokens, targets).detach())
         count += length
-    totals = [math.fsum(torch.stack(losses).tolist()) if losses else 0.0, float(count)]
+    loss_sum = math.fsum(torch.stack(losses).tolist()) if losses else 0.0
     if dist.is_available() and dist.is_initialized():
-        both = torch.tensor(totals, dtype=torch.float64, device=device)
-        dist.all_reduce(both)
-        totals = both.tolist()
-    return totals[0] / (math.log(2) * totals[1])
+        totals = torch.tensor([loss_sum, count], dtype=torch.float64, device=device)
+        dist.all_reduce(totals)
+        loss_sum, count = totals.tolist()
+    return loss_sum / (math.log(2) * count)
 
 
 class Clock:
     """
-    Seconds by what they were spent on: `lap(name)` books the time since the last lap under that name. start
-    is a time.monotonic(), which no correction of the system's clock moves.
+    Wall time in seconds per activity: lap(name) adds the time since the last lap to `name`. `start` is a
+    time.monotonic(), which does not change when the system's clock is corrected.
     """
 
     def __init__(self, start):
@@ -99,11 +106,11 @@ class Clock:
         self.last = now
 
     def add(self, spent):
-        """Book what earlier starts have spent, {name: seconds}."""
-        self.spent.update(spent)  # a Counter's adds
+        """Add the times of earlier starts of this run, {name: seconds}."""
+        self.spent.update(spent)  # Counter.update adds
 
     def elapsed(self, without=None):
-        """Seconds so far, those of earlier starts included, those booked under the name `without` not."""
+        """Seconds so far, earlier starts included, except those of the activity `without`."""
         return self.spent.total() - self.spent[without] + time.monotonic() - self.last
 
 
@@ -111,30 +118,32 @@ class Clock:
 # The log of a run, and wandb
 
 
-def plain(fields):
-    """The fields as JSON can hold them: a float that is not finite becomes None."""
+def finite(fields):
+    """The fields with None for floats that JSON does not have: nan and infinity."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}
 
 
 class Log:
-    """log.jsonl, one flushed line per record, and wandb if asked for; silent without a folder."""
+    """Writes records to log.jsonl, one line each, and to wandb if asked. Without a folder: writes nothing."""
 
-    def __init__(self, folder, wandb=False, config=None):
+    def __init__(self, folder, console, wandb=False, config=None):
+        self.console = console
         self.file = open(folder / "log.jsonl", "ab", buffering=0) if folder else None
-        self.waiting = b""  # what a full disk has not taken yet
+        self.step = 0  # of the newest record
+        self.unwritten = b""  # records that could not be written yet because the disk is full
         self.wandb = None
         if folder and wandb:
-            self.tell_wandb(self.start_wandb, folder, config)
+            self.call_wandb(self.start_wandb, folder, config)
 
     def start_wandb(self, folder, config):
         import wandb
 
-        identity = folder / "wandb.id"  # not the name: two machines may both have a run of that name
-        if not identity.exists():
-            identity.write_text(os.urandom(6).hex())
-        options = {"name": folder.name, "id": identity.read_text(), "resume": "allow", "dir": folder}
+        id_file = folder / "wandb.id"  # random, because runs on two machines can have the same name
+        if not id_file.exists():
+            id_file.write_text(os.urandom(6).hex())
+        options = {"name": folder.name, "id": id_file.read_text(), "resume": "allow", "dir": folder}
         terminal = sys.stdin
-        with open(os.devnull) as sys.stdin:  # without a login it would ask for one, and wait for ever
+        with open(os.devnull) as sys.stdin:  # without a login wandb would ask for one and wait forever
             try:
                 self.wandb = wandb.init(project="onedial", config=config, **options)
             finally:
@@ -143,55 +152,64 @@ class Log:
             self.wandb.define_metric(axis)
         self.wandb.define_metric("*", step_metric="step")
 
-    def tell_wandb(self, action, *arguments):
-        """A logging service must never stop a run: at its first error it is left alone."""
+    def call_wandb(self, action, *arguments):
+        """Call action(*arguments). The first error turns wandb off: it must not stop a run."""
         try:
             action(*arguments)
         except Exception as error:
-            tell("wandb", f"is off: {type(error).__name__}: {error}")
+            self.console.print("wandb", f"turned off after an error: {type(error).__name__}: {error}")
             self.wandb = None
 
     def write(self, kind, **fields):
-        """Append a record; what cannot be written now, whatever the reason, is kept for the next time."""
-        fields = plain(fields)
+        """Append a record. If it cannot be written now, it is kept in memory and written with a later one."""
+        fields = finite(fields)
+        self.step = fields.get("step", self.step)
         if self.file:
-            told_before = bool(self.waiting)
-            self.waiting += json.dumps({"kind": kind, **fields}, default=str).encode() + b"\n"
-            self.write_waiting(told_before)
+            warn = not self.unwritten
+            self.unwritten += json.dumps({"kind": kind, **fields}, default=str).encode() + b"\n"
+            self.flush(warn)
         if self.wandb and kind != "event":
-            self.tell_wandb(self.wandb.log, {k: v for k, v in fields.items() if v is not None})
+            self.call_wandb(self.wandb.log, {k: v for k, v in fields.items() if v is not None})
 
-    def saves(self, outcomes, step, trouble="failed, the next one tries again"):
-        """Log and tell how saves have ended, [(folder, error or None)] -> the error of the last one."""
+    def flush(self, warn=False):
+        """Write what has not been written yet."""
+        try:
+            while self.unwritten:
+                self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
+        except Exception as error:
+            if warn:
+                self.console.print("log", f"cannot be written now, training continues: {error}")
+
+    def fail(self, reason):
+        """Write the event that an exception, or a reason in words, has ended the run."""
+        if isinstance(reason, BaseException):
+            reason = f"{type(reason).__name__}: {reason}"
+        self.write("event", step=self.step, event="failed", reason=reason)
+
+    def saves(self, outcomes, step, problem="failed, the next save tries again"):
+        """Log finished saves, [(folder, error or None)], print errors -> the last one's error or None."""
         error = None
         for folder, error in outcomes:
             if error:
                 self.write("event", step=step, event="save_failed", error=str(error))
-                tell("save", f"{trouble}: {error}")
-            else:  # under its own step: the loop has gone on meanwhile
+                self.console.print("save", f"{problem}: {error}")
+            else:  # logged with the step of the checkpoint: training has continued during the save
                 self.write("event", step=int(folder.split("_")[1]), event="saved", folder=folder)
         return error
 
-    def write_waiting(self, told_before=True):
-        try:
-            while self.waiting:
-                self.waiting = self.waiting[self.file.write(self.waiting) :]
-        except Exception as error:
-            if not told_before:
-                tell("log", f"kept until it can be written, training goes on: {error}")
-
     def close(self, summary=None):
         if self.file:
-            self.write_waiting()
+            self.flush()
             self.file.close()
+            self.file = None
         if self.wandb:
-            self.tell_wandb(self.wandb.summary.update, summary or {})
+            self.call_wandb(self.wandb.summary.update, summary or {})
         if self.wandb:
-            self.tell_wandb(self.wandb.finish)
+            self.call_wandb(self.wandb.finish)
 
 
 def read_log(folder):
-    """The records of a run's log.jsonl, in order; a line that a crash cut short is left out."""
+    """The records of a run's log.jsonl, in order, without a last line that a crash has cut off."""
     path, records = Path(folder) / "log.jsonl", []
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     for line in text.splitlines():
@@ -201,13 +219,13 @@ def read_log(folder):
 
 
 def cut_log(folder, step):
-    """Drop the records after `step`, so that no step stands twice once a run goes on from there."""
+    """Delete the records after `step`, so that a run resumed there does not log any step twice."""
     lines = [json.dumps(record) + "\n" for record in read_log(folder) if record["step"] <= step]
     replace(Path(folder) / "log.jsonl", "".join(lines))
 
 
 def replace(path, text):
-    """Write a file in one go, so that whoever reads it sees the old text or the new one -> its path."""
+    """Write a file atomically: a reader sees the old text or the new text -> its path."""
     path.with_suffix(".tmp").write_text(text, encoding="utf-8", errors="backslashreplace")
     os.replace(path.with_suffix(".tmp"), path)
     return path
@@ -218,101 +236,159 @@ def replace(path, text):
 
 
 SIMILAR = str.maketrans({"×": "x", "·": "-", "–": "-", "…": "...", "²": "2", "█": "#"})
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
 
 
 def similar(error):
-    """For codecs: where an encoding lacks a letter, a similar one, or its number."""
+    """Codec error handler: replace what an encoding does not have with a similar character, or its number."""
     missing = error.object[error.start : error.end].translate(SIMILAR)
     return missing.encode("ascii", "backslashreplace").decode(), error.end
 
 
 def open_console():
-    """Have standard output and error take any text, also where they are ASCII or closed."""
+    """Let stdout and stderr accept any text, even if their encoding is ASCII or they are closed."""
     codecs.register_error("similar", similar)
-    while (handle := os.open(os.devnull, os.O_RDWR)) < 3:  # what is closed is no descriptor of a later file
+    while (handle := os.open(os.devnull, os.O_RDWR)) < 3:  # else a file opened later could become stdout
         pass
     os.close(handle)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8", errors="similar"))
-        elif hasattr(stream, "reconfigure"):  # a notebook's has not
+        elif hasattr(stream, "reconfigure"):  # a notebook's stream does not have it
             stream.reconfigure(errors="similar")
 
 
-class Live:
-    """What the console knows of the line that tells how far a run is."""
-
-    row = ""  # what a terminal shows of it now, below all other lines
-    waiting = ""  # the whole line, where it has not been printed
-    count, printed = 0, -math.inf  # how often it has been printed, and when
-
-
-def put(text):
-    """Print text, above the live row. That nobody reads it (a closed pipe, a full disk) stops no run."""
-    try:
-        erase = "\r\033[K" if is_lively() else ""  # the live row, which is written anew
-        print(f"{erase}{text}{Live.row}", end="", flush=True)
-    except Exception:
-        sys.stdout = open(os.devnull, "w")
-
-
-def show(line):
-    """Print a line that stays."""
-    put(f"{line}\n")
-
-
 def is_lively():
-    """Whether standard output can rewrite a line, and may: NO_COLOR (no-color.org) asks for plain text."""
-    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    """Whether stdout is a terminal that can rewrite rows, and may: NO_COLOR asks for plain text."""
+    with contextlib.suppress(Exception):  # stdout may be closed
+        return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    return False
 
 
-def show_step(record, total, val_bpb, mfu_source, eta):
+class Console:
     """
-    Tell how far a run is, by its newest step record: on a terminal in one row that rewrites itself; elsewhere
-    in a line for each of the first ten records, and then one about every ten seconds.
+    Prints everything that a run prints. On a terminal the last row is live: it shows the newest step, or how
+    long a slow task has been running, and is rewritten below the lines that stay. Elsewhere (a file, a pipe)
+    there are only lines. Printing never stops a run: if stdout fails, it is replaced by /dev/null.
     """
-    Live.waiting = step_line(record, total, val_bpb, mfu_source, eta)
-    if is_lively():
-        Live.row = bar_line(record, total, val_bpb, eta, shutil.get_terminal_size().columns)
-        put("")
-    elif Live.count < 10 or time.monotonic() - Live.printed >= 10:
-        Live.count, Live.printed = Live.count + 1, time.monotonic()
-        end_live()
 
+    def __init__(self, rank=0):
+        self.rank = rank
+        self.val_bpb = math.nan  # of the newest evaluation, shown with each step
+        self.newest = None  # (record, total_steps, mfu_source, seconds_left) of a step not printed yet
+        self.task = None  # the function that describes a slow task, while waiting() runs
+        self.row = ""  # the live row, as it is on the screen
+        self.step_lines, self.last_time = 0, -math.inf  # number of step lines printed, time of the last one
+        self.lock = threading.RLock()  # waiting() writes from a thread
 
-def end_live():
-    """Print the line of the newest step record for good, if it has not been."""
-    line, Live.waiting, Live.row = Live.waiting, "", ""
-    if line:
-        show(line)
+    def write(self, line=None, bold=False):
+        """Print a line above the live row and redraw that row. Text of a model must not move the cursor."""
+        with self.lock:
+            try:
+                columns, output = shutil.get_terminal_size().columns, ""
+                if self.row:  # a terminal that was narrowed has wrapped it: erase that many rows more
+                    output = "\r\033[K" + "\033[A\033[K" * ((len(self.row) - 1) // columns)
+                if line is not None:
+                    line = CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", line)
+                    output += f"\033[1m{line}\033[0m\n" if bold and is_lively() else f"{line}\n"
+                self.row = self.live_row(columns) if is_lively() else ""
+                print(output + self.row, end="", flush=True)
+            except Exception:
+                sys.stdout = open(os.devnull, "w", encoding="utf-8", errors="replace")
 
+    def live_row(self, columns):
+        if self.task:
+            return self.task()[: columns - 1]
+        if self.newest:
+            record, total_steps, _, seconds_left = self.newest
+            return bar_line(record, total_steps, seconds_left, self.val_bpb, columns)
+        return ""
 
-def tell(label, text):
-    """Print a line of the story, "label    text", in rows; a path is never broken."""
-    show(wrap(f"{label:<9}{text}", break_long_words=False))
+    def show(self, text, bold=False):
+        """Print text as it is, on rank 0 only."""
+        if self.rank == 0:
+            self.write(text, bold)
+
+    def print0(self, label, text):
+        """print() on rank 0 only."""
+        if self.rank == 0:
+            self.print(label, text)
+
+    def print(self, label, text):
+        """Print "label    text" on any rank, wrapped to the width of the console. Paths are not broken."""
+        self.write(wrap(f"{label:<8} {text}", break_long_words=False))
+
+    def step(self, record, total_steps, mfu_source, seconds_left):
+        """Show a step record: in the live row, or as a line: the first ten, then one in about ten seconds."""
+        if self.rank > 0:
+            return
+        self.newest = (record, total_steps, mfu_source, seconds_left)
+        if is_lively():
+            self.write()
+        elif self.step_lines < 10 or time.monotonic() - self.last_time >= 10:
+            self.step_lines, self.last_time = self.step_lines + 1, time.monotonic()
+            self.end_live()
+
+    def end_live(self):
+        """Remove the live row, and print the line of the newest step if it has not been printed."""
+        newest, self.newest = self.newest, None
+        if newest:
+            self.write(step_line(*newest, self.val_bpb))
+
+    def val(self, record):
+        """Print a val record, on a terminal in bold."""
+        self.val_bpb = record["val_bpb"]
+        self.show(val_line(record), bold=True)
+
+    def samples(self, samples):
+        """Print [[prompt, continuation, ...], ...], indented."""
+        for prompt, text, *_ in samples:
+            self.show(wrap(f"sample   {prompt!r} ->"))
+            for line in text.splitlines():
+                self.show(wrap(" " * 9 + line))
+
+    def attempt(self, what, action, *arguments):
+        """action(*arguments) -> its result. An error is printed, and the result is None."""
+        try:
+            return action(*arguments)
+        except Exception as error:
+            self.print("error:", f"{what} failed: {type(error).__name__}: {error}")
+            return None
+
+    @contextlib.contextmanager
+    def waiting(self, label, text):
+        """Show the seconds of a with block: in the live row, or as a line after 5 s and every 10 s."""
+        if self.rank > 0:
+            yield
+            return
+        start, done = time.monotonic(), threading.Event()
+
+        def repeat():
+            pauses = itertools.chain([5], itertools.repeat(10))
+            while not done.wait(1 if is_lively() else next(pauses)):
+                self.write(None if is_lively() else self.task())
+
+        self.task = lambda: f"{label:<8} {text}: {duration(time.monotonic() - start)}"
+        thread = threading.Thread(target=repeat, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+            self.task = None
+            self.write()
 
 
 def wrap(line, **options):
-    """A line on as many rows as it needs, of 120 columns or those of a narrower terminal."""
+    """Break a line into rows of at most 120 columns, fewer on a narrower terminal."""
     columns = max(40, min(120, shutil.get_terminal_size().columns)) if is_lively() else 120
     return textwrap.fill(line, columns, subsequent_indent=" " * 9, break_on_hyphens=False, **options)
 
 
-def attempt(what, action, *arguments):
-    """
-    action(*arguments) -> what it returns. Its errors are told, and None is returned: whatever only shows
-    something must not stop a run.
-    """
-    try:
-        return action(*arguments)
-    except Exception as error:
-        tell("error:", f"{what} failed: {type(error).__name__}: {error}")
-        return None
-
-
 def short(number, gap=""):
-    """1234567 -> '1.23M': three digits and a letter, `gap` between the two."""
+    """1234567 -> '1.23M': three digits and a letter, with `gap` between them."""
     for letter in ("", "k", "M", "G", "T", "P"):
         if number < 999.5 or letter == "P":
             return f"{number:.3g}{gap}{letter}"
@@ -333,45 +409,45 @@ def duration(seconds):
     return f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
 
 
-def step_line(record, total, val_bpb, mfu_source, eta):
-    """The console's line for a step record, at most 120 columns; total: steps in all, None if unknown."""
+def step_line(record, total_steps, mfu_source, seconds_left, val_bpb):
+    """A step record as a line of at most 120 columns. total_steps: None if unknown."""
     step, loss = record["step"], record["train_loss_ema"]
-    places = f"{step}/{total}".rjust(2 * len(str(total)) + 1) if total else f"{step:6,}"
+    steps = f"{step}/{total_steps}".rjust(2 * len(str(total_steps)) + 1) if total_steps else f"{step:6,}"
     loss = f"{loss:6.4f}" if loss < 10 else f"{loss:6.3f}"
     mfu = f"{record['mfu']:3.0%} of measured" if mfu_source == "measured" else f"{record['mfu']:5.1%}"
     return (
-        f"step {places} {record['progress']:6.1%}  loss {loss}  val {val_bpb:.4f}  lr {record['lrm']:.2f}  "
+        f"step {steps} {record['progress']:6.1%}  loss {loss}  val {val_bpb:.4f}  lr {record['lrm']:.2f}  "
         f"{short(record['tok_per_sec']):>5} tok/s  mfu {mfu}  data {record['data_wait']:3.0%}  "
-        f"eta {duration(eta)}"
+        f"eta {duration(seconds_left)}"
     )[:120]
 
 
-def bar_line(record, total, val_bpb, eta, columns):
-    """A step record as a row of a terminal of so many columns, with a bar as long as there is room for it."""
+def bar_line(record, total_steps, seconds_left, val_bpb, columns):
+    """A step record as a row for a terminal of this width, with a bar of up to 30 columns."""
+    speed, eta = short(record["tok_per_sec"]), duration(seconds_left)
     facts = [f"{record['progress']:6.1%}", f"loss {record['train_loss_ema']:.4f}", f"val {val_bpb:.4f}"]
-    facts += [f"{short(record['tok_per_sec'])} tok/s", f"mfu {record['mfu']:.0%}", f"eta {duration(eta)}"]
+    facts += [f"{speed} tok/s", f"mfu {record['mfu']:.0%}", f"eta {eta}"]
     if columns >= 110:
-        facts.insert(1, f"step {record['step']:,}" + (f" of {total:,}" if total else ""))
-    room = columns - len("  ".join(facts)) - 3  # the last column stays free: a full row would wrap
-    width = max(0, min(30, room))
+        facts.insert(1, f"step {record['step']:,}" + (f" of {total_steps:,}" if total_steps else ""))
+    free = columns - len("  ".join(facts)) - 3  # without the last column: a full row would wrap
+    width = max(0, min(30, free))
     done = round(width * record["progress"])
     return f"{'█' * done}{'·' * (width - done)}  {'  '.join(facts)}".strip()[: columns - 1]
 
 
 def val_line(record):
-    """The console's line for a val record, bold on a terminal unless NO_COLOR (no-color.org) is set."""
+    """A val record as a line."""
     line = f"val      {record['val_bpb']:.4f} bits per byte at step {record['step']:,}, "
-    line += f"the lowest so far is {record['min_val_bpb']:.4f}"
-    return f"\033[1m{line}\033[0m" if is_lively() else line
+    return line + f"the lowest so far is {record['min_val_bpb']:.4f}"
 
 
 def quoted(value):
-    """A value as a shell takes it."""
+    """A value as a word of a shell command."""
     return shlex.quote(str(value))
 
 
 def command_line(start, settings):
-    """A shell command: how it starts, then each setting that is not None as a flag."""
+    """A shell command: `start`, then a flag for each setting that is not None."""
     words = [start]
     for name, value in settings.items():
         name = name.replace("_", "-")
@@ -382,62 +458,57 @@ def command_line(start, settings):
     return " ".join(words)
 
 
-def show_samples(samples):
-    """[[prompt, continuation, …], …] as indented text."""
-    lines = []
-    for prompt, text, *_ in samples:
-        lines += [f"sample   {prompt!r} ->", *(" " * 9 + line for line in text.splitlines())]
-    return "\n".join(map(wrap, lines))
-
-
-def finish(folder, summary):
-    """Complete and write summary.json, print its numbers, write report.md -> whether all of it worked."""
-    run = attempt("the log", Run, folder)
+def finish(folder, summary, console):
+    """Write summary.json, print its numbers, write report.md -> whether both were written. Never raises."""
+    run = console.attempt("reading the log", Run, folder)
     summary["slow_share"] = run.numbers.get("slow_share") if run else None
-    text = json.dumps(plain(summary), indent=2, default=str)
-    written = attempt("summary.json", replace, folder / "summary.json", text)
-    for line in (run and attempt("the log", rise, run)) or ():
-        tell("val", line)
-    show("---")
+    write = lambda: replace(folder / "summary.json", json.dumps(finite(summary), indent=2, default=str))  # noqa: E731
+    written = console.attempt("writing summary.json", write)
+    for sentence in (run and console.attempt("reading the log", val_bpb_rise, run)) or ():
+        console.print("val", sentence)
+    console.show("---")
     for name, value in summary.items():
         if not isinstance(value, (list, dict)):
-            show(f"{name}: {value:.6g}" if isinstance(value, float) else f"{name}: {value}")
-    told = attempt("the report", write_report, folder)
-    if told:
-        show(f"report: {told}")
-    return bool(written and told)
+            console.show(f"{name}: {value:.6g}" if isinstance(value, float) else f"{name}: {value}")
+    page = console.attempt("writing the report", write_report, folder, console)
+    if page:
+        console.show(f"report: {page}")
+    return bool(written and page)
 
 
 # -----------------------------------------------------------------------------
-# A run as it is read, runs that differ only in seed as a group, and what both show: results and curves
+# What reports and comparisons show: a run, a group of runs that differ only in seed, their results and curves
 
 
 class Run:
-    """A run's folder, read: config, records, and of each number the final or, till then, the latest value."""
+    """A run read from its folder: config, records, and the final or newest value of each number."""
 
     def __init__(self, folder):
         self.folder, self.name = Path(folder), Path(folder).resolve().name
         if not (self.folder / "config.json").exists():
-            raise ValueError(f"{folder} holds no config.json.\nGive the folder of a run, such as out/NAME.")
+            raise ValueError(f"{folder} has no config.json.\nGive the folder of a run, such as out/NAME.")
         try:
             self.config = json.loads((self.folder / "config.json").read_text())
         except ValueError as error:
             what = f"{self.folder / 'config.json'} is damaged: {error}"
-            raise ValueError(f"{what}.\nCopy the settings of a checkpoint's state.json into it.") from None
+            raise ValueError(f"{what}.\nCopy the settings from a checkpoint's state.json into it.") from None
         self.records = read_log(folder)
         self.steps = [record for record in self.records if record["kind"] == "step"]
-        self.numbers = {"event": None, "progress": 0.0}
+        self.numbers, event = {"progress": 0.0}, {}
         for record in self.records:
-            record["tokens"] = record["step"] * self.config["settings"]["total_batch_size"]
+            if "total_training_flops" in record:  # val records of older versions have no tokens
+                tokens = record["total_training_flops"] / self.config["num_flops_per_token"]
+                record.setdefault("tokens", round(tokens))
+            event = record if record["kind"] == "event" else event
             self.numbers |= record
         self.numbers["steps"] = max((record["step"] for record in self.records), default=0)
         path = self.folder / "summary.json"
         summary = json.loads(path.read_text()) if path.exists() else {}
-        if summary.get("steps") == self.numbers["steps"]:  # else it is from before the run was resumed
+        if summary.get("steps") == self.numbers["steps"]:  # else the run was resumed after it was written
             self.numbers |= summary
         if self.steps:
             peak = self.config["mfu_peak"] / self.numbers.get("mfu_peak", self.config["mfu_peak"])
-            for record in self.steps:  # of the peak as the end of the run knows it
+            for record in self.steps:  # a measured peak is measured again at the end of the run
                 record["mfu"] *= peak
             flops, causal = self.config["num_flops_per_token"], self.config["num_flops_per_token_causal"]
             self.numbers["flops_per_sec"] = flops * self.numbers["tok_per_sec"]
@@ -448,16 +519,17 @@ class Run:
         self.all_facts = self.config["settings"] | self.facts
         edited = self.config["versions"].get("edited_settings", "").split()
         self.chosen = {name: self.config["settings"].get(name) for name in (*self.config["given"], *edited)}
-        ended = self.numbers["event"] in ("finished", "interrupted", "failed")
-        self.state = self.numbers["event"] if ended else "still going, or cut off"
-        kind = [self.state == "finished", {**self.chosen, **self.facts, "seed": None}]
-        self.kind = json.dumps(kind, sort_keys=True)  # equal if only the seed differs
+        ended = event.get("event") in ("finished", "interrupted", "failed")
+        self.state = event["event"] if ended else "still running, or killed"
+        self.reason = " ".join(str(event.get("reason", "")).split())  # why the run failed
+        key = [self.state == "finished", {**self.chosen, **self.facts, "seed": None}]
+        self.group_key = json.dumps(key, sort_keys=True)  # equal if only the seed differs
 
 
 def slow_share(steps):
-    """Of step records: the share of training time in windows slower than twice the median, interruptions."""
+    """Share of training time in log intervals whose steps took more than twice the median: interruptions."""
     seconds = np.diff([record["total_training_time"] for record in steps])
-    timed = seconds > 0  # all but the first windows of each start
+    timed = seconds > 0  # the first 10 steps of each start are not in total_training_time
     if not timed.any():
         return 0.0
     dt = np.array([record["dt"] for record in steps[1:]])
@@ -465,26 +537,39 @@ def slow_share(steps):
 
 
 class Group:
-    """Runs that differ only in seed: of each number a mean and a standard deviation."""
+    """Runs that differ only in seed: mean and standard deviation of each number."""
 
     def __init__(self, runs):
         self.runs, self.config = runs, runs[0].config
         self.name = os.path.commonprefix([run.name for run in runs]).rstrip("-_.") or runs[0].name
 
     def values(self, name):
-        """The runs' values of a number; None is left out."""
+        """The runs' values of a number, without None."""
         return [run.numbers[name] for run in self.runs if run.numbers.get(name) is not None]
 
-    def write(self, name, write):
-        """A number as text: of several runs its mean, standard deviation and count."""
+    def text(self, name, write):
+        """A number as text: its value, or mean, standard deviation and count. write(value) -> text."""
         values = self.values(name)
         if len(values) < 2:
             return write(*values) if values else "–"
         return f"{write(statistics.mean(values))} ± {write(statistics.stdev(values))}, n = {len(values)}"
 
-    def facts(self, name):
-        """A setting's or fact's value in these runs, or their values."""
+    def fact(self, name):
+        """A setting or fact as text; all its values, if the runs have different ones."""
         return ", ".join(dict.fromkeys(str(run.all_facts.get(name)) for run in self.runs))
+
+
+def label_groups(groups):
+    """Name groups of unnamed runs, whose names are dates, by what differs: 'depth=2 matrix_lr=0.01'."""
+    chosen = dict.fromkeys(name for group in groups for name in group.runs[0].chosen if name != "seed")
+    differing = [name for name in chosen if len({group.fact(name) for group in groups}) > 1]
+    for group in groups:
+        if all(re.fullmatch(r"\d{8}-\d{6}(-\d+)?", run.name) for run in group.runs):
+            facts = [f"{name}={group.fact(name)}" for name in differing if group.fact(name) != "None"]
+            group.name = " ".join(facts) or group.name
+    if len({group.name for group in groups}) < len(groups):
+        for group in groups:
+            group.name = str(group.runs[0].folder)
 
 
 def t_quantile(freedom):
@@ -496,8 +581,8 @@ def t_quantile(freedom):
 
 def difference(base, values):
     """
-    The mean of some values against that of others, as text: '-3.2% ± 1.1%' is a 95% interval by Student's t
-    with a pooled variance, 'noise' one that contains 0. Without any repetition there is no interval.
+    The relative difference between the means of `values` and of `base`, as text: '-3.2% ± 1.1%' with a 95%
+    interval by Student's t with pooled variance, and 'noise' if it contains 0. Single values: no interval.
     """
     if not base or not values or not statistics.mean(base):
         return ""
@@ -518,7 +603,7 @@ def table(header, rows):
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-# results by their names in summary.json, and how they are written
+# {name in summary.json: how it is written}
 NUMBERS = {
     "val_bpb": "{:.4f}".format, "min_val_bpb": "{:.4f}".format, "train_loss_ema": "{:.4f}".format,
     "steps": "{:,.0f}".format, "tokens": short, "total_training_flops": "{:.3g}".format,
@@ -527,33 +612,34 @@ NUMBERS = {
     "mfu_causal": "{:.1%}".format, "peak_memory": lambda size: short(size, " ") + "B",
     "slow_share": "{:.1%}".format, "skipped_steps": "{:,.0f}".format,
 }  # fmt: skip
-COMPARED = "Runs that differ only in seed form one column: mean ± standard deviation, n. In brackets the "
-COMPARED += "difference of the means from the first column, ± the 95% interval of Student's t: where it "
-COMPARED += "contains 0, the difference may be noise."
-MEMORY = {"cuda": "CUDA's allocator", "mps": "the driver's, at the end", "cpu": "resident set"}
-LAPS = {"corpus": "preparation of the corpus", "trial": "trial and compilation"}
+ABOUT_RESULTS = """\
+Runs that differ only in seed form one column: mean ± standard deviation, n = number of runs. In brackets: the
+difference from the mean of the first column, ± its 95% interval by Student's t. If the interval contains 0,
+the difference is marked as noise."""
+MEMORY = {"cuda": "CUDA allocator", "mps": "driver, at the end", "cpu": "resident set"}  # where it is read
+ACTIVITIES = {"corpus": "preparation of the corpus", "trial": "benchmark and compilation"}
 
 
 def results(groups):
-    """The final numbers of one group or several, with their differences from the first."""
+    """A table of the final numbers of each group, with the differences from the first one."""
     first, *others = groups
     notes = {"mfu": f"mfu, of the {first.config['mfu_peak_source']} peak"}
     notes["peak_memory"] = f"peak_memory, {MEMORY[first.config['device_type']]}"
     rows = []
     for name, write in NUMBERS.items():
-        cells = [first.write(name, write)]
+        cells = [first.text(name, write)]
         for group in others:
             change = difference(first.values(name), group.values(name))
-            cells.append(group.write(name, write) + (f" ({change})" if change else ""))
+            cells.append(group.text(name, write) + (f" ({change})" if change else ""))
         rows.append([notes.get(name, name), *cells])
     return table(["result", *(group.name for group in groups)], rows)
 
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe's and Ito's, one a group
-LOOKS = {"train_loss": {"alpha": 0.3}, "val_bpb": {"marker": "o", "markersize": 3}}
-LOOKS |= {"muon_momentum": {"linestyle": "--"}, "weight_decay": {"linestyle": ":"}}
-PANELS = (  # title, x, what is drawn over it, options of the axes
-    ("train loss of a step (faint) and on average, nats per token", "step", "train_loss train_loss_ema", {}),
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito, one per group
+LINES = {"train_loss": {"alpha": 0.3}, "val_bpb": {"marker": "o", "markersize": 3}}
+LINES |= {"muon_momentum": {"linestyle": "--"}, "weight_decay": {"linestyle": ":"}}
+PANELS = (  # title, x, the y values, options of the axes
+    ("train loss in nats per token: per step (faint), average", "step", "train_loss train_loss_ema", {}),
     ("val_bpb over steps", "step", "val_bpb", {}),
     ("val_bpb over training FLOPs", "total_training_flops", "val_bpb", {"xscale": "log"}),
     ("val_bpb over seconds of training", "total_training_time", "val_bpb", {"xscale": "log"}),
@@ -564,14 +650,14 @@ PANELS = (  # title, x, what is drawn over it, options of the axes
 )
 
 
-def mean_curve(runs, x, y, start):
+def mean_curve(runs, x, y, after):
     """
-    -> (x, mean of y, its standard deviation) over runs: at the first one's points, as far as all reach, after
-    the step `start` and where x is above 0.
+    -> (x, mean of y over the runs, its standard deviation): at the x values of the first run, where all runs
+    have data, after the step `after` and where x is above 0.
     """
     curves = []
     for run in runs:
-        records = [r for r in run.records if r.get(y) is not None and r["step"] > start and r[x] > 0]
+        records = [r for r in run.records if r.get(y) is not None and r["step"] > after and r[x] > 0]
         points = [(r[x], r[y]) for r in records]
         if points:
             curves.append(np.array(points).T)
@@ -583,8 +669,8 @@ def mean_curve(runs, x, y, start):
     return places, values.mean(axis=0), values.std(axis=0, ddof=len(curves) > 1)
 
 
-def make_up(axes, title):
-    """The title and frame of a panel; labels at each 1, 2, 5 of a logarithm, which may span less than 10."""
+def style_axes(axes, title):
+    """Title and frame of a panel. A log axis may span less than a decade: it gets labels at 1, 2 and 5."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     axes.set_title(title, loc="left", fontsize=10)
@@ -598,98 +684,101 @@ def make_up(axes, title):
 
 
 def draw(groups, path):
-    """All PANELS: a colour for each group, a look for each number; a mean of several runs in its band."""
+    """Draw PANELS: a colour per group; the mean of its runs, and a band of ± one standard deviation."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 13), layout="constrained")
     for axes, (title, x, names, options) in zip(figure.subplots(4, 2).flat, PANELS):
         for group, colour in zip(groups, itertools.cycle(COLOURS)):
-            # the start of a loss would flatten all that follows
+            # without the first 3% of a loss, which are so high that the rest would look flat
             hidden = 0.03 if "val_bpb" in names or "train_loss" in names else 0.0
             for name in names.split():
-                start = hidden * group.runs[0].numbers["steps"]
-                xs, ys, spread = mean_curve(group.runs, x, name, start)
-                axes.plot(xs, ys, color=colour, **LOOKS.get(name, {}))
+                after = hidden * group.runs[0].numbers["steps"]
+                xs, ys, spread = mean_curve(group.runs, x, name, after)
+                axes.plot(xs, ys, color=colour, **LINES.get(name, {}))
                 if len(group.runs) > 1:
                     axes.fill_between(xs, ys - spread, ys + spread, color=colour, alpha=0.2, linewidth=0)
         if names == "val_bpb" and x != "step" and len(groups) > 1:
             lowest = frontier([val_curve(group, x) for group in groups])
-            axes.plot(*lowest, "k:", drawstyle="steps-post", label="the lowest for so much")
+            axes.plot(*lowest, "k:", drawstyle="steps-post", label="lowest val_bpb at this cost")
             axes.legend(frameon=False)
         axes.set(**options)
-        make_up(axes, title)
+        style_axes(axes, title)
     names = [group.name for group in groups]
-    figure.legend(axes.lines, names, loc="outside upper left", ncols=3, frameon=False)
+    columns = 3 if max(map(len, names)) <= 40 else 1
+    figure.legend(axes.lines, names, loc="outside upper left", ncols=columns, frameon=False)
     figure.savefig(path, dpi=110)
 
 
 # -----------------------------------------------------------------------------
-# At equal cost, and over sizes. Between two points a curve is a power of the cost: straight in logarithms
+# Comparison at equal cost, and a scaling law. Curves are interpolated linearly in log(cost), log(val_bpb)
 
-COSTS = {"steps": "step", "tokens": "tokens"}
+COSTS = {"steps": "step", "tokens": "tokens"}  # {column: key of the log}
 COSTS |= {"FLOPs": "total_training_flops", "seconds": "total_training_time"}
-EQUAL = "The best group and each other one, at the largest cost that both have paid; then the share of one's "
-EQUAL += "cost at which the other has come as low as it did in the end."
+ABOUT_COSTS = """\
+The group with the lowest final val_bpb against each other group. First row: val_bpb of both at the largest
+cost that both have reached. Other rows: the cost at which one group reaches the final val_bpb of the other,
+as a fraction of the other's total cost."""
 
 
 def val_curve(group, cost):
-    """-> (what a group has paid, its mean val_bpb then), of the evaluations that have cost something."""
+    """-> (costs, mean val_bpb at each), without the evaluation at cost 0."""
     return mean_curve(group.runs, cost, "val_bpb", 0)[:2]
 
 
 def value_at(curve, cost):
-    """val_bpb at a cost, nan where the curve has not begun."""
+    """val_bpb of a curve at a cost; nan before its first evaluation."""
     xs, ys = curve
     return math.exp(np.interp(math.log(cost), np.log(xs), np.log(ys), left=math.nan))
 
 
-def share_needed(curve, other):
-    """At which share of the other's cost a curve first comes as low as the other did in the end, as text."""
-    (xs, ys), (their_xs, their_ys) = curve, other
-    goal, below = their_ys[-1], np.flatnonzero(ys <= their_ys[-1])
-    if not len(below):
+def cost_fraction(curve, other):
+    """Cost at which a curve first reaches the other's final val_bpb / the other's total cost, as text."""
+    (xs, ys), (other_xs, other_ys) = curve, other
+    goal, reached = other_ys[-1], np.flatnonzero(ys <= other_ys[-1])
+    if not len(reached):
         return "never"
-    two = slice(max(0, below[0] - 1), below[0] + 1)  # where it goes by the goal; it may begin below
+    two = slice(max(0, reached[0] - 1), reached[0] + 1)  # the points before and after; maybe only the latter
     cost = math.exp(np.interp(-math.log(goal), -np.log(ys[two]), np.log(xs[two])))
-    return f"{cost / their_xs[-1]:.2f}"
+    return f"{cost / other_xs[-1]:.2f}"
 
 
 def frontier(curves):
-    """-> (costs, the lowest val_bpb that any curve has reached for as much)"""
+    """-> (costs, the lowest val_bpb that any curve has reached at that cost or less)"""
     costs, values = np.hstack(curves)
     order = np.argsort(costs)
     return costs[order], np.minimum.accumulate(values[order])
 
 
 def equal_costs(groups):
-    """A table: the best group and each other one at equal cost, and what one needs for the other's last."""
+    """The table that ABOUT_COSTS describes; "" if fewer than two groups have been evaluated."""
     curves = {group.name: [val_curve(group, cost) for cost in COSTS.values()] for group in groups}
     curves = {name: found for name, found in curves.items() if all(len(xs) for xs, _ in found)}
-    last = {name: found[0][1][-1] for name, found in curves.items()}  # val_bpb
-    best, rows = min(last, key=last.get, default=None), []
-    for name in last:
+    final = {name: found[0][1][-1] for name, found in curves.items()}  # val_bpb
+    best, rows = min(final, key=final.get, default=None), []
+    for name in final:
         if name == best:
             continue
         columns = []
         for one, other in zip(curves[best], curves[name]):
             both = min(one[0][-1], other[0][-1])
             first, second = value_at(one, both), value_at(other, both)
-            at_equal = f"{first:.4f}, {second:.4f} ({second / first - 1:+.1%})"
-            at_equal = "not evaluated" if math.isnan(first + second) else at_equal  # by one of them so early
-            columns.append([at_equal, share_needed(other, one), share_needed(one, other)])
-        titles = [f"val_bpb of {best}, {name}", f"{name} comes to {best}'s {last[best]:.4f}"]
-        titles.append(f"{best} comes to {name}'s {last[name]:.4f}")
+            values = f"{first:.4f}, {second:.4f} ({second / first - 1:+.1%})"
+            values = "not evaluated" if math.isnan(first + second) else values  # one starts at a higher cost
+            columns.append([values, cost_fraction(other, one), cost_fraction(one, other)])
+        titles = [f"val_bpb of {best}, {name}", f"cost of {name} to reach {best}'s {final[best]:.4f}"]
+        titles.append(f"cost of {best} to reach {name}'s {final[name]:.4f}")
         rows += zip(titles, *columns)
-    return table(["at equal", *COSTS], rows) if rows else ""
+    return table(["at equal cost", *COSTS], rows) if rows else ""
 
 
 class PowerLaw(NamedTuple):
-    """What a loss is after so many FLOPs: E + a · (flops / middle)^-b, where E cannot be reduced."""
+    """loss = E + a · (flops / middle)^-b, where E is the irreducible loss."""
 
     E: float
     a: float
     b: float
-    middle: float
+    middle: float  # geometric mean of the measured FLOPs
 
     def __call__(self, flops):
         return self.E + self.a * (flops / self.middle) ** -self.b
@@ -697,8 +786,8 @@ class PowerLaw(NamedTuple):
 
 def power_law(flops, losses, irreducible):
     """
-    The PowerLaw of these losses, by least squares of logarithms (arXiv 2001.08361; E as in 2203.15556); E is
-    0 unless `irreducible`, and middle the geometric mean of the flops.
+    Fit a PowerLaw by least squares of log(loss) (arXiv 2001.08361; with E as in 2203.15556). E is searched on
+    a grid, and is 0 unless `irreducible`.
     """
     middle = math.exp(np.log(flops).mean())
     x = np.log(np.asarray(flops) / middle)
@@ -712,18 +801,23 @@ def power_law(flops, losses, irreducible):
 
 
 def scaling_law(groups, path):
-    """The markdown of a power law over models of at least three sizes, and its picture; else nothing."""
+    """
+    Markdown of a power law through finished groups, and its picture at `path`. [] unless there are at least
+    three groups, all of different model sizes, and their FLOPs differ by a factor of two.
+    """
     groups = [group for group in groups if group.runs[0].state == "finished" and group.values("val_bpb")]
     sizes = {tuple(group.config["model"].values()) for group in groups}
     if len(sizes) < 3 or len(sizes) < len(groups):
         return []
     flops = [statistics.mean(group.values("total_training_flops")) for group in groups]
     losses = [statistics.mean(group.values("val_bpb")) for group in groups]
+    if max(flops) < 2 * min(flops):
+        return []
     irreducible, beyond = len(groups) >= 5, 10 * max(flops)
     law = power_law(flops, losses, irreducible)
     text = f"val_bpb = {law.E:.4f} + " if irreducible else "val_bpb = "
     text += f"{law.a:.4f} · (FLOPs / {law.middle:.3g})^-{law.b:.4f}"
-    text += "" if irreducible else ": a plain power law, for an irreducible term takes five sizes"
+    text += "" if irreducible else ". Fewer than five sizes: fitted without an irreducible loss"
     forecast = f"{law(beyond):.4f}"
     if all(len(group.values("val_bpb")) > 1 for group in groups):
         random, laws = np.random.RandomState(0), []
@@ -737,16 +831,16 @@ def scaling_law(groups, path):
     rows = []
     for group, x, y in sorted(zip(groups, flops, losses), key=lambda row: row[1]):
         rows.append([group.name, f"{x:.3g}", f"{y:.4f}", f"{law(x):.4f}", f"{y / law(x) - 1:+.2%}"])
-    rows.append(["ten times as many FLOPs", f"{beyond:.3g}", "", forecast, ""])
-    parts = [f"{text}.", table(["group", "FLOPs", "val_bpb", "the law", "residual"], rows)]
-    with contextlib.suppress(Exception):  # no matplotlib, or a broken one
+    rows.append(["forecast for 10 times the FLOPs", f"{beyond:.3g}", "", forecast, ""])
+    parts = [f"{text}.", table(["group", "FLOPs", "val_bpb", "fitted", "residual"], rows)]
+    with contextlib.suppress(Exception):  # matplotlib is an extra, and may not work
         draw_law(flops, losses, law, path)
         parts.append(f"![scaling law]({path.name})")
     return parts
 
 
 def draw_law(flops, losses, law, path):
-    """Each size as a point, the law through them as a line, dashed beyond them for a decade."""
+    """Draw each size as a point, the law as a line, and as a dashed line for ten times the FLOPs."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")
@@ -756,16 +850,16 @@ def draw_law(flops, losses, law, path):
     axes.plot(beyond, law(beyond), "--", color=COLOURS[0])
     axes.plot(flops, losses, "o", color=COLOURS[1])
     axes.set(xscale="log")
-    make_up(axes, "val_bpb over training FLOPs: the sizes, their law, and a decade more")
+    style_axes(axes, "val_bpb over training FLOPs: fitted (line), forecast (dashed)")
     figure.savefig(path, dpi=110)
 
 
 # -----------------------------------------------------------------------------
-# The pages: report.md of a run, compare.md of several
+# The pages: report.md of a run, compare.md of several runs
 
 
 def sparkline(values):
-    """'first ▇▅▃▂▁ last' in at most 60 bars; None is left out."""
+    """'first ▇▅▃▂▁ last' with at most 60 bars; None values are left out."""
     values = [value for value in values if value is not None] or [0.0]
     low, high, count = min(values), max(values), min(60, len(values))
     chosen = [values[(i + 1) * len(values) // count - 1] for i in range(count)]
@@ -773,14 +867,14 @@ def sparkline(values):
     return f"{values[0]:<9.4g} {''.join(bars)} {values[-1]:.4g}"
 
 
-def show_curves(groups, folder):
-    """Draw curves.png -> the markdown that shows it; where matplotlib is missing, the curves as text."""
+def curves(groups, folder, console):
+    """Draw curves.png -> the markdown that shows it. Without matplotlib, the curves as text."""
     try:
         draw(groups, folder / "curves.png")
         return "![curves](curves.png)"
     except Exception as error:
-        if not isinstance(error, ImportError):  # it is an extra
-            tell("report", f"the curves cannot be drawn: {type(error).__name__}: {error}")
+        if not isinstance(error, ImportError):  # matplotlib is an extra
+            console.print("report", f"curves.png cannot be drawn: {type(error).__name__}: {error}")
         lines = []
         for name in ("val_bpb", "train_loss_ema", "lrm", "tok_per_sec", "grad_norm"):
             for run in itertools.chain.from_iterable(group.runs for group in groups):
@@ -790,19 +884,19 @@ def show_curves(groups, folder):
 
 
 def time_table(run):
-    """Where the wall time went; what training waited for data stands apart."""
+    """The wall time per activity. The time that training waited for data is a row of its own."""
     starts = [0, *(r["step"] for r in run.steps)]
-    windows = [r["dt"] * (r["step"] - start) for r, start in zip(run.steps, starts)]
-    waiting = sum(window * r["data_wait"] for window, r in zip(windows, run.steps))
-    laps = {**run.numbers.get("time", {"training": sum(windows)}), "waiting for data": waiting}
+    intervals = [r["dt"] * (r["step"] - start) for r, start in zip(run.steps, starts)]  # seconds
+    waiting = sum(interval * r["data_wait"] for interval, r in zip(intervals, run.steps))
+    laps = {**run.numbers.get("time", {"training": sum(intervals)}), "waiting for data": waiting}
     laps["training"] -= waiting
     total = sum(laps.values())
-    rows = [[LAPS.get(name, name), f"{spent:.1f}", f"{spent / total:.1%}"] for name, spent in laps.items()]
-    return table(["where the time went", "seconds", "share"], [*rows, ["together", f"{total:.1f}", ""]])
+    rows = [[ACTIVITIES.get(name, name), f"{t:.1f}", f"{t / total:.1%}"] for name, t in laps.items()]
+    return table(["activity", "seconds", "share"], [*rows, ["total", f"{total:.1f}", ""]])
 
 
-def rise(run):
-    """Where val_bpb was lowest, if it has risen since by more than half a percent: a list of one sentence."""
+def val_bpb_rise(run):
+    """[a sentence] if the final val_bpb is more than half a percent above the lowest one, else []."""
     vals = [r for r in run.records if r["kind"] == "val" and r["val_bpb"] is not None]
     lowest = min(vals, key=lambda r: r["val_bpb"], default=None)
     if not lowest or vals[-1]["val_bpb"] <= 1.005 * lowest["val_bpb"]:
@@ -813,7 +907,7 @@ def rise(run):
 
 
 def side_by_side(texts, width=56):
-    """{title: text} as an indented block of columns, each `width` letters wide."""
+    """{title: text} as an indented block of columns, each `width` characters wide."""
     columns = []
     for title, text in texts.items():
         rows = (textwrap.wrap(line, width) or [""] for line in text.splitlines())
@@ -822,26 +916,27 @@ def side_by_side(texts, width=56):
     return "\n".join(("    " + "  ".join(f"{cell:<{width}}" for cell in row)).rstrip() for row in rows)
 
 
-def how_to_repeat(run):
-    """The shell commands that repeat a run, and how exactly they do."""
-    commit, _, changed = (run.config["versions"]["git_commit"] or "unknown").partition("-")
-    note = "  # and the changes that were not committed" if changed else ""
-    exactly = "The same machine and versions give the same run, on a CPU bit for bit."
+def how_to_reproduce(run):
+    """The shell commands that repeat a run, and how exact the repetition is."""
+    commit, _, dirty = (run.config["versions"]["git_commit"] or "unknown").partition("-")
+    note = "  # and apply the changes that were not committed" if dirty else ""
+    notes = ["The same machine and versions give the same run; on a CPU it is the same bit for bit."]
     if run.config["timed"]:
-        count = f"{run.numbers['steps']:,}"
-        exactly = f"By the clock: another run takes as many steps as its machine makes, not these {count}. "
-        exactly += "What can be repeated exactly is a run by steps, --num-iterations instead of --minutes."
+        steps = plural(run.numbers["steps"], "step")
+        notes = [f"This run was limited by time. It made {steps}; on another day it may make more or fewer."]
+        notes[0] += " A run can be reproduced exactly with --num-iterations instead of --minutes."
     planned = {r["step"]: r["planned_iterations"] for r in run.records if "planned_iterations" in r}
     changes = [next(same) for _, same in itertools.groupby(planned.items(), key=lambda item: item[1])]
     if len(changes) > 1:
         horizons = ", ".join(f"at step {step:,} for {plural(steps, 'step')}" for step, steps in changes)
-        exactly += f"\n\nThe command is the last start's. The run was planned {horizons}: to repeat it, "
-        exactly += "begin with the first horizon, stop where the next one begins, and --resume with that."
-    return f"    git checkout {commit}{note}\n    {run.config['command']}\n\n{exactly}"
+        notes.append(f"This is the command of the last start. The run was planned {horizons}. To reproduce ")
+        notes[-1] += "it, start with the first horizon, stop at the step of the next one, --resume with that."
+    commands = f"    git checkout {commit}{note}\n    {run.config['command']}"
+    return "\n\n".join([commands, *notes])
 
 
-def write_report(folder):
-    """report.md, from log.jsonl, config.json and, if the run came to an end, summary.json -> its path."""
+def write_report(folder, console):
+    """Write report.md from log.jsonl, config.json and, if it exists, summary.json -> its path."""
     run = Run(folder)
     config, numbers, params = run.config, run.numbers, run.config["num_params"]
     counts = {**params, "all parameters": sum(params.values())}
@@ -850,51 +945,55 @@ def write_report(folder):
     counts = [[name, f"{count:,.0f}"] for name, count in counts.items()]
     state = f"{run.state}: {plural(numbers['steps'], 'step')}, {numbers['progress']:.1%} of the run"
     parts = [f"# {run.name}", state]
-    parts += rise(run)
+    parts += [f"Reason: {run.reason}"] if run.reason else []
+    parts += val_bpb_rise(run)
     alone = [Group([run])]
-    parts += [results(alone), show_curves(alone, run.folder)] if run.steps else ["The log holds no step yet."]
-    parts += ["## Settings that were given or edited", table(["setting", "value"], run.chosen.items())]
+    if run.steps:
+        parts += [results(alone), curves(alone, run.folder, console)]
+    else:
+        parts += ["The log has no step yet."]
+    parts += ["## Settings that were given or edited"]
+    parts += [table(["setting", "value"], run.chosen.items()) if run.chosen else "None: all have defaults."]
     parts += ["## Hardware and versions", table(["what", "value"], run.facts.items())]
     parts += ["## Time", time_table(run)] if run.steps else []
     parts += ["## Parameters and FLOPs", table(["what", "count"], counts)]
     for prompt, text, *real in numbers.get("samples", []):
-        texts = {"The model writes:": text} | ({"The text goes on:": real[0]} if real else {})
+        texts = {"Model:": text} | ({"Original text:": real[0]} if real else {})
         parts += [f"## Sample from {prompt!r}", side_by_side(texts)]
-    parts += ["## How to repeat it", how_to_repeat(run)]
+    parts += ["## How to reproduce this run", how_to_reproduce(run)]
     return replace(run.folder / "report.md", "\n\n".join(parts) + "\n")
 
 
-def compare(folders):
-    """compare.md and its picture, in a folder beside the first run -> its path."""
-    runs, alike = [Run(folder) for folder in folders], {}
+def compare(folders, console):
+    """Write compare.md and its pictures into a folder beside the first run -> the path of compare.md."""
+    runs, by_key = [Run(folder) for folder in folders], {}
     for run in runs:
-        alike.setdefault(run.kind, []).append(run)
-    groups = [Group(same) for same in alike.values()]
+        by_key.setdefault(run.group_key, []).append(run)
+    groups = [Group(same) for same in by_key.values()]
     target = runs[0].folder.parent / ("compare-" + "-".join(group.name for group in groups))[:120]
     target.mkdir(exist_ok=True)
-    if len({group.name for group in groups}) < len(groups):
-        for group in groups:
-            group.name = str(group.runs[0].folder)
+    label_groups(groups)
     names = [group.name for group in groups]
-    rows = [[key, *(group.facts(key) for group in groups)] for key in runs[0].all_facts]
+    rows = [[key, *(group.fact(key) for group in groups)] for key in runs[0].all_facts]
     differing = [row for row in rows if any(cell != row[1] for cell in row[1:])]
-    parts = ["# " + ", ".join(names), COMPARED, results(groups), show_curves(groups, target)]
+    parts = ["# " + ", ".join(names), ABOUT_RESULTS, results(groups), curves(groups, target, console)]
     texts = dict.fromkeys(run.config["corpus"]["name"] for run in runs)
     if len(texts) > 1:
-        parts.insert(1, f"Their texts differ, {', '.join(texts)}: val_bpb and losses cannot be compared.")
+        warning = "The runs used different texts, so val_bpb and losses cannot be compared"
+        parts.insert(1, f"{warning}: {', '.join(texts)}.")
     else:
         equal, law = equal_costs(groups), scaling_law(groups, target / "scaling.png")
-        parts += ["## At equal cost", EQUAL, equal] if equal else []
+        parts += ["## At equal cost", ABOUT_COSTS, equal] if equal else []
         parts += ["## Scaling law", *law] if law else []
     parts += ["## Settings that differ", table(["setting", *names], differing)]
     return replace(target / "compare.md", "\n\n".join(parts) + "\n")
 
 
-def glance(folder):
+def list_runs(folder, console):
     """The runs in a folder as a table of plain text, newest first."""
     rows = []
     for path in Path(folder).iterdir():
-        if (path / "config.json").exists() and (run := attempt(f"reading {path}", Run, path)):
+        if (path / "config.json").exists() and (run := console.attempt(f"reading {path}", Run, path)):
             changed = max(file.stat().st_mtime for file in path.glob("*.json*"))
             when = time.strftime("%Y-%m-%d %H:%M", time.localtime(changed))
             depth, steps = run.config["settings"]["depth"], run.numbers["steps"]
@@ -905,15 +1004,15 @@ def glance(folder):
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
-def report_on(folders):
-    """-> what to show: the runs of a folder, or the path of a run's report or of several runs' comparison."""
+def report_on(folders, console):
+    """-> the list of the runs in a folder, or the path of a run's report or of several runs' comparison."""
     if len(folders) == 1 and list(Path(folders[0]).glob("*/config.json")):
-        return glance(folders[0])
+        return list_runs(folders[0], console)
     runs = [folder for folder in folders if (Path(folder) / "config.json").exists()]
     for folder in sorted({*folders} - {*runs}) if runs else ():
         if not (Path(folder) / "compare.md").exists():
-            tell("skipped", f"{folder}, which is no run")
-    return compare(runs) if len(runs) > 1 else write_report((runs or folders)[0])
+            console.print("skipped", f"{folder}, which is not a run")
+    return compare(runs, console) if len(runs) > 1 else write_report((runs or folders)[0], console)
 
 
 if __name__ == "__main__":
@@ -922,9 +1021,10 @@ if __name__ == "__main__":
             print(__doc__.strip())
             sys.exit()
         if len(sys.argv) < 2:
-            raise ValueError("no run is given.\nCall: python report.py out/RUN [out/RUN ...]")
+            raise ValueError("no run was given.\nUsage: python report.py out/RUN [out/RUN ...]")
         open_console()
-        show(report_on(sys.argv[1:]))
+        console = Console()
+        console.show(str(report_on(sys.argv[1:], console)))
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

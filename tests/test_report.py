@@ -1,4 +1,4 @@
-"""Numbers, console, log, report and comparison, judged by arithmetic done another way and by real runs."""
+"""Numbers, console, log, report and comparison: against calculations done differently, and real runs."""
 
 import json
 import math
@@ -10,6 +10,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 import types
 
@@ -20,11 +21,13 @@ from conftest import REPO
 
 import report
 
+CONSOLE = report.Console()
+
 # -----------------------------------------------------------------------------
 # Measuring
 
 
-def test_the_average_is_the_weighted_mean_of_the_losses_seen():
+def test_the_ema_is_the_weighted_mean_of_its_losses():
     losses, beta, smooth = [5.0, 3.0, 4.0, 1.0], 0.9, 0.0
     for count, loss in enumerate(losses, 1):
         smooth = report.update_ema(smooth, loss, beta)
@@ -41,7 +44,7 @@ def test_bits_per_byte_against_a_loop(rows):
     torch.manual_seed(0)
     table = torch.randn(7, 7)  # logits of the next token by the last one
     tokens, targets = torch.randint(7, (2, 6, 5))
-    targets[:, 0] = -1  # no text is behind them: neither nats nor bytes
+    targets[:, 0] = -1  # padding: counts in neither nats nor bytes
     sizes = [1, 1, 2, 3, 1, 5, 4]  # bytes of each token
     nats, count = 0.0, 0
     for token, target in zip(tokens.flatten().tolist(), targets.flatten().tolist()):
@@ -70,22 +73,22 @@ def stopped_clock(monkeypatch, start, readings):
     return report.Clock(start)
 
 
-def test_the_clock_books_every_second_once(monkeypatch):
+def test_the_clock_counts_every_second_once(monkeypatch):
     clock = stopped_clock(monkeypatch, 10.0, [12.0, 15.5, 16.0])
     for name in ("setup", "training", "setup"):
         clock.lap(name)
     assert clock.spent == {"setup": 2.5, "training": 3.5}
 
 
-def test_the_clock_goes_on_with_what_earlier_starts_have_spent(monkeypatch):
+def test_the_clock_includes_earlier_starts(monkeypatch):
     clock = stopped_clock(monkeypatch, 10.0, [12.0, 15.0, 15.5, 16.0, 16.5])
     clock.lap("setup")
     clock.add({"setup": 1.0, "corpus": 30.0, "training": 100.0})
     clock.lap("training")
     assert clock.spent == {"setup": 3.0, "corpus": 30.0, "training": 103.0}
-    assert clock.elapsed() == 136.5  # the half second that no lap has booked yet is in it
+    assert clock.elapsed() == 136.5  # with the half second since the last lap
     assert clock.elapsed("corpus") == 107.0
-    assert clock.elapsed("a name that nothing was booked under") == 137.5
+    assert clock.elapsed("an activity without a lap") == 137.5
 
 
 # -----------------------------------------------------------------------------
@@ -97,26 +100,26 @@ RECORD = {
 }
 
 
-def test_a_line_says_how_far_how_fast_and_of_which_peak():
-    line = report.step_line(RECORD, 2840, 1.2931, "published", 2760)
+def test_a_step_line_shows_progress_speed_and_kind_of_peak():
+    line = report.step_line(RECORD, 2840, "published", 2760, 1.2931)
     assert line == (
         "step  120/2840   4.2%  loss 4.2310  val 1.2931  lr 1.00   512k tok/s  mfu 46.1%  "
         "data  0%  eta 46m00s"
     )
-    assert "mfu 71% of measured" in report.step_line(RECORD | {"mfu": 0.71}, 2840, 1.3, "measured", 60)
+    assert "mfu 71% of measured" in report.step_line(RECORD | {"mfu": 0.71}, 2840, "measured", 60, 1.3)
 
 
-def test_a_line_of_a_run_by_the_clock_has_no_steps_in_all():
-    line = report.step_line(RECORD | {"step": 1234, "progress": 0.5}, None, 1.2931, "published", 150)
+def test_a_step_line_of_a_timed_run_has_no_total():
+    line = report.step_line(RECORD | {"step": 1234, "progress": 0.5}, None, "published", 150, 1.2931)
     assert line == (
         "step  1,234  50.0%  loss 4.2310  val 1.2931  lr 1.00   512k tok/s  mfu 46.1%  data  0%  eta 2m30s"
     )
 
 
 @pytest.mark.parametrize("total", [9999, 99_999, None])
-def test_lines_of_a_run_stand_under_each_other(total):
+def test_step_lines_are_aligned(total):
     lines = [
-        report.step_line(RECORD | change, total, 1.3, "measured", 60)
+        report.step_line(RECORD | change, total, "measured", 60, 1.3)
         for change in (
             {},
             {"step": 1, "progress": 0.0},
@@ -138,9 +141,9 @@ def test_a_line_has_at_most_120_columns(source, total, size):
     step = total or 10**9
     huge = {key: size for key in ("train_loss_ema", "tok_per_sec", "mfu", "val_bpb", "min_val_bpb")}
     record = RECORD | huge | {"step": step, "data_wait": 1.0, "progress": 1.0}
-    assert len(report.step_line(record, total, size, source, 1e9)) <= 120
+    assert len(report.step_line(record, total, source, 1e9, size)) <= 120
     usual = RECORD | {"step": step, "data_wait": 1.0, "progress": 1.0, "mfu": 0.71, "train_loss_ema": 10.82}
-    line = report.step_line(usual, total, 3.4567, source, 3599)
+    line = report.step_line(usual, total, source, 3599, 3.4567)
     assert len(line) <= 120 and (line.endswith("eta 59m59s") or total == 10**9)  # nothing is cut off
     assert len(report.val_line(record)) <= 120
 
@@ -154,9 +157,9 @@ def test_short_numbers(number, text):
     assert report.short(2.5e15, " ") + "FLOP/s" == "2.5 PFLOP/s"
 
 
-def test_one_of_a_thing_is_no_more_than_one():
-    told = [report.plural(n, "minute") for n in (0.3, 1.0, 5.0, 2840, 1_234_567)]
-    assert told == ["0.3 minutes", "1 minute", "5 minutes", "2,840 minutes", "1,234,567 minutes"]
+def test_plurals():
+    texts = [report.plural(n, "minute") for n in (0.3, 1.0, 5.0, 2840, 1_234_567)]
+    assert texts == ["0.3 minutes", "1 minute", "5 minutes", "2,840 minutes", "1,234,567 minutes"]
 
 
 def test_durations():
@@ -164,46 +167,79 @@ def test_durations():
     assert [report.duration(s) for s in (-5, 59.4, 59.6, 3599, 3600, 360_000)] == texts
 
 
-def test_only_a_terminal_gets_bold_letters(monkeypatch):
-    monkeypatch.delenv("NO_COLOR", raising=False)
+def test_only_a_terminal_gets_bold_text(terminal, monkeypatch, capsys):
     line = "val      1.2931 bits per byte at step 120, the lowest so far is 1.2931"
-    assert report.val_line(RECORD) == line
-    monkeypatch.setattr(sys, "stdout", types.SimpleNamespace(isatty=lambda: True))
-    bold = report.val_line(RECORD)
+    report.Console().val(RECORD)
+    assert capsys.readouterr().out == line + "\n"
+    monkeypatch.setattr(sys, "stdout", terminal)
+    report.Console().val(RECORD)
     monkeypatch.setenv("NO_COLOR", "1")
-    assert bold == f"\033[1m{report.val_line(RECORD)}\033[0m"
+    report.Console().val(RECORD)
+    assert terminal.rows == [f"\033[1m{line}\033[0m", line, ""]
 
 
-def test_what_is_told_and_samples_fit_too(capsys):
-    report.tell("device", "Intel(R) Xeon(R) with a name that does not end soon, " * 5)
-    report.tell("error:", "--device-batch-size " * 9)
-    report.tell("data", "folder/" * 40)
-    samples = [["a" * 200, "x = 1\n    indented\n" + "word " * 60], ["", "\n", "how it goes on"]]
-    report.show(report.show_samples(samples))
+def test_all_lines_fit_the_console(capsys):
+    CONSOLE.print("device", "Intel(R) Xeon(R) with a name that does not end soon, " * 5)
+    CONSOLE.print("error:", "--device-batch-size " * 9)
+    CONSOLE.print("data", "folder/" * 40)
+    CONSOLE.print("benchmark", "a long label")
+    CONSOLE.samples([["a" * 200, "x = 1\n    indented\n" + "word " * 60], ["", "\n", "how it continues"]])
     rows = capsys.readouterr().out.splitlines()
     assert max(len(row) for row in rows if "folder/" not in row) <= 120
     assert any("folder/" * 40 in row for row in rows)  # a path can be copied
     labels = [row[:9].strip() for row in rows if row[:9].strip()]
-    assert labels == ["device", "error:", "data", "sample", "sample"]
+    assert labels == ["device", "error:", "data", "benchmark", "sample", "sample"]
+    assert "benchmark a long label" in rows
     assert "             indented" in rows
     assert not any(row.endswith("-") for row in rows)  # no flag is cut in two
 
 
+def test_text_of_a_model_cannot_control_the_terminal(capsys):
+    CONSOLE.samples([["a", "\x1b[2J\x07b\x9b2Jc"]])
+    CONSOLE.print("run", "out/\x1b[2Ja")
+    CONSOLE.show("a\rb")
+    output = capsys.readouterr().out
+    assert output == "sample   'a' ->\n         \\x1b[2J\\x07b\\x9b2Jc\nrun      out/\\x1b[2Ja\na\\x0db\n"
+
+
+def test_only_rank_0_prints_except_with_print(capsys):
+    console = report.Console(rank=1)
+    console.print0("run", "a")
+    console.show("a")
+    console.samples(SAMPLES)
+    console.val(RECORD)
+    console.step(RECORD, 2840, "published", 60)
+    console.end_live()
+    with console.waiting("benchmark", "compiling"):
+        pass
+    assert capsys.readouterr().out == ""
+    console.print("data", "prepared by this rank")
+    assert capsys.readouterr().out == "data     prepared by this rank\n"
+
+
 class Terminal:
-    """A standard output that shows what a terminal would: rows, of which \\r and \\033[K rewrite the last."""
+    """A stdout that keeps the rows a terminal would show. It wraps rows again when it is resized."""
 
     def __init__(self, columns):
         self.rows, self.columns = [""], columns
 
     def write(self, text):
-        for part in re.split(r"(\n|\r\033\[K)", text):
+        for part in re.split(r"(\n|\r\033\[K|\033\[A\033\[K)", text):
             if part == "\n":
                 self.rows.append("")
             elif part == "\r\033[K":
                 self.rows[-1] = ""
+            elif part == "\033[A\033[K":
+                assert self.rows.pop() == ""
+                self.rows[-1] = ""
             elif part:
                 self.rows[-1] += part
                 assert len(self.rows[-1]) < self.columns, "the row would wrap"
+
+    def resize(self, columns):
+        self.columns = columns
+        pieces = ([row[i : i + columns] for i in range(0, len(row), columns)] or [""] for row in self.rows)
+        self.rows = [piece for row in pieces for piece in row]
 
     def flush(self):
         pass
@@ -214,7 +250,6 @@ class Terminal:
 
 @pytest.fixture
 def terminal(monkeypatch):
-    monkeypatch.setattr(report, "Live", type("Live", (report.Live,), {}))
     for name in ("NO_COLOR", "TERM"):
         monkeypatch.delenv(name, raising=False)
     screen = Terminal(120)
@@ -223,58 +258,147 @@ def terminal(monkeypatch):
     return screen
 
 
-def tell_steps(count, first=1):
+def show_steps(console, count, first=1):
     for step in range(first, first + count):
         record = RECORD | {"step": step, "progress": step / 100}
-        report.show_step(record, 100, 1.2931, "published", 100 - step)
+        console.step(record, 100, "published", 100 - step)
 
 
-def test_on_a_terminal_one_row_rewrites_itself_below_what_stays(terminal, monkeypatch):
+def test_on_a_terminal_one_row_is_rewritten_below_the_lines_that_stay(terminal, monkeypatch):
     monkeypatch.setattr(sys, "stdout", terminal)
-    report.show("plan     1) horizon")
-    tell_steps(30)
+    console = report.Console()
+    console.val_bpb = 1.2931
+    console.show("plan     1) horizon")
+    show_steps(console, 30)
     assert terminal.rows[0] == "plan     1) horizon" and len(terminal.rows) == 2
     assert re.match(r"█{9}·{21}   30.0%  step 30 of 100  loss 4.2310  val 1.2931  512k", terminal.rows[1])
-    report.show("val      1.2 bits per byte")
+    console.show("val      1.2 bits per byte")
     assert terminal.rows[1] == "val      1.2 bits per byte" and terminal.rows[2].startswith("█" * 9 + "·")
-    terminal.columns = 100  # it was made narrower
-    tell_steps(1, first=100)
+    terminal.resize(100)
+    show_steps(console, 1, first=100)
     assert len(terminal.rows) == 3 and re.match(r"█{5,}  100.0%  loss 4.2310  val", terminal.rows[2])
     assert terminal.rows[2].endswith("eta 0s") and len(terminal.rows[2]) < 100
-    report.end_live()
-    report.show("---")
+    console.end_live()
+    console.show("---")
     assert terminal.rows[2].startswith("step 100/100 100.0%") and terminal.rows[3:] == ["---", ""]
 
 
+@pytest.mark.parametrize("columns", [119, 80, 60, 58, 57, 30, 20])
+def test_a_narrowed_terminal_keeps_no_old_fragment_of_the_live_row(terminal, monkeypatch, columns):
+    monkeypatch.setattr(sys, "stdout", terminal)
+    console = report.Console()
+    console.show("plan")
+    show_steps(console, 30)
+    terminal.resize(columns)
+    show_steps(console, 1, first=31)
+    assert terminal.rows[0] == "plan" and len(terminal.rows) == 2 and "31.0%" in terminal.rows[1]
+
+
+def test_the_live_row_and_the_last_step_line_show_the_newest_val_bpb(terminal, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", terminal)
+    console = report.Console()
+    console.val(RECORD | {"val_bpb": 2.5})
+    show_steps(console, 100)
+    assert "val 2.5000" in terminal.rows[-1]
+    console.val(RECORD | {"val_bpb": 1.25})
+    assert "val 1.2500" in terminal.rows[-1] and terminal.rows[-1].startswith("█")
+    console.end_live()
+    assert terminal.rows[-2].startswith("step 100/100") and "val 1.2500" in terminal.rows[-2]
+
+
+def wait_until(condition):
+    deadline = time.perf_counter() + 10
+    while not condition():
+        assert time.perf_counter() < deadline
+        time.sleep(0.001)
+
+
+def fast_pauses(monkeypatch):
+    """Let the thread of Console.waiting pause for a millisecond -> the list of the pauses it asked for."""
+    pauses = []
+
+    class Event(threading.Event):
+        def wait(self, seconds=None):
+            pauses.append(seconds)
+            return super().wait(0.001)
+
+    monkeypatch.setattr(report, "threading", types.SimpleNamespace(**{**vars(threading), "Event": Event}))
+    return pauses
+
+
+def test_waiting_shows_the_seconds_in_the_live_row_of_a_terminal(terminal, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", terminal)
+    pauses = fast_pauses(monkeypatch)
+    console = report.Console()
+    with console.waiting("benchmark", "compiling"):
+        wait_until(lambda: terminal.rows == ["benchmark compiling: 0s"])
+        console.print("data", "a line from another thread")
+        assert terminal.rows == ["data     a line from another thread", "benchmark compiling: 0s"]
+        now = time.monotonic()
+        monkeypatch.setattr(time, "monotonic", lambda: now + 75)
+        wait_until(lambda: terminal.rows[1:] == ["benchmark compiling: 1m15s"])
+    assert terminal.rows == ["data     a line from another thread", ""]
+    assert {*pauses} == {1}
+    assert not any(thread.name.endswith("(repeat)") for thread in threading.enumerate())
+
+
+def test_waiting_prints_lines_elsewhere_and_raises_what_its_body_raises(monkeypatch, capsys):
+    pauses = fast_pauses(monkeypatch)
+    with pytest.raises(ZeroDivisionError), CONSOLE.waiting("benchmark", "compiling"):
+        wait_until(lambda: len(pauses) > 3)
+        raise ZeroDivisionError
+    lines = capsys.readouterr().out.splitlines()
+    assert {*lines} == {"benchmark compiling: 0s"} and pauses[:4] == [5, 10, 10, 10]
+    with CONSOLE.waiting("benchmark", "compiling"):
+        pass
+    assert capsys.readouterr().out == ""  # a fast task prints nothing
+
+
+def test_waiting_survives_a_console_that_was_closed(monkeypatch):
+    pauses = fast_pauses(monkeypatch)
+    monkeypatch.setattr(sys, "stdout", closed_stdout())
+    with CONSOLE.waiting("benchmark", "compiling"):
+        wait_until(lambda: len(pauses) > 3)
+
+
+def closed_stdout(error=ValueError):
+    """A stdout that raises in every method."""
+
+    def fail(*arguments):
+        raise error
+
+    return types.SimpleNamespace(write=fail, flush=fail, isatty=fail)
+
+
 @pytest.mark.parametrize("name, value", [("NO_COLOR", "1"), ("TERM", "dumb")])
-def test_elsewhere_ten_lines_and_then_one_in_ten_seconds(terminal, monkeypatch, name, value):
+def test_elsewhere_ten_lines_are_printed_and_then_one_in_ten_seconds(terminal, monkeypatch, name, value):
     monkeypatch.setattr(sys, "stdout", terminal)
     monkeypatch.setenv(name, value)
-    now = 0.0
+    now, console = 0.0, report.Console()
     monkeypatch.setattr(time, "monotonic", lambda: now)
     for step in range(1, 101):
         now += 1.0
-        tell_steps(1, first=step)
-    report.end_live()
+        show_steps(console, 1, first=step)
+    console.end_live()
     steps = [int(re.match(r"step +(\d+)/100 ", row)[1]) for row in terminal.rows[:-1]]
     assert steps == [*range(1, 11), *range(20, 101, 10)]
 
 
-def test_what_only_shows_something_stops_nothing(capsys):
-    assert report.attempt("counting", lambda *words: len(words), "a", "b") == 2
+def test_attempt_prints_an_error_and_continues(capsys):
+    assert CONSOLE.attempt("counting", lambda *words: len(words), "a", "b") == 2
     assert capsys.readouterr().out == ""
-    assert report.attempt("counting", int, "two") is None
+    assert CONSOLE.attempt("counting", int, "two") is None
     message = "error:   counting failed: ValueError: invalid literal for int() with base 10: 'two'\n"
     assert capsys.readouterr().out == message
 
     def interrupted():
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):  # this is no error
-        report.attempt("sampling", interrupted)
+    with pytest.raises(KeyboardInterrupt):  # not an error
+        CONSOLE.attempt("sampling", interrupted)
 
 
-def test_a_command_line_is_what_a_shell_and_the_flags_read():
+def test_a_shell_parses_a_command_line_into_the_same_words():
     settings = {
         **{"run_name": "my run", "resume": True, "compile": False, "depth": None, "matrix_lr": 0.02},
         **{"eval_every": -1, "data": "it's/$HOME", "seed": 0, "dtype": ""},
@@ -288,20 +412,21 @@ def test_a_command_line_is_what_a_shell_and_the_flags_read():
     assert report.command_line("python train.py", {}) == "python train.py"
 
 
-# Real consoles: in a process of its own, and without torch, which no console needs and which takes seconds
-CONSOLE = """
+# Real consoles: each in its own process; without torch, because importing it takes seconds
+SETUP = """
 import os, sys, types
 sys.modules["torch"] = torch = types.ModuleType("torch")
 torch.distributed = sys.modules["torch.distributed"] = types.ModuleType("torch.distributed")
 import report
 report.open_console()
+console = report.Console()
 """
 
 
-def console(code, redirect="", encoding="utf-8"):
-    """Run code after open_console() -> the process, ended, with bytes as its output."""
+def run_console(code, redirect="", encoding="utf-8"):
+    """Run code after open_console() -> the finished process, its output as bytes."""
     env = {**os.environ, "PYTHONPATH": str(REPO), "PYTHONIOENCODING": encoding}
-    command = ["sh", "-c", f'exec "$0" -c "$1" {redirect}', sys.executable, CONSOLE + code]
+    command = ["sh", "-c", f'exec "$0" -c "$1" {redirect}', sys.executable, SETUP + code]
     return subprocess.run(command, env=env, capture_output=True)
 
 
@@ -313,20 +438,17 @@ def console(code, redirect="", encoding="utf-8"):
         ("ascii", "4 x 512 - a - b... #2\\u2192"),
     ],
 )
-def test_a_console_of_any_encoding_takes_any_text(encoding, text):
+def test_a_console_with_any_encoding_accepts_any_text(encoding, text):
     code = """
 for stream in (sys.stdout, sys.stderr):
     print("4 × 512 · a – b… █²→", file=stream)
-report.tell("run", "out/" + os.fsdecode(b"caf\\xff"))  # a folder's name that is not UTF-8
-report.tell("plan", "4 × 512 · a – b… █²→")
+console.print0("run", "out/" + os.fsdecode(b"caf\\xff"))  # the folder's name is not UTF-8
+console.print0("plan", "4 × 512 · a – b… █²→")
 """
-    done = console(code, encoding=encoding)
+    done = run_console(code, encoding=encoding)
     assert done.returncode == 0 and done.stderr.decode(encoding) == text + "\n"
     lines = [text, "run      out/caf\\udcff", f"plan     {text}"]
     assert done.stdout.decode(encoding).splitlines() == lines
-
-
-# what open_console does not yet do: any text also into the stand-in for a closed stream, and a closed input
 
 
 @pytest.mark.parametrize(
@@ -339,16 +461,16 @@ report.tell("plan", "4 × 512 · a – b… █²→")
         ("<&- >&- 2>&-", "a"),
     ],
 )
-def test_a_closed_console_stops_nothing_and_no_file_takes_its_place(redirect, name, tmp_path):
+def test_a_closed_console_stops_nothing_and_no_file_gets_its_descriptor(redirect, name, tmp_path):
     code = f"""
-report.tell("run", "4 × 512 · out/{name}")
+console.print0("run", "4 × 512 · out/{name}")
 print("error: out/{name} · " + report.val_line({RECORD}), file=sys.stderr)
 with open({str(tmp_path / "file")!r}, "w") as file:
     os.write(1, b"from a library")
     os.write(2, b"from a library")
     file.write(str(file.fileno()))
 """
-    done = console(code, redirect)
+    done = run_console(code, redirect)
     assert done.returncode == 0
     number = (tmp_path / "file").read_text()
     assert number.isdigit() and int(number) > 2  # and no library has written into it
@@ -356,58 +478,54 @@ with open({str(tmp_path / "file")!r}, "w") as file:
     assert (b"error: out" in done.stderr) == ("2>&-" not in redirect)
 
 
-def test_a_console_that_has_gone_stops_nothing(monkeypatch, tmp_path):
-    def gone(text):
-        raise ValueError("I/O operation on closed file")
-
-    closed = types.SimpleNamespace(write=gone, flush=lambda: None, isatty=lambda: False)
-    monkeypatch.setattr(sys, "stdout", closed)
-    report.tell("plan", "4 × 512")
+def test_a_console_that_was_closed_stops_nothing(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", closed_stdout())
+    CONSOLE.print("plan", "4 × 512")
     assert sys.stdout.name == os.devnull
-    report.tell("plan", "4 × 512")
+    CONSOLE.print("plan", "4 × 512")
 
 
 # -----------------------------------------------------------------------------
 # Log
 
 
-def test_a_record_can_be_read_at_once_and_has_no_nan(tmp_path):
-    log = report.Log(tmp_path)
+def test_a_record_is_written_at_once_and_has_no_nan(tmp_path):
+    log = report.Log(tmp_path, CONSOLE)
     log.write("step", step=1, a=math.nan, b=-math.inf, c=2.5, d=[1], e="x")
     line = (tmp_path / "log.jsonl").read_text()
     fields = {"step": 1, "a": None, "b": None, "c": 2.5, "d": [1], "e": "x"}
     assert json.loads(line) == {"kind": "step", **fields}
     log.close()
-    report.Log(None).write("step", step=1)  # what the other ranks do: nothing
+    report.Log(None, CONSOLE).write("step", step=1)  # as on other ranks: nothing happens
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full here")
 def test_a_full_disk_does_not_stop_training(tmp_path, capsys):
     os.symlink("/dev/full", tmp_path / "log.jsonl")
-    log = report.Log(tmp_path)
+    log = report.Log(tmp_path, CONSOLE)
     log.write("step", step=1)
     assert "No space left" in capsys.readouterr().out
 
 
-REFUSALS = [
+WRITE_ERRORS = [
     OSError(28, "No space left on device"),
     ValueError("No space left in this buffer"),
-    RuntimeError("No space left: whatever else a file system may say"),
+    RuntimeError("No space left: another error of a file system"),
 ]
 
 
-@pytest.mark.parametrize("error", REFUSALS, ids=lambda error: type(error).__name__)
-@pytest.mark.parametrize("room", [0, 9])  # bytes that it still takes
-def test_what_a_full_disk_refused_follows_once_there_is_room(tmp_path, capsys, error, room):
-    log = report.Log(tmp_path)
+@pytest.mark.parametrize("error", WRITE_ERRORS, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("free", [0, 9])  # bytes that can still be written
+def test_records_that_a_full_disk_refused_are_written_later(tmp_path, capsys, error, free):
+    log = report.Log(tmp_path, CONSOLE)
     file = log.file
 
     def full(content):
-        nonlocal room
-        if not room:
+        nonlocal free
+        if not free:
             raise error
-        taken, room = file.write(content[:room]), 0
-        return taken
+        written, free = file.write(content[:free]), 0
+        return written
 
     log.file = types.SimpleNamespace(write=full)
     log.write("step", step=1)
@@ -419,7 +537,7 @@ def test_what_a_full_disk_refused_follows_once_there_is_room(tmp_path, capsys, e
     assert capsys.readouterr().out.count("No space left") == 1
 
 
-def test_a_file_is_replaced_in_one_go_and_takes_any_text(tmp_path, monkeypatch):
+def test_a_file_is_replaced_atomically_and_accepts_any_text(tmp_path, monkeypatch):
     path = tmp_path / "report.md"
     assert report.replace(path, "old\n") == path
     assert report.replace(path, "# caf\udcff × é\n") == path
@@ -435,7 +553,33 @@ def test_a_file_is_replaced_in_one_go_and_takes_any_text(tmp_path, monkeypatch):
     assert path.read_text(encoding="utf-8") == "# caf\\udcff × é\n"
 
 
-def test_a_log_is_read_without_its_broken_line_and_cut_after_a_step(tmp_path):
+def test_an_exception_that_ends_a_run_is_an_event(tmp_path):
+    log = report.Log(tmp_path, CONSOLE)
+    log.write("event", step=0, event="started")
+    log.write("step", step=7)
+    log.fail(OSError(5, "a damaged\nshard"))
+    log.fail("rank 1 has failed")
+    first, second = report.read_log(tmp_path)[2:]
+    fields = {"kind": "event", "step": 7, "event": "failed"}
+    assert first == fields | {"reason": "OSError: [Errno 5] a damaged\nshard"}
+    assert second == fields | {"reason": "rank 1 has failed"}
+    log.close()
+    log.fail("too late")  # does nothing, as on other ranks
+    report.Log(None, CONSOLE).fail("on another rank")
+    assert len(report.read_log(tmp_path)) == 4
+
+
+def test_saves_are_logged_with_the_step_of_the_checkpoint(tmp_path, capsys):
+    log, error = report.Log(tmp_path, CONSOLE), OSError(5, "no disk")
+    assert log.saves([("step_000010", None), ("step_000020", error)], 23) is error
+    assert log.saves([], 30) is None
+    saved, failed = report.read_log(tmp_path)
+    assert saved == {"kind": "event", "step": 10, "event": "saved", "folder": "step_000010"}
+    assert failed == {"kind": "event", "step": 23, "event": "save_failed", "error": "[Errno 5] no disk"}
+    assert capsys.readouterr().out == "save     failed, the next save tries again: [Errno 5] no disk\n"
+
+
+def test_a_log_is_read_without_a_broken_line_and_cut_after_a_step(tmp_path):
     records = [{"kind": "step", "step": n} for n in (1, 2, 3)]
     text = "".join(json.dumps(r) + "\n" for r in records)
     (tmp_path / "log.jsonl").write_bytes(text.encode() + b'{"kind": "step", "st\xc3')
@@ -446,7 +590,7 @@ def test_a_log_is_read_without_its_broken_line_and_cut_after_a_step(tmp_path):
 
 
 class FakeWandb(types.ModuleType):
-    """Records what it is told; fails in the function that `broken` names."""
+    """Records the calls; fails in the function named `broken`."""
 
     def __init__(self, broken=None):
         super().__init__("wandb")
@@ -462,49 +606,49 @@ class FakeWandb(types.ModuleType):
         return self
 
 
-def use(monkeypatch, tmp_path, module):
+def use_wandb(monkeypatch, tmp_path, module):
     monkeypatch.setitem(sys.modules, "wandb", module)
-    log = report.Log(tmp_path, wandb=True, config={"depth": 2})
+    log = report.Log(tmp_path, CONSOLE, wandb=True, config={"depth": 2})
     log.write("event", step=0, event="started")
     for step in (1, 2):
         log.write("step", step=step, train_loss=2.0, mfu=math.nan)
     log.close({"val_bpb": 1.5})
 
 
-def test_wandb_hears_the_same_names(monkeypatch, tmp_path):
+def test_wandb_gets_the_same_names(monkeypatch, tmp_path):
     wandb = FakeWandb()
-    use(monkeypatch, tmp_path, wandb)
+    use_wandb(monkeypatch, tmp_path, wandb)
     calls = {name: [(a, k) for n, a, k in wandb.calls if n == name] for name, *_ in wandb.calls}
     axes = ["step", "total_training_time", "total_training_flops"]
     assert calls["define_metric"] == [*(((a,), {}) for a in axes), (("*",), {"step_metric": "step"})]
     assert calls["log"] == [(({"step": step, "train_loss": 2.0},), {}) for step in (1, 2)]
     assert wandb.summary == {"val_bpb": 1.5} and len(calls["finish"]) == 1
     again = FakeWandb()
-    use(monkeypatch, tmp_path, again)  # the resumed run is the same run there
+    use_wandb(monkeypatch, tmp_path, again)  # a resumed run is the same run in wandb
     first, second = (fake.calls[0][2] for fake in (wandb, again))
     assert first == second and first["resume"] == "allow" and first["config"] == {"depth": 2}
     other = FakeWandb()
     elsewhere = tmp_path / "elsewhere" / tmp_path.name
     elsewhere.mkdir(parents=True)
-    use(monkeypatch, elsewhere, other)
+    use_wandb(monkeypatch, elsewhere, other)
     assert other.calls[0][2]["id"] != first["id"]
 
 
 @pytest.mark.parametrize("broken", ["import", "init", "define_metric", "log", "finish"])
 def test_a_broken_wandb_stops_nothing(monkeypatch, tmp_path, capsys, broken):
-    use(monkeypatch, tmp_path, None if broken == "import" else FakeWandb(broken))
-    assert capsys.readouterr().out.count("is off") == 1
+    use_wandb(monkeypatch, tmp_path, None if broken == "import" else FakeWandb(broken))
+    assert capsys.readouterr().out.count("turned off after an error: ") == 1
     assert len(report.read_log(tmp_path)) == 3
 
 
 def wandb_records(path):
-    """What wandb has written while offline, record by record: LevelDB's log format in a file below 32 kB."""
+    """The records that wandb wrote offline: LevelDB's log format, in a file below 32 kB."""
     from wandb.proto.wandb_internal_pb2 import Record
 
-    content, place = path.read_bytes(), 7  # its own header
+    content, place = path.read_bytes(), 7  # after wandb's header
     while place < len(content):
         length, kind = struct.unpack("<HB", content[place + 4 : place + 7])
-        assert kind == 1  # whole
+        assert kind == 1  # a complete record
         record = Record()
         record.ParseFromString(content[place + 7 : place + 7 + length])
         yield record
@@ -512,9 +656,10 @@ def wandb_records(path):
 
 
 @pytest.mark.slow
-def test_the_real_wandb_without_a_login_asks_nothing_on_a_terminal(tmp_path):
+def test_the_real_wandb_without_a_login_does_not_prompt_on_a_terminal(tmp_path):
     pytest.importorskip("wandb")
-    code = "import pathlib, report; report.Log(pathlib.Path('.'), True, {}).close({}); print('went on')"
+    code = "import pathlib, report; log = report.Log(pathlib.Path('.'), report.Console(), True, {});"
+    code += "log.close({}); print('continued')"
     env = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
     env |= {"HOME": str(tmp_path), "TERM": "xterm", "PYTHONPATH": str(REPO)}
     here, there = os.openpty()
@@ -522,41 +667,41 @@ def test_the_real_wandb_without_a_login_asks_nothing_on_a_terminal(tmp_path):
     run = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=env, **terminal)
     assert run.wait(timeout=60) == 0
     shown = os.read(here, 10_000).decode()
-    assert "is off" in shown and "went on" in shown
+    assert "turned off" in shown and "continued" in shown
     os.close(here), os.close(there)
 
 
 def test_a_damaged_config_is_named(tmp_path):
     (tmp_path / "config.json").write_text('{"settings": {')
     with pytest.raises(ValueError, match="config.json is damaged") as error:
-        report.write_report(tmp_path)
+        report.write_report(tmp_path, CONSOLE)
     assert str(error.value).count("\n") == 1
 
 
 @pytest.mark.slow
-def test_what_wandb_writes_offline_has_the_same_axes_numbers_and_summary(tmp_path):
+def test_wandb_offline_writes_the_same_axes_numbers_and_summary(tmp_path):
     pytest.importorskip("wandb")
     code = (
-        "import pathlib, report; log = report.Log(pathlib.Path('.'), True, {'depth': 2})\n"
+        "import pathlib, report; log = report.Log(pathlib.Path('.'), report.Console(), True, {'depth': 2})\n"
         "assert log.wandb; log.write('step', step=1, train_loss=2.0, total_training_time=0.5)\n"
         "log.write('val', step=1, val_bpb=1.5); log.close({'val_bpb': 1.25, 'mfu': 0.5})"
     )
     env = {**os.environ, "WANDB_MODE": "offline", "WANDB_SILENT": "true", "PYTHONPATH": str(REPO)}
     command = [sys.executable, "-c", code]
     run = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert run.returncode == 0 and "is off" not in run.stdout, run.stdout + run.stderr
+    assert run.returncode == 0 and "turned off" not in run.stdout, run.stdout + run.stderr
     (written,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
-    told, summary, axes = [], {}, {}
+    history_rows, summary, axes = [], {}, {}
     for record in wandb_records(written):
         history, update = (
             {(item.nested_key or [item.key])[0]: json.loads(item.value_json) for item in items}
             for items in (record.history.item, record.summary.update)
         )
-        told.append({name: value for name, value in history.items() if name[0] != "_"})
+        history_rows.append({name: value for name, value in history.items() if name[0] != "_"})
         summary |= update
         if record.HasField("metric"):
             axes[record.metric.name or record.metric.glob_name] = record.metric.step_metric
-    assert list(filter(None, told)) == [
+    assert list(filter(None, history_rows)) == [
         {"step": 1, "train_loss": 2.0, "total_training_time": 0.5},
         {"step": 1, "val_bpb": 1.5},
     ]
@@ -568,13 +713,13 @@ def test_what_wandb_writes_offline_has_the_same_axes_numbers_and_summary(tmp_pat
 # Report
 
 
-SAMPLES = [["say `", "```\nhi"]]  # as runs have them that are older than "how the text goes on"
+SAMPLES = [["say `", "```\nhi"]]  # of an old run, without the original text
 SAMPLES += [["def f(", "x):\n    return\n" + "z" * 100, "y):\n    pass\n1"]]
 
 
 @pytest.fixture
 def config():
-    """A config.json as train.py writes it, of a run with --minutes on a CPU."""
+    """The config.json of a run with --minutes on a CPU, as train.py writes it."""
     auto = {"device_type": "cpu", "dtype": "float32", "vocab_size": 512, "head_dim": 32, "max_seq_len": 64}
     return {
         "settings": {
@@ -602,7 +747,7 @@ def config():
 
 @pytest.fixture
 def make(tmp_path, config):
-    """make(name, steps, ending=…, tail=…, **config changes) writes a run's folder, 10 steps a record."""
+    """make(name, steps, ending=…, tail=…, **config changes) writes a run's folder: a record per 10 steps."""
 
     def folder(name, steps=100, ending="finished", tail="", **changes):
         path = tmp_path / name
@@ -640,7 +785,7 @@ def tables(text):
 
 def test_the_report_of_a_run(make):
     folder = make("a")
-    text = report.write_report(folder).read_text()
+    text = report.write_report(folder, CONSOLE).read_text()
     rows = tables(text)
     assert text.splitlines()[:3] == ["# a", "", "finished: 100 steps, 100.0% of the run"]
     assert rows["val_bpb"] == ["1.2500"] and rows["mfu, of the measured peak"] == ["50.0%"]
@@ -648,21 +793,21 @@ def test_the_report_of_a_run(make):
     assert rows["slow_share"] == ["0.0%"]
     assert rows["peak_memory, resident set"] == ["100 MB"]
     assert rows["all parameters"] == ["1,726"] and rows["FLOPs per token, exact causal"] == ["8,000"]
-    assert rows["matrix_lr"] == ["0.01"] and "weight_decay" not in rows  # only what was given
+    assert rows["matrix_lr"] == ["0.01"] and "weight_decay" not in rows  # only given settings
     assert rows["device"] == ["a \\| CPU"] and rows["torch"] == ["2.13.0"]
     order = ["| val_bpb", "curves.png", "## Set", "## Hard", "## Time", "## Param", "## Sample", "## How"]
     places = [text.index(mark) for mark in order]
     assert places == sorted(places)
     assert "    ```\n    hi" in text  # a sample cannot end its block
     beside = text.split("## Sample from 'def f('")[1].splitlines()
-    assert beside[2] == "    The model writes:" + 41 * " " + "The text goes on:"
+    assert beside[2] == "    Model:" + 52 * " " + "Original text:"
     assert beside[4] == "    x):" + 55 * " " + "y):" and beside[5] == "        return" + 48 * " " + "    pass"
     assert beside[6].split() == ["z" * 56, "1"] and beside[7].strip() == "z" * 44
     assert (folder / "curves.png").stat().st_size > 20_000
 
 
-def test_an_edited_constant_is_told(make, tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "show_curves", lambda runs, folder: "")
+def test_an_edited_constant_is_in_the_report(make, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "curves", lambda groups, folder, console: "")
     monkeypatch.setattr(report, "__file__", str(tmp_path / "report.py"))
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
     (tmp_path / "train.py").write_text("seed: int = 42  # of all\neval_bytes: int | None = None  # used\n")
@@ -671,94 +816,130 @@ def test_an_edited_constant_is_told(make, tmp_path, monkeypatch):
     clean = report.versions()
     assert len(clean["git_commit"]) == 40 and clean["edited_settings"] == ""
     (tmp_path / "train.py").write_text("seed: int = 42  # of all\neval_bytes: int | None = 1024  # used\n")
-    edited = report.versions()
+    edited = report.run_config(depth=2)["versions"]
     assert edited["git_commit"] == clean["git_commit"] + "-dirty"
-    rows = tables(report.write_report(make("a", versions=edited)).read_text())
+    rows = tables(report.write_report(make("a", versions=edited), CONSOLE).read_text())
     assert rows["eval_bytes"] == ["1024"] and "seed" not in rows
-    assert edited["code"] == clean["code"]  # its settings tell the difference, and the seed makes none
+    assert edited["code"] == clean["code"]  # settings are compared separately, and the seed not at all
 
 
-def test_runs_of_edited_code_are_no_group(make, tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "show_curves", lambda runs, folder: "")
+def test_runs_of_edited_code_are_not_one_group(make, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "curves", lambda groups, folder, console: "")
     monkeypatch.setattr(report, "__file__", str(tmp_path / "report.py"))
     versions = {}
-    for name, code in (("a", "x = 1"), ("b", "x = 1"), ("c", "x = 2")):  # of one commit, or of none
+    for name, code in (("a", "x = 1"), ("b", "x = 1"), ("c", "x = 2")):  # all of the same commit
         (tmp_path / "model.py").write_text(code)
         versions[name] = report.versions()
     folders = [make(name, versions=version) for name, version in versions.items()]
-    rows = tables(report.compare(folders).read_text())
+    rows = tables(report.compare(folders, CONSOLE).read_text())
     assert rows["result"] == ["a", "c"] and rows["code"] == [versions["a"]["code"], versions["c"]["code"]]
 
 
 def test_the_time_adds_up(make, monkeypatch):
-    monkeypatch.setattr(report, "show_curves", lambda runs, folder: "")
-    rows = tables(report.write_report(make("a")).read_text())
-    names = ["setup", "preparation of the corpus", "trial and compilation", "training", "evaluation"]
+    monkeypatch.setattr(report, "curves", lambda groups, folder, console: "")
+    rows = tables(report.write_report(make("a"), CONSOLE).read_text())
+    names = ["setup", "preparation of the corpus", "benchmark and compilation", "training", "evaluation"]
     seconds = [float(rows[name][0]) for name in [*names, "waiting for data"]]
     assert seconds == [1.0, 2.0, 3.0, 8.5, 4.0, 2.0]  # 0.2 of 100 steps of 0.1 s was waiting
-    assert rows["together"][0] == "20.5"  # the wall time
+    assert rows["total"][0] == "20.5"  # the wall time
     shares = [float(rows[name][1].rstrip("%")) for name in [*names, "waiting for data"]]
     assert sum(shares) == pytest.approx(100, abs=0.3)
 
 
-def test_the_command_repeats_the_run(make, monkeypatch):
-    monkeypatch.setattr(report, "show_curves", lambda runs, folder: "")
+def test_the_report_has_the_command_that_repeats_the_run(make, monkeypatch):
+    monkeypatch.setattr(report, "curves", lambda groups, folder, console: "")
 
     def end(name, **options):
-        text = report.write_report(make(name, **options)).read_text()
-        return text[text.index("## How to repeat it") :].splitlines()[2:]
+        text = report.write_report(make(name, **options), CONSOLE).read_text()
+        return text[text.index("## How to reproduce this run") :].splitlines()[2:]
 
     checkout, command, _, exactly = end("a")
     assert (checkout, command) == (
         *("    git checkout 0123abc", "    python train.py --minutes 5.0 --data 'my text' --depth 2"),
     )
-    assert "not these 100." in exactly and "bit for bit" not in exactly  # another run has other steps
+    assert "It made 100 steps;" in exactly and "bit for bit" not in exactly
     command = "torchrun --standalone --nproc_per_node=8 train.py --num-iterations 100"
     versions = {"git_commit": "0123abc-dirty"}
     checkout, line, _, exactly = end("b", command=command, timed=False, versions=versions)
-    assert checkout == "    git checkout 0123abc  # and the changes that were not committed"
+    assert checkout == "    git checkout 0123abc  # and apply the changes that were not committed"
     assert line == "    " + command
-    assert "bit for bit" in exactly and "clock" not in exactly
+    assert "bit for bit" in exactly and "limited by time" not in exactly
     assert end("c", versions={"git_commit": None})[0] == "    git checkout unknown"
 
 
-def test_a_horizon_that_a_resume_has_changed_is_told(make, monkeypatch):
-    monkeypatch.setattr(report, "show_curves", lambda runs, folder: "")
+def test_a_horizon_that_a_resume_has_changed_is_in_the_report(make, monkeypatch):
+    monkeypatch.setattr(report, "curves", lambda groups, folder, console: "")
     folder = make("a", timed=False)
-    for step, steps in ((40, 100), (60, 150), (60, 200)):  # the third start began where the second one had
+    for step, steps in (
+        (40, 100),
+        (60, 150),
+        (60, 200),
+    ):  # the third start began at the same step as the second
         with (folder / "log.jsonl").open("a") as log:
             event = {"kind": "event", "step": step, "event": "resumed", "planned_iterations": steps}
             log.write(json.dumps(event) + "\n")
-    text = report.write_report(folder).read_text()
-    assert "planned at step 0 for 100 steps, at step 60 for 200 steps: to repeat it" in text
-    assert "was planned" not in report.write_report(make("b")).read_text()
+    text = report.write_report(folder, CONSOLE).read_text()
+    assert "was planned at step 0 for 100 steps, at step 60 for 200 steps. To reproduce it" in text
+    assert "was planned" not in report.write_report(make("b"), CONSOLE).read_text()
 
 
-def test_a_run_cut_off_has_a_report(make):
+def test_a_killed_run_has_a_report(make):
     folder = make("a", steps=90, ending=None, tail='{"kind": "step", "step": 100, "train_lo')
-    text = report.write_report(folder).read_text()
+    text = report.write_report(folder, CONSOLE).read_text()
     rows = tables(text)
-    assert "\nstill going, or cut off: 90 steps, 90.0% of the run\n" in text
+    assert "\nstill running, or killed: 90 steps, 90.0% of the run\n" in text
     assert rows["tokens"] == ["46.1k"] and rows["total_training_flops"] == ["4.61e+08"]  # of step 90
     assert rows["val_bpb"] == ["1.0247"] and rows["wall_time"] == ["–"]  # of step 80
-    assert rows["training"][0] == "7.2" and rows["together"][0] == "9.0"
-    assert "not these 90." in text
+    assert rows["training"][0] == "7.2" and rows["total"][0] == "9.0"
+    assert "It made 90 steps;" in text
 
 
-def test_a_summary_from_before_the_run_was_resumed_does_not_count(make, monkeypatch):
-    monkeypatch.setattr(report, "show_curves", lambda runs, folder: "")
+def test_an_exception_that_ended_a_run_is_in_its_report(make):
+    folder = make("a", steps=90, ending=None)
+    log = report.Log(folder, CONSOLE)
+    log.write("event", step=90, event="resumed", planned_iterations=100)
+    log.fail(RuntimeError("shard_00003\nis damaged"))
+    lines = report.write_report(folder, CONSOLE).read_text().splitlines()
+    assert lines[2] == "failed: 90 steps, 90.0% of the run"
+    assert lines[4] == "Reason: RuntimeError: shard_00003 is damaged"
+    log.write("event", step=90, event="resumed", planned_iterations=100)
+    text = report.write_report(folder, CONSOLE).read_text()
+    assert "still running, or killed: 90 steps" in text and "Reason" not in text
+
+
+def test_a_report_without_given_settings_says_so(make):
+    text = report.write_report(make("a", given={}), CONSOLE).read_text()
+    assert "## Settings that were given or edited\n\nNone: all have defaults.\n\n## Hardware" in text
+
+
+def test_tokens_are_those_of_the_log_or_follow_from_the_flops(make, config):
+    """Older val records have no tokens; step × batch is wrong after a resume with another batch."""
+    folder = make("a", settings=config["settings"] | {"total_batch_size": 999})
+    run = report.Run(folder)
+    vals = [record for record in run.records if record["kind"] == "val"]
+    assert (
+        [r["tokens"] for r in vals] == [512 * r["step"] for r in vals] == [512 * n for n in range(0, 101, 20)]
+    )
+    assert run.numbers["tokens"] == 51_200
+    with (folder / "log.jsonl").open("a") as log:
+        log.write(json.dumps(vals[-1] | {"tokens": 77}) + "\n")
+    assert report.Run(folder).records[-1]["tokens"] == 77
+
+
+def test_a_summary_written_before_a_resume_is_ignored(make, monkeypatch):
+    monkeypatch.setattr(report, "curves", lambda groups, folder, console: "")
     folder = make("a")
     summary = json.loads((folder / "summary.json").read_text())
     (folder / "summary.json").write_text(json.dumps(summary | {"steps": 50}))
-    assert tables(report.write_report(folder).read_text())["val_bpb"] == ["1.0198"]
+    assert tables(report.write_report(folder, CONSOLE).read_text())["val_bpb"] == ["1.0198"]
 
 
-def test_what_was_not_finite_leaves_a_gap(make):
+def test_values_that_are_not_finite_leave_a_gap(make):
     folder = make("a", ending="failed")
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     lines = [{k: None if "loss" in k or "norm" in k else v for k, v in r.items()} for r in lines]
     (folder / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
-    text = report.write_report(folder).read_text()
+    text = report.write_report(folder, CONSOLE).read_text()
     assert "failed: 100" in text and tables(text)["train_loss_ema"] == ["–"] and "curves.png" in text
 
 
@@ -767,28 +948,28 @@ def test_an_empty_run_says_so(make, steps, log):
     folder = make("a", steps=steps, ending=None)
     if not log:
         (folder / "log.jsonl").unlink()
-    text = report.write_report(folder).read_text()
-    assert "The log holds no step yet." in text and "all parameters" in text
-    assert "\nstill going, or cut off: 0 steps, 0.0% of the run\n" in text
+    text = report.write_report(folder, CONSOLE).read_text()
+    assert "The log has no step yet." in text and "all parameters" in text
+    assert "\nstill running, or killed: 0 steps, 0.0% of the run\n" in text
 
 
 def test_without_matplotlib_the_curves_are_text(make, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    text = report.write_report(make("a")).read_text()
+    text = report.write_report(make("a"), CONSOLE).read_text()
     assert "curves.png" not in text
     (curve,) = re.findall(r"^    val_bpb +3 +([▁-█]+) 1.02  a$", text, re.MULTILINE)
     assert curve[0] == "█" and curve[-1] == "▁" and sorted(curve, reverse=True) == list(curve)
 
 
-@pytest.mark.parametrize("error, lines", [(ImportError("no"), 0), (ValueError("a fault of ours"), 1)])
-def test_a_picture_that_fails_is_told(make, monkeypatch, capsys, error, lines):
+@pytest.mark.parametrize("error, lines", [(ImportError("no"), 0), (ValueError("a bug"), 1)])
+def test_an_error_in_a_picture_is_printed(make, monkeypatch, capsys, error, lines):
     def draw(*arguments):
         raise error
 
     monkeypatch.setattr(report, "draw", draw)
-    assert "\n    val_bpb " in report.write_report(make("a")).read_text()
-    assert capsys.readouterr().out.count("the curves cannot be drawn: ValueError: a fault of ours") == lines
+    assert "\n    val_bpb " in report.write_report(make("a"), CONSOLE).read_text()
+    assert capsys.readouterr().out.count("curves.png cannot be drawn: ValueError: a bug") == lines
 
 
 def test_a_sparkline_keeps_the_ends_and_the_width():
@@ -801,7 +982,7 @@ def test_a_sparkline_keeps_the_ends_and_the_width():
 def test_a_comparison_shows_what_differs(make, config):
     other = config["settings"] | {"matrix_lr": 0.02}
     folders = [make("a"), make("b", steps=80, settings=other, device="another CPU")]
-    path = report.compare(folders)
+    path = report.compare(folders, CONSOLE)
     assert path == folders[0].parent / "compare-a-b" / "compare.md"
     text = path.read_text()
     rows = tables(text)
@@ -828,7 +1009,7 @@ def test_runs_that_differ_only_in_seed_are_one_group(make, config):
 
     folders = [one("slow-1", 1, 1.10), one("fast-1", 1, 1.00, 0.02), one("slow-2", 2, 1.12)]
     folders += [one("fast-2", 2, 1.02, 0.02), one("slow-3", 3, 1.14), one("same", 4, 1.13, 0.03)]
-    path = report.compare(folders)
+    path = report.compare(folders, CONSOLE)
     assert path.parent.name == "compare-slow-fast-same"
     text = path.read_text()
     rows = tables(text)
@@ -870,10 +1051,10 @@ def by_law(make, config):
 
 
 def compared(*folders):
-    return tables(report.compare(folders).read_text())
+    return tables(report.compare(folders, CONSOLE).read_text())
 
 
-def test_costs_for_the_same_loss_are_those_of_the_known_laws(by_law):
+def test_costs_at_equal_loss_are_those_of_the_known_laws(by_law):
     """a: 3 · step^-0.1 in 1,000 steps of 0.1 s; b: a tenth above it, in 2,000 steps of 0.02 s."""
     a = by_law("a", lambda step: 3 * step**-0.1)
     b = by_law("b", lambda step: 3.3 * step**-0.1, 2000, 0.02, depth=3)
@@ -884,10 +1065,10 @@ def test_costs_for_the_same_loss_are_those_of_the_known_laws(by_law):
     at_40_seconds = 3 * 400**-0.1, 3.3 * 2000**-0.1
     change = at_40_seconds[1] / at_40_seconds[0] - 1
     assert seconds == f"{at_40_seconds[0]:.4f}, {at_40_seconds[1]:.4f} ({change:+.1%})"
-    needed = 1000 * 1.1**10  # steps of b for a's last val_bpb: more than it has made
-    assert needed > 2000 and found[f"b comes to a's {3 * 1000**-0.1:.4f}"] == ["never"] * 4
-    needed = 2000 / 1.1**10  # steps of a for b's last one
-    *shares, seconds = found[f"a comes to b's {3.3 * 2000**-0.1:.4f}"]
+    needed = 1000 * 1.1**10  # steps that b needs for a's final val_bpb: more than it made
+    assert needed > 2000 and found[f"cost of b to reach a's {3 * 1000**-0.1:.4f}"] == ["never"] * 4
+    needed = 2000 / 1.1**10  # steps that a needs for b's final val_bpb
+    *shares, seconds = found[f"cost of a to reach b's {3.3 * 2000**-0.1:.4f}"]
     assert shares == [f"{needed / 2000:.2f}"] * 3 and seconds == f"{needed * 0.1 / 40:.2f}"
 
 
@@ -896,43 +1077,64 @@ def test_equal_runs_cost_the_same_and_groups_are_compared_by_their_means(by_law)
     found = compared(a, b)
     last = f"{2 * 1000**-0.2:.4f}"
     assert found["val_bpb of a, b"] == [f"{last}, {last} (+0.0%)"] * 4
-    assert found[f"b comes to a's {last}"] == found[f"a comes to b's {last}"] == ["1.00"] * 4
+    assert found[f"cost of b to reach a's {last}"] == found[f"cost of a to reach b's {last}"] == ["1.00"] * 4
     seeds = [by_law(f"c-{i}", lambda step, i=i: (1.9 + i / 5) * step**-0.2, depth=4) for i in range(2)]
     assert compared(a, *seeds)["val_bpb of a, c"] == [f"{last}, {last} (+0.0%)"] * 4
 
 
-def test_where_one_was_not_evaluated_so_early_no_number_is_made_up(by_law):
+def test_no_value_is_extrapolated_to_before_the_first_evaluation(by_law):
     a, b = by_law("a", lambda step: 2 * step**-0.2), by_law("b", lambda step: 3.0, 100, 0.01, depth=3)
     assert [cell[:6] for cell in compared(a, b)["val_bpb of a, b"]] == ["0.7962"] * 3 + ["not ev"]
 
 
-def test_of_many_groups_each_is_compared_with_the_best_alone(by_law):
-    runs = [by_law(f"r{n}", lambda step, n=n: (2 + n % 3) * step**-0.2, depth=n) for n in range(1, 6)]
+def test_of_ten_groups_each_is_compared_with_the_best_one_only(by_law):
+    runs = [by_law(f"r{n}", lambda step, n=n: (2 + n % 8) * step**-0.2, depth=n) for n in range(1, 11)]
     pairs = [name for name in compared(*runs) if name.startswith("val_bpb of ")]
-    assert pairs == [f"val_bpb of r3, r{n}" for n in (1, 2, 4, 5)]
+    assert pairs == [f"val_bpb of r8, r{n}" for n in range(1, 11) if n != 8]
 
 
-def test_a_run_that_is_going_or_damaged_is_compared_as_far_as_it_is_known(by_law, make):
+def test_groups_of_unnamed_runs_are_labelled_by_what_differs(by_law, config, make):
+    """The name of an unnamed run is its date."""
+    date = "20261128-1251{:02}".format
+    one = [by_law(date(n), lambda step: 3 * step**-0.1, depth=2) for n in (1, 2)]
+    two = by_law(date(3) + "-2", lambda step: 3 * step**-0.1, depth=3)
+    named = by_law("mine", lambda step: 3 * step**-0.1, depth=4)
+    path = report.compare([*one, two, named], CONSOLE)
+    found = tables(path.read_text())
+    assert found["result"] == ["depth=2", "depth=3", "mine"] and "val_bpb of depth=2, depth=3" in found
+    assert path.parent.parent == two.parent
+    # one of them has a flag that the other one has not: its default is shown
+    settings = config["settings"] | {"matrix_lr": 0.02, "weight_decay": 0.1, "seed": 3}
+    changes = {"settings": settings, "given": {"matrix_lr": 0.02, "weight_decay": 0.1, "seed": 3}}
+    folders = [make(date(4)), make(date(5), **changes)]
+    (header,) = re.findall(r"^\| result \| .*", report.compare(folders, CONSOLE).read_text(), re.MULTILINE)
+    assert header == "| result | matrix_lr=0.01 weight_decay=0.28 | matrix_lr=0.02 weight_decay=0.1 |"
+    # nothing that was given differs
+    other = make(date(6), device="another CPU")
+    assert tables(report.compare([folders[0], other], CONSOLE).read_text())["result"] == [date(4), date(6)]
+
+
+def test_running_and_damaged_runs_are_compared_as_far_as_they_are_logged(by_law, make):
     a = by_law("a", lambda step: 3 * step**-0.1)
     b = by_law("b", lambda step: None if step == 300 else 3 * step**-0.1, 500, depth=3)
     with (b / "log.jsonl").open("a") as log:
         log.write('{"kind": "val", "step": 60')
     found = compared(a, b)
     assert found["val_bpb of a, b"] == [f"{3 * 500**-0.1:.4f}, {3 * 500**-0.1:.4f} (+0.0%)"] * 4
-    assert found[f"a comes to b's {3 * 500**-0.1:.4f}"] == ["1.00"] * 4
-    assert found[f"b comes to a's {3 * 1000**-0.1:.4f}"] == ["never"] * 4
+    assert found[f"cost of a to reach b's {3 * 500**-0.1:.4f}"] == ["1.00"] * 4
+    assert found[f"cost of b to reach a's {3 * 1000**-0.1:.4f}"] == ["never"] * 4
     nothing = make("nothing", steps=0, ending=None, depth=4)
-    assert not any("nothing" in name and "comes to" in name for name in compared(a, nothing))
+    assert not any("nothing" in name and "to reach" in name for name in compared(a, nothing))
 
 
 def test_runs_on_different_texts_are_not_compared_at_equal_cost(make, config):
     other = make("b", corpus=config["corpus"] | {"name": "letters"})
-    text = report.compare([make("a"), other]).read_text()
-    assert "Their texts differ, text, letters: " in text and "At equal cost" not in text
+    text = report.compare([make("a"), other], CONSOLE).read_text()
+    assert "cannot be compared: text, letters." in text and "At equal cost" not in text
 
 
-def test_the_frontier_is_the_best_so_far_for_the_money():
-    nothing = np.zeros((2, 0))  # the curve of a run that has not been evaluated yet
+def test_the_frontier_is_the_lowest_value_at_each_cost():
+    nothing = np.zeros((2, 0))  # a run that has not been evaluated yet
     curves = [(np.array([1.0, 4.0]), np.array([3.0, 2.0])), nothing]
     curves.append((np.array([2.0, 8.0]), np.array([2.5, 2.2])))
     costs, lowest = report.frontier(curves)
@@ -950,7 +1152,7 @@ def test_a_power_law_is_found_again(E, a, b):
 
 
 def sizes(by_law, count, seeds=1):
-    """Runs of models of 1, 2, … layers, each at the end of its own horizon: 1.2 · (FLOPs / 1e12)^-0.1."""
+    """Runs of models with 1, 2, … layers, whose final val_bpb is 1.2 · (FLOPs / 1e12)^-0.1."""
     random = np.random.RandomState(1)
     for layers in range(1, count + 1):
         for seed in range(seeds):
@@ -959,35 +1161,40 @@ def sizes(by_law, count, seeds=1):
             yield by_law(f"d{layers}-{seed}", law, flops=1e9 * layers**2, depth=layers)
 
 
-def test_a_scaling_law_over_sizes_has_residuals_and_a_decade_of_forecast(by_law):
+def test_a_scaling_law_over_sizes_has_residuals_and_a_forecast(by_law):
     folders = list(sizes(by_law, 4))
-    text = report.compare(folders).read_text()
-    assert "^-0.1000: a plain power law" in text and "bootstrap" not in text
+    text = report.compare(folders, CONSOLE).read_text()
+    assert (
+        "^-0.1000. Fewer than five sizes: fitted without an irreducible loss." in text
+        and "bootstrap" not in text
+    )
     law = tables(text.split("## Scaling law")[1])
     assert law["d3-0"][:3] == ["9e+12", *[f"{1.2 * 9**-0.1:.4f}"] * 2] and float(law["d3-0"][3][:-1]) == 0
-    assert law["ten times as many FLOPs"][2] == f"{1.2 * 160**-0.1:.4f}"
-    assert "Scaling law" not in report.compare(folders[:2]).read_text()
+    assert law["forecast for 10 times the FLOPs"][2] == f"{1.2 * 160**-0.1:.4f}"
+    assert "Scaling law" not in report.compare(folders[:2], CONSOLE).read_text()
+    same_flops = [by_law(f"s{n}", lambda step: 1.0, depth=n) for n in (1, 2, 3)]
+    assert "Scaling law" not in report.compare(same_flops, CONSOLE).read_text()
     picture = folders[0].parent / "compare-d1-0-d2-0-d3-0-d4-0" / "scaling.png"
     assert picture.exists() and "![scaling law](scaling.png)" in text
 
 
-def test_with_seeds_the_exponent_has_an_interval_that_holds_the_truth(by_law):
-    text = report.compare(list(sizes(by_law, 5, seeds=3))).read_text()
+def test_with_seeds_the_exponent_has_an_interval_that_contains_the_truth(by_law):
+    text = report.compare(list(sizes(by_law, 5, seeds=3)), CONSOLE).read_text()
     exponent = float(re.search(r"\^-(\d\.\d+)", text)[1])
     low, high = map(float, re.search(r"Exponent (\S+) to (\S+) by bootstrap", text).groups())
     assert "val_bpb = 0." in text and low <= exponent <= high and low < 0.1 < high
 
 
-def test_runs_at_a_glance(make):
+def test_the_list_of_runs(make):
     a = make("a")
     make("b", ending=None)
     make("broken")
     (a.parent / "broken" / "config.json").write_text("{")
     os.utime(a / "log.jsonl", (2e9, 2e9))
-    *_, head, first, second = report.report_on([str(a.parent)]).splitlines()
+    *_, head, first, second = report.report_on([str(a.parent)], CONSOLE).splitlines()
     assert head.split() == ["last", "change", "run", "depth", "steps", "val_bpb", "state"]
     assert re.match(r"2033-05-18 \d\d:33  a    2      100    1.2500   finished$", first)
-    assert re.search(r"  b    2      100    1.0198   still going, or cut off$", second)
+    assert re.search(r"  b    2      100    1.0198   still running, or killed$", second)
 
 
 @pytest.mark.parametrize("freedom, t", [(1, 12.706), (4, 2.776), (5, 2.571), (8, 2.306), (30, 2.042)])
@@ -1002,7 +1209,7 @@ def test_an_interval_of_95_percent_contains_the_truth_in_95_of_100_cases():
     assert 0.935 < right / 2000 < 0.965
 
 
-def test_a_group_is_drawn_as_its_mean_as_far_as_all_runs_reach():
+def test_a_group_is_drawn_as_its_mean_where_all_runs_have_data():
     records = [{"step": s, "x": s, "y": s + 1.0} for s in range(5)]
     other = [{"step": s, "x": s, "y": s + 3.0 if s else None} for s in (0, 1, 3)] + [{"step": 3, "z": 1.0}]
     runs = [types.SimpleNamespace(records=r) for r in (records, other)]
@@ -1010,25 +1217,30 @@ def test_a_group_is_drawn_as_its_mean_as_far_as_all_runs_reach():
     assert [*x] == [1, 2, 3] and [*mean] == [3, 4, 5] and spread == pytest.approx([2**0.5] * 3)
     assert report.mean_curve(runs[:1], "x", "y", 2)[2].tolist() == [0.0, 0.0]
     assert report.mean_curve(runs, "x", "nothing", 0).shape == (3, 0)
-    assert report.mean_curve(runs[:1], "x", "y", -1)[0].tolist() == [1, 2, 3, 4]  # a logarithm begins above 0
+    assert report.mean_curve(runs[:1], "x", "y", -1)[0].tolist() == [
+        1,
+        2,
+        3,
+        4,
+    ]  # not 0: the axis may be logarithmic
 
 
-def test_interruptions_are_told_and_the_better_peak_counts(make):
+def test_interruptions_are_counted_and_the_final_peak_is_used(make):
     folder = bpb(make("a"), 1.25, mfu_peak=2e8)
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    for record in lines:  # the last 10 steps have taken 10 times as long as the others
+    for record in lines:  # the last 10 steps took 10 times as long as the others
         if record["kind"] == "step" and record["step"] == 100:
             record |= {"dt": 1.0, "total_training_time": 9.0 + 10.0}
     (folder / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
     run = report.Run(folder)
     assert run.numbers["slow_share"] == pytest.approx(10 / 18)
     assert [r["mfu"] for r in run.steps] == [0.25] * 10  # half of what was logged
-    assert tables(report.write_report(folder).read_text())["slow_share"] == ["55.6%"]
+    assert tables(report.write_report(folder, CONSOLE).read_text())["slow_share"] == ["55.6%"]
     assert report.slow_share([]) == report.slow_share(run.steps[:1]) == 0.0
 
 
 def test_the_report_says_where_the_lowest_val_bpb_was(make, monkeypatch):
-    monkeypatch.setattr(report, "show_curves", lambda groups, folder: "")
+    monkeypatch.setattr(report, "curves", lambda groups, folder, console: "")
     folder = make("a")
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     for record in lines:
@@ -1036,72 +1248,68 @@ def test_the_report_says_where_the_lowest_val_bpb_was(make, monkeypatch):
             record["val_bpb"] = 2.0 + abs(record["step"] - 40) / 100
         record["epoch"] = record["step"] / 16
     (folder / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
-    told = "val_bpb was lowest at step 40, after 2.5 epochs: 2.0000. It has risen to 2.6000 since."
-    assert f"\n{told}\n" in report.write_report(folder).read_text()
-    assert report.rise(report.Run(make("b"))) == []  # it falls to the end
-    assert report.rise(report.Run(make("c", steps=0, ending=None))) == []
+    sentence = "val_bpb was lowest at step 40, after 2.5 epochs: 2.0000. It has risen to 2.6000 since."
+    assert f"\n{sentence}\n" in report.write_report(folder, CONSOLE).read_text()
+    assert report.val_bpb_rise(report.Run(make("b"))) == []  # it falls to the end
+    assert report.val_bpb_rise(report.Run(make("c", steps=0, ending=None))) == []
 
 
-def test_runs_of_one_name_are_told_apart(make, tmp_path):
+def test_runs_with_the_same_name_are_shown_with_their_folders(make, tmp_path):
     (tmp_path / "x").mkdir()
     folders = [make("a"), make("x/a", world_size=2), make("empty", steps=0, ending=None)]
-    text = report.compare(folders).read_text()
+    text = report.compare(folders, CONSOLE).read_text()
     assert str(folders[0]) in text and str(folders[1]) in text
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="all names are UTF-8 there")
 def test_a_folder_whose_name_is_not_utf8_has_its_report(make):
-    text = report.write_report(make("caf\udcff")).read_text(encoding="utf-8")
+    text = report.write_report(make("caf\udcff"), CONSOLE).read_text(encoding="utf-8")
     assert text.startswith("# caf\\udcff\n") and "1.2500" in text
 
 
 @pytest.fixture
 def ended(make):
-    """(the folder, the summary) of a run that has come to its end: summary.json and report.md are missing."""
+    """(folder, summary) of a finished run, before summary.json and report.md are written."""
     folder = make("a")
     summary = json.loads((folder / "summary.json").read_text()) | {"train_loss_ema": math.nan}
     (folder / "summary.json").unlink()
     return folder, summary
 
 
-def test_the_end_writes_and_shows_the_summary_and_the_report(ended, monkeypatch, capsys):
-    monkeypatch.setattr(report, "show_curves", lambda runs, folder: "")
+def test_finish_writes_and_prints_summary_and_report(ended, monkeypatch, capsys):
+    monkeypatch.setattr(report, "curves", lambda groups, folder, console: "")
     folder, summary = ended
-    assert report.finish(folder, summary) is True
+    assert report.finish(folder, summary, CONSOLE) is True
     assert json.loads((folder / "summary.json").read_text()) == summary | {"train_loss_ema": None}
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "---" and lines[-1] == f"report: {folder / 'report.md'}"
     shown = dict(line.split(": ") for line in lines[1:-1])
     assert shown["val_bpb"] == "1.25" and shown["steps"] == "100" and shown["train_loss_ema"] == "nan"
-    assert not {"time", "samples"} & shown.keys()  # they have no place in a line
-    assert tables((folder / "report.md").read_text())["wall_time"] == ["20s"]  # the report has read it
+    assert not {"time", "samples"} & shown.keys()  # too long for a line
+    assert tables((folder / "report.md").read_text())["wall_time"] == ["20s"]  # read from summary.json
 
 
-def test_the_summary_is_written_before_anything_is_shown(ended, monkeypatch):
-    def broken(line):
+def test_the_summary_is_written_before_anything_is_printed(ended, monkeypatch):
+    def broken(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(report, "show", broken)
+    monkeypatch.setattr(report.Console, "write", broken)
     folder, summary = ended
     with pytest.raises(KeyboardInterrupt):
-        report.finish(folder, summary)
+        report.finish(folder, summary, CONSOLE)
     assert json.loads((folder / "summary.json").read_text())["val_bpb"] == 1.25
 
 
-def test_a_console_that_has_gone_costs_neither_summary_nor_report(ended, monkeypatch):
-    def gone(text):
-        raise BrokenPipeError
-
-    monkeypatch.setattr(report, "show_curves", lambda runs, folder: "")
-    closed = types.SimpleNamespace(write=gone, flush=lambda: None, isatty=lambda: False)
-    monkeypatch.setattr(sys, "stdout", closed)
+def test_summary_and_report_are_written_when_the_console_was_closed(ended, monkeypatch):
+    monkeypatch.setattr(report, "curves", lambda groups, folder, console: "")
+    monkeypatch.setattr(sys, "stdout", closed_stdout(BrokenPipeError))
     folder, summary = ended
-    assert report.finish(folder, summary) is True
+    assert report.finish(folder, summary, CONSOLE) is True
     assert (folder / "summary.json").exists() and (folder / "report.md").exists()
 
 
 @pytest.mark.parametrize("name", ["summary.json", "report.md"])
-def test_the_end_says_what_could_not_be_written(ended, monkeypatch, capsys, name):
+def test_finish_prints_what_could_not_be_written(ended, monkeypatch, capsys, name):
     replace = report.replace
 
     def full(path, text):
@@ -1109,28 +1317,28 @@ def test_the_end_says_what_could_not_be_written(ended, monkeypatch, capsys, name
             raise OSError(28, "No space left on device")
         return replace(path, text)
 
-    monkeypatch.setattr(report, "show_curves", lambda runs, folder: "")
+    monkeypatch.setattr(report, "curves", lambda groups, folder, console: "")
     monkeypatch.setattr(report, "replace", full)
     folder, summary = ended
-    assert report.finish(folder, summary) is False
-    what = {"summary.json": "summary.json", "report.md": "the report"}[name]
+    assert report.finish(folder, summary, CONSOLE) is False
+    what = {"summary.json": "writing summary.json", "report.md": "writing the report"}[name]
     assert f"error:   {what} failed: OSError: [Errno 28] No space left" in capsys.readouterr().out
     assert {path.name for path in folder.iterdir()} == {
         *("config.json", "log.jsonl", "summary.json", "report.md"),
     } - {name}
 
 
-def test_a_broken_report_costs_no_summary(ended, monkeypatch, capsys):
-    def broken(folder):
+def test_the_summary_is_written_when_the_report_fails(ended, monkeypatch, capsys):
+    def broken(folder, console):
         raise ZeroDivisionError("a mistake")
 
     monkeypatch.setattr(report, "write_report", broken)
     folder, summary = ended
-    assert report.finish(folder, summary) is False
+    assert report.finish(folder, summary, CONSOLE) is False
     assert json.loads((folder / "summary.json").read_text())["val_bpb"] == 1.25
     output = capsys.readouterr().out
     assert "val_bpb: 1.25\n" in output
-    assert "error:   the report failed: ZeroDivisionError: a mistake\n" in output
+    assert "error:   writing the report failed: ZeroDivisionError: a mistake\n" in output
 
 
 def test_the_command_line(make, monkeypatch, capsys):
@@ -1143,10 +1351,10 @@ def test_the_command_line(make, monkeypatch, capsys):
     assert call(a) == str(a / "report.md")
     assert call(a, b) == str(a.parent / "compare-a-b" / "compare.md")
     (a.parent / "notes").mkdir()
-    every = sorted(a.parent.iterdir())  # out/*, the comparison among them
+    every = sorted(a.parent.iterdir())  # out/*, the comparison included
     assert len(every) == 4
     assert call(*every).splitlines() == [
-        f"skipped  {a.parent / 'notes'}, which is no run",  # the comparison is passed over in silence
+        f"skipped  {a.parent / 'notes'}, which is not a run",  # no message about the comparison
         str(a.parent / "compare-a-b" / "compare.md"),
     ]
     assert call(a, a.parent / "notes").endswith(str(a / "report.md"))
@@ -1176,7 +1384,7 @@ runpy.run_path({train!r}, run_name="__main__")
 
 
 @pytest.mark.slow
-def test_a_run_waits_for_the_device_once_a_record_and_its_time_adds_up(train, tmp_path):
+def test_a_run_synchronizes_once_per_record_and_its_time_adds_up(train, tmp_path):
     script = tmp_path / "counting.py"
     script.write_text(COUNTING.format(repo=str(REPO), train=str(REPO / "train.py")))
     run = train("--num-iterations", 40, "--log-every", 5, "--eval-every", 1000, script=script, draw=True)
@@ -1193,7 +1401,7 @@ def test_a_run_waits_for_the_device_once_a_record_and_its_time_adds_up(train, tm
 
 
 @pytest.mark.slow
-def test_a_killed_run_still_has_its_report(train, tmp_path):
+def test_a_run_that_was_killed_has_a_report(train, tmp_path):
     process = train.start("--num-iterations", 100_000, "--eval-every", 1000)
     log = tmp_path / "out" / "a" / "log.jsonl"
     while process.poll() is None and not (log.exists() and log.read_text().count('"step", "step"') > 20):
@@ -1203,5 +1411,5 @@ def test_a_killed_run_still_has_its_report(train, tmp_path):
     assert run.code == -signal.SIGKILL and run.summary is None
     with log.open("a") as file:
         file.write('{"kind": "step", "step": 9')
-    text = report.write_report(run.folder).read_text()
-    assert "still going, or cut off" in text and "curves.png" in text
+    text = report.write_report(run.folder, CONSOLE).read_text()
+    assert "still running, or killed" in text and "curves.png" in text
