@@ -6,7 +6,7 @@ It differs from GPT-2 in these parts: rotary positions (arXiv 2104.09864), RMSNo
 logits (arXiv 2408.00118), keys that look back (arXiv 2209.11895), value embeddings, residual scalars, smear
 and backout (all four from modded-nanogpt and nanochat).
 
-The order: config, attention, MLP, block, head, GPT; then generation; then the same mathematics, faster.
+In this order: config, attention, MLP, block, head, GPT, generation, and the same mathematics, faster.
 """
 
 import math
@@ -136,12 +136,10 @@ class RotaryAttention(nn.Module):
 
 def look_back(k, n):
     """
-    In the first n heads, replace each key by the key of the previous token (by 0 at the start of a row).
-    k and the result: (B, T, n_head, head_dim).
-
-    With it a single layer can find an earlier occurrence of the current token and copy what followed.
-    Without it this takes two layers, which learn to cooperate after about 2 million tokens (an "induction
-    head"; arXiv 2209.11895 calls this change a "smeared key").
+    In the first n heads, replace each key by that of the previous token, and by 0 at the start of a row.
+    k and the result: (B, T, n_head, head_dim). A single layer can then look up what followed the same token
+    earlier in the row. Without it this takes two layers, which learn it after about 2 million tokens
+    (induction heads, arXiv 2209.11895, which calls this a "smeared key").
     """
     previous = F.pad(k[:, :-1, :n], (0, 0, 0, 0, 1, 0))
     return torch.cat([previous, k[:, :, n:]], dim=2)
@@ -336,12 +334,11 @@ class GPT(nn.Module):
 
     def compile_parts(self, blocks=False):
         """
-        Compile only the parts that all layers share: attention, MLP and head; with `blocks`, the embedding,
-        the blocks and the head. It is faster to compile than the whole graph (`model.compile`):
-
-        - attention, MLP and head on a CPU (depth 4, 2 cores): 30 s instead of 70 s; steps are 5% slower.
-        - blocks on a GPU: 0.4 of the time at depth 12, 0.2 at depth 20; 7% more memory traffic, which is 1.5%
-          of a step. In the backward pass each layer's gradients are ready before the next layer begins.
+        Compile attention, MLP and head, or with `blocks` embedding, blocks and head, each once for all
+        layers. This takes less time than to compile the complete graph (`model.compile`):
+        - attention, MLP and head on a CPU (depth 4, 2 cores): 30 s instead of 70 s; a step is 5% slower
+        - blocks on a GPU: 0.4 of the time at depth 12, 0.2 at depth 20; 7% more memory traffic, 1.5% of a
+          step. The backward pass finishes each layer's gradients before it begins the next layer
         """
         self.has_compiled_parts = True
         for module in self.modules():

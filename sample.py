@@ -71,13 +71,13 @@ def parse_args():
     about = "Default run: the one that saved last. Without a prompt: reads prompts from stdin, one per line."
     parser = argparse.ArgumentParser(usage=usage, description=about, allow_abbrev=False)
     parser.error = usage_error
-    parser.add_argument("words", nargs="*", metavar="", help=argparse.SUPPRESS)
+    parser.add_argument("run_and_prompt", nargs="*", metavar="", help=argparse.SUPPRESS)
     for name, kind, low, high, default, text in NUMBERS:
         options = {"type": number(kind, low, high), "default": default, "metavar": "N"}
         parser.add_argument(f"--{name}", help=f"{text} [{default}]", **options)
     text = "print the bits per byte of text files or folders, or of stdin (-)"
     parser.add_argument("--score", nargs="+", metavar="FILE", help=text)
-    text = "score each document as one text, every token with at least max_seq_len - N tokens of context"
+    text = "score documents without cutting them; each token has max_seq_len - N tokens of context or more"
     parser.add_argument("--stride", type=number(int, 1, 10**6), metavar="N", help=text)
     text = "make a folder for Hugging Face's transformers"
     parser.add_argument("--export", type=Path, metavar="DIR", help=text)
@@ -85,8 +85,9 @@ def parse_args():
     args = parser.parse_args()
     if args.stride and args.score is None:
         usage_error("--stride needs --score")
-    if len(args.words) > 2:
-        usage_error(f"{args.words[2]!r} is a third argument after run and prompt. Put the prompt into quotes")
+    if len(args.run_and_prompt) > 2:
+        extra = args.run_and_prompt[2]
+        usage_error(f"{extra!r} is a third argument after run and prompt. Put the prompt into quotes")
     return args
 
 
@@ -94,17 +95,16 @@ def parse_args():
 # The run
 
 
-def find_run(words):
-    """words: [RUN] [PROMPT] -> (run folder, by default that of the newest checkpoint; prompt or None)."""
-    first = words[0] if words else ""
-    is_path = os.path.isdir(first) or ("/" in first and os.path.isdir(os.path.dirname(first)))
-    if len(words) == 2 or is_path:
-        return Path(first), words[1] if len(words) == 2 else None
+def find_run(run_and_prompt):
+    """[RUN] [PROMPT] -> (run folder, by default that of the newest checkpoint; prompt or None)."""
+    first, second = [*run_and_prompt, None, None][:2]
+    if second is not None or (first and (os.path.isdir(first) or os.path.isdir(os.path.dirname(first)))):
+        return Path(first), second
     manifests = Path("out").glob("*/checkpoints/*/manifest.json")
     newest = max(manifests, key=os.path.getmtime, default=None)
     if newest is None:
         raise SampleError("no run given, and no run in out/ has saved.\nTrain one with `python train.py`.")
-    return newest.parents[2], first if words else None
+    return newest.parents[2], first
 
 
 def load(run_folder, device, scoring):
@@ -150,7 +150,7 @@ def letters(chunks):
 
 
 def generate_bytes(model, tokenizer, ids, args, seed):
-    """Yield for each new token a list with the bytes of each sample, b"" after a sample's bos, its end."""
+    """Yield for each new token a list: its bytes in each sample, or b"" after the bos that ends a sample."""
     bos, ended = tokenizer.n_vocab - 1, set()
     sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "seed": seed}
     for new in model.generate([ids] * args.num_samples, bos, args.tokens, **sampling):
@@ -183,7 +183,7 @@ def write(model, tokenizer, prompt, args, seed):
 
 
 def talk(model, tokenizer, args):
-    """Continue each line of stdin until it ends; every line has its own seed. On a terminal show a prompt."""
+    """Continue each line of stdin, each with a new seed, until stdin ends; on a terminal ask for lines."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  gives input() a history
     interactive, seed = sys.stdin.isatty(), args.seed
@@ -280,8 +280,8 @@ def score_files(model, tokenizer, names, stride, device):
 
 def without_folders(config):
     """
-    A run's config.json as strangers may see it: of a path to data or to another run only the last part, also
-    in the command.
+    The content of a run's config.json, with only the last part of each path, for other people to read: the
+    data and the run given as --init-from, in the settings and in the command. Names of public data stay.
     """
     settings, command = dict(config["settings"]), config["command"]
     for name in ("data", "init_from"):
@@ -302,10 +302,10 @@ def export(folder, model, tokenizer, run_folder):
     about += f", trained on `{run.config['settings']['data']}` by onedial."
 
     def figures(folder):
-        """Draw the curves into `folder` -> the card's sections about the training."""
-        group = [report.Group([run])]
-        parts = ["## Figures", report.results(group), report.show_curves(group, folder)]
-        return "\n\n".join([*parts, "## How it was trained", report.how_to_repeat(run)])
+        """Draw the curves into `folder` -> the sections of the model card about the training."""
+        groups = [report.Group([run])]
+        parts = ["## Figures", report.results(groups), report.curves(groups, folder, report.Console())]
+        return "\n\n".join([*parts, "## How it was trained", report.how_to_reproduce(run)])
 
     tokenizer_file = run_folder / "tokenizer" / "tokenizer.tiktoken"
     return write_export(folder, model, tokenizer, tokenizer_file, run.name, about, figures)
@@ -337,7 +337,7 @@ if __name__ == "__main__":
     report.open_console()
     try:
         args = parse_args()
-        run_folder, prompt = find_run(args.words)
+        run_folder, prompt = find_run(args.run_and_prompt)
         device = machine.find_device(args.device_type)
         model, tokenizer, about = load(run_folder, device, scoring=args.score is not None)
         print(about, file=sys.stderr, flush=True)

@@ -248,7 +248,7 @@ def test_user_fixable_errors_print_two_lines(out, tmp_path):
         ("no-tokenizer", "x"): "no-tokenizer is damaged: ValueError",
         ("not-saved", "x"): "not-saved has no valid checkpoint",
         ("out/a", "--score", "empty"): "empty: there is no text in it",
-        ("out/a", "--score", "nowhere"): "nowhere: there is no such file",
+        ("out/a", "--score", "nowhere"): "no such file",
         ("out/a", "--score", "x" * 5000): "cannot be read: File name too long",
         ("out/a", "--export", "empty"): "empty exists",
     }
@@ -286,14 +286,9 @@ def test_unusual_prompts_and_settings_work(out):
 def test_piped_prompts_use_the_best_checkpoint_of_the_newest_run(out, tmp_path):
     shutil.copytree(out / "out", tmp_path / "out")
     shutil.copytree(out / "out" / "a", tmp_path / "out" / "0")
-    (tmp_path / "out" / "0" / "checkpoints" / "step_000012" / "manifest.json").touch()
-    best = tmp_path / "out" / "0" / "checkpoints" / "best_000006"
-    shutil.copytree(best.parent / "step_000012", best)
-    state = json.loads((best / "state.json").read_text())
-    (best / "state.json").write_text(json.dumps({**state, "val_bpb": 0.5}))
-    entries = {file.name: checkpoint.entry(file) for file in best.iterdir() if file.name != "manifest.json"}
-    entries["manifest.json"] = checkpoint.own_entry(entries)
-    (best / "manifest.json").write_text(json.dumps(entries))
+    step = tmp_path / "out" / "0" / "checkpoints" / "step_000012"
+    tensors, state = {"model": checkpoint.load(step, "model")}, checkpoint.load(step, "state")
+    checkpoint.write(step.parent, "best_000006", tensors, {**state, "val_bpb": 0.5}, keep=1)
     ((status, written, error),) = call(tmp_path, ["--tokens", 5], written="import os\n\nclass A\n")
     assert status == 0 and error.startswith("out/0/checkpoints/best_000006, 0.5000 bits per byte")
     assert written.startswith("import os") and "\nclass A" in written and "> " not in written[:2]
