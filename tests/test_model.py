@@ -1,4 +1,4 @@
-"""The model against independent references: roles, FLOPs, causality, attention, positions, generation."""
+"""The model against independent references: roles, FLOPs, causality, attention, rotary positions, loss."""
 
 import copy
 import math
@@ -13,6 +13,7 @@ from model import (
     QK_SCALE,
     GPTConfig,
     ReluSquared,
+    ShapeError,
     apply_rotary,
     attention_backend,
     blocked_attention,
@@ -34,7 +35,7 @@ def build(seed=0, **shape):
 
 
 def wake(model):
-    """Fill what starts at zero, so that every path carries signal."""
+    """Add noise to all weights, so that those that start at zero carry signal, too."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in model.parameters():
@@ -46,7 +47,7 @@ def tokens_of(model, B=2, T=32, seed=0):
     return torch.randint(model.config.vocab_size, (B, T), generator=torch.Generator().manual_seed(seed))
 
 
-def test_weights_depend_on_the_seed_alone():
+def test_weights_depend_only_on_the_seed():
     one, same, other = build(3), build(3), build(4)
     torch.manual_seed(99)
     one.init_weights("cpu", 3)
@@ -56,16 +57,16 @@ def test_weights_depend_on_the_seed_alone():
     assert not any(p.is_meta for p in one.parameters())
 
 
-def test_initial_loss_is_that_of_a_uniform_guess():
+def test_initial_loss_is_that_of_a_uniform_distribution():
     model = build()
     tokens = tokens_of(model)
     assert model(tokens, tokens).item() / tokens.numel() == pytest.approx(math.log(300), abs=0.01)
 
 
 @pytest.mark.parametrize("dtype, rounding", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
-def test_norm_and_relu_squared_and_their_gradients_made_from_the_results(dtype, rounding):
+def test_norm_and_relu_squared_and_their_gradients(dtype, rounding):
     x = torch.randn(50, 64, generator=torch.Generator().manual_seed(0))
-    x[0] = 0  # a row without any length
+    x[0] = 0  # a row of zeros
     x[1:9] *= torch.logspace(-3, 4, 8)[:, None]
     weight = torch.randn(50, 64, generator=torch.Generator().manual_seed(1)).to(dtype)
     for ours, reference in (
@@ -91,7 +92,7 @@ def test_norm_and_relu_squared_and_their_gradients_made_from_the_results(dtype, 
         pytest.param(torch.float32, True, 1e-5, marks=pytest.mark.slow),
     ],
 )
-def test_the_loss_in_chunks_is_the_loss(dtype, compiled, rounding):
+def test_the_chunked_loss_equals_the_loss(dtype, compiled, rounding):
     single = wake(build())  # 300 tokens of vocabulary, padded to 320
     single.compute_dtype = dtype
     chunked = copy.deepcopy(single)
@@ -117,12 +118,12 @@ def test_the_loss_in_chunks_is_the_loss(dtype, compiled, rounding):
 @pytest.mark.slow
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
 @pytest.mark.parametrize("blocks, expected", [(False, 3), (True, 4)])
-def test_compiled_parts_are_the_model_and_generation_compiles_nothing(blocks, expected):
+def test_compiled_parts_equal_the_model_and_generation_compiles_nothing(blocks, expected):
     model = wake(build())
     compiled = copy.deepcopy(model)
     compiled.compile_parts(blocks)
     tokens = tokens_of(model)
-    torch.compiler.reset()  # what another test has compiled would not count
+    torch.compiler.reset()  # other tests may have compiled the same graphs
     torch._dynamo.utils.counters.clear()
     for m in (model, compiled):
         m(tokens, tokens).backward()
@@ -130,7 +131,7 @@ def test_compiled_parts_are_the_model_and_generation_compiles_nothing(blocks, ex
         rounding = 1e-5 if p.dim() > 1 else 1e-3  # a scalar's gradient is a sum of large numbers
         assert name == q[0] and (p.grad - q[1].grad).norm() < rounding * p.grad.norm(), name
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    # one for all layers: attention, MLP, head; or embedding, block, the same with value embeddings, head
+    # one graph per part: attention, MLP, head; or embedding, block, block with value embeddings, head
     assert graphs == expected
     assert [*compiled.generate([[1, 2, 3]], 299, 5)] == [*model.generate([[1, 2, 3]], 299, 5)]
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
@@ -160,11 +161,12 @@ def test_the_shape_follows_from_depth(depth, aspect_ratio, head_dim, shape):
 
 
 @pytest.mark.parametrize(
-    "depth, aspect_ratio, head_dim, told", [(4, 64, 33, "even"), (1, 16, 16, "width of 16")]
+    "depth, aspect_ratio, head_dim, message", [(4, 64, 33, "even"), (1, 16, 16, "width of 16")]
 )
-def test_shapes_that_cannot_be(depth, aspect_ratio, head_dim, told):
-    with pytest.raises(ValueError, match=told):
+def test_invalid_shapes_raise(depth, aspect_ratio, head_dim, message):
+    with pytest.raises(ShapeError, match=message) as error:
         GPTConfig.of_depth(depth, 300, 32, aspect_ratio, head_dim)
+    assert error.value.exit_status == 2 and len(str(error.value).splitlines()) == 2
 
 
 @pytest.mark.parametrize("n_layer", [1, 2, 3, 4])
@@ -187,10 +189,17 @@ def test_every_parameter_has_exactly_one_role(n_layer):
         (20, 16, 32_768, 22.74),
     ],
 )
-def test_the_memory_of_activations_is_what_pytorch_plans_for_an_h100(depth, rows, vocab_size, gigabytes):
+def test_activation_bytes_match_pytorch_plans_for_an_h100(depth, rows, vocab_size, gigabytes):
     with torch.device("meta"):
         model = GPT(GPTConfig.of_depth(depth, vocab_size, 2048), torch.bfloat16)
     assert model.activation_bytes(rows * 2048) == pytest.approx(gigabytes * 1e9, rel=0.03)
+
+
+def test_training_bytes_add_up():
+    model = build(n_layer=2)
+    weights = sum(4 * p.numel() for p in model.parameters())
+    expected = 2 * weights + 1000 + model.activation_bytes(64)  # weights, gradients, optimizer, activations
+    assert model.training_bytes(64, 1000) == expected
 
 
 @pytest.mark.parametrize("n_layer", [1, 2, 3])
@@ -224,7 +233,7 @@ def test_flops_of_the_linear_layers_against_torch():
 
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("T", [31, 32])
-def test_the_future_never_leaks(grad, T):
+def test_later_tokens_never_leak(grad, T):
     model = wake(build())
     with torch.set_grad_enabled(grad):
         tokens = tokens_of(model, T=T)
@@ -250,7 +259,7 @@ def test_attention_against_the_formula():
 
 
 @pytest.mark.parametrize("n", [0, 1, 3])
-def test_the_first_heads_get_the_key_of_the_token_before(n):
+def test_the_first_heads_get_the_key_of_the_previous_token(n):
     k = torch.randn(2, 5, 3, 4, generator=torch.Generator().manual_seed(0))
     expected = k.clone()
     for h in range(n):
@@ -259,15 +268,15 @@ def test_the_first_heads_get_the_key_of_the_token_before(n):
     assert torch.equal(look_back(k, n), expected)
 
 
-def test_half_of_the_heads_look_back_but_none_in_a_model_of_before():
+def test_half_of_the_heads_look_back_but_none_in_old_checkpoints():
     assert [GPTConfig.of_depth(depth, 512, 64).n_look_back for depth in (1, 2, 3, 12)] == [1, 1, 1, 3]
     saved = {"vocab_size": 300, "max_seq_len": 32, "n_layer": 3, "n_head": 2, "n_embd": 64}
     assert GPTConfig(**saved).n_look_back == 0
 
 
 @pytest.mark.slow
-def test_one_layer_learns_to_copy_what_it_has_read():
-    """Rows of 32 random tokens, twice: to tell the second half is to find where a token stood before."""
+def test_one_layer_learns_to_copy():
+    """Rows of 32 random tokens, twice: predicting the second half takes looking up the first."""
     model = build(n_layer=1, max_seq_len=64, n_embd=64)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     generator = torch.Generator().manual_seed(0)
@@ -284,7 +293,7 @@ def test_one_layer_learns_to_copy_what_it_has_read():
 
 
 @pytest.mark.parametrize("T", [1, 128, 300])
-def test_attention_in_blocks_is_attention(T):
+def test_blocked_attention_equals_attention(T):
     generator = torch.Generator().manual_seed(0)
     q, k, v, weight = torch.randn(4, 2, 3, T, 16, generator=generator, dtype=torch.float64).unbind()
     outcomes = []
@@ -300,18 +309,18 @@ def test_attention_in_blocks_is_attention(T):
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_rotary_products_depend_on_the_distance_alone():
+def test_rotary_products_depend_only_on_the_distance():
     cos, sin = rotary_tables(40, 16, "cpu")
     q, k = torch.randn(2, 16, generator=torch.Generator().manual_seed(0))
-    turned_q, turned_k = (apply_rotary(x.expand(1, 40, 1, 16), cos, sin)[0, :, 0] for x in (q, k))
-    products = turned_q @ turned_k.T
+    rotated_q, rotated_k = (apply_rotary(x.expand(1, 40, 1, 16), cos, sin)[0, :, 0] for x in (q, k))
+    products = rotated_q @ rotated_k.T
     for distance in (0, 3, 17):
         diagonal = products.diagonal(-distance)
         torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(turned_q.norm(dim=-1), q.norm().expand(40))
+    torch.testing.assert_close(rotated_q.norm(dim=-1), q.norm().expand(40))
 
 
-def test_loss_is_a_sum_that_leaves_out_negative_targets():
+def test_the_loss_is_a_sum_without_negative_targets():
     model = wake(build())
     tokens, targets = tokens_of(model), tokens_of(model, seed=1)
     targets[0, 5:] = -1
@@ -322,7 +331,7 @@ def test_loss_is_a_sum_that_leaves_out_negative_targets():
     assert logits.shape == (2, 32, 300) and logits.abs().max() <= 15
 
 
-def test_padding_of_the_vocabulary_never_gets_probability():
+def test_the_padding_of_the_vocabulary_has_no_logits():
     model = wake(build(vocab_size=257))
     assert model.head.weight.shape[0] == 320
     assert model(tokens_of(model)).shape[-1] == 257
@@ -334,7 +343,7 @@ def test_norm_has_unit_mean_square():
 
 
 @pytest.mark.parametrize("grad", [False, True])
-def test_the_future_never_leaks_on_cuda(grad):
+def test_later_tokens_never_leak_on_cuda(grad):
     if not torch.cuda.is_available():
         pytest.skip("needs CUDA")
     config = GPTConfig(vocab_size=300, max_seq_len=256, n_layer=2, n_head=2, n_embd=256)
@@ -351,16 +360,16 @@ def test_the_future_never_leaks_on_cuda(grad):
         assert torch.equal(model(changed)[:, :100], before[:, :100])
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_the_attention_kernel_that_is_named_is_the_one_that_runs(head_dim):
+def test_attention_backend_names_the_kernel_that_runs(head_dim):
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     config = GPTConfig(max_seq_len=256, n_head=2, n_embd=2 * head_dim)
     name = attention_backend(config, torch.bfloat16, torch.device("cuda"), True)
     q, k, v = torch.randn(3, 1, 256, 2, head_dim, device="cuda", dtype=torch.bfloat16).unbind()
     only = getattr(SDPBackend, f"{name.upper()}_ATTENTION")
-    with sdpa_kernel(only):  # raises if it cannot
+    with sdpa_kernel(only):  # raises if this kernel cannot run
         heads = (x.transpose(1, 2) for x in (q, k, v))
         expected = torch.nn.functional.scaled_dot_product_attention(
             *heads, is_causal=True, scale=QK_SCALE**2 / head_dim**0.5

@@ -1,4 +1,4 @@
-"""After the training: generation against the model read anew for every token, the command line, export."""
+"""Generation against the training forward, sampling, scores, the command line of sample.py, export."""
 
 import json
 import math
@@ -19,14 +19,17 @@ from test_model import build, wake
 
 import checkpoint
 import dataloader
+import dataset
 import model as model_module
-from model import GPT, CachedAttention, GPTConfig, letters, sample, scoring_batches
+import report
+from model import GPT, CachedAttention, GPTConfig, sample_next_token
+from sample import letters, scoring_batches, without_folders
 
 BOS = 299
 
 
 def uncached(model, row, count):
-    """The reference: for each token the whole row is read, by the forward pass that trains -> the new ids."""
+    """The reference: greedy generation that runs the training forward on the complete row for each new id."""
     T, row, new = model.config.max_seq_len, list(row), []
     for _ in range(count):
         if len(row) > T:
@@ -36,15 +39,15 @@ def uncached(model, row, count):
     return new
 
 
-def test_generation_alone_forbids_cudnn(monkeypatch):
-    """It makes a plan for each new length. For training PyTorch orders the kernels as it likes."""
+def test_only_generation_forbids_cudnn(monkeypatch):
+    """cuDNN builds a plan for each new length. In training PyTorch may pick it."""
     allowed, attend = [], model_module.causal_attention
 
-    def note(*heads):
+    def record(*heads):
         allowed.append(torch.backends.cuda.cudnn_sdp_enabled())
         return attend(*heads)
 
-    monkeypatch.setattr(model_module, "causal_attention", note)
+    monkeypatch.setattr(model_module, "causal_attention", record)
     model = build(n_layer=1)
     model(torch.zeros(1, 4, dtype=torch.int64))
     [*model.generate([[1, 2]], BOS, 2)]
@@ -54,75 +57,76 @@ def test_generation_alone_forbids_cudnn(monkeypatch):
 
 @pytest.mark.parametrize("n_layer", [1, 2, 3])
 @pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 40])
-def test_the_cache_changes_nothing(n_layer, length):
+def test_cached_generation_equals_uncached(n_layer, length):
     model = wake(build(max_seq_len=16, n_layer=n_layer))
     rows = torch.randint(300, (2, length), generator=torch.Generator().manual_seed(0)).tolist()
-    new = [*model.generate(rows, BOS, 27, temperature=0)]  # over the end of the context, and again
+    new = [*model.generate(rows, BOS, 27, temperature=0)]  # the context is exceeded twice
     assert [list(row) for row in zip(*new)] == [uncached(model, row, 27) for row in rows]
     assert len(set(map(tuple, new))) > 10
 
 
-def test_logits_read_token_by_token_are_those_of_the_forward_pass():
+def test_logits_token_by_token_equal_those_of_the_forward_pass():
     model = wake(build())
     tokens = torch.randint(300, (2, 32), generator=torch.Generator().manual_seed(0))
     caches = [CachedAttention(model.config, 2, torch.float32, "cpu") for _ in model.blocks]
-    found = torch.stack([model.read(tokens[:, :end], caches) for end in (5, *range(6, 33))], dim=1)
+    found = [model.next_token_logits(tokens[:, :end], caches) for end in (5, *range(6, 33))]
+    found = torch.stack(found, dim=1)
     torch.testing.assert_close(found, model(tokens)[:, 4:], atol=1e-5, rtol=1e-5)
 
 
-def test_a_share_of_nothing_still_takes_the_likeliest():
+def test_top_p_of_zero_takes_the_most_likely_token():
     logits = torch.randn(5, 40, generator=torch.Generator().manual_seed(0))
     for top_p in (0.0, 1e-9):
-        assert torch.equal(sample(logits, 0.8, 0, top_p, torch.Generator()), logits.argmax(dim=-1))
+        assert torch.equal(sample_next_token(logits, 0.8, 0, top_p, torch.Generator()), logits.argmax(dim=-1))
 
 
-def test_the_seed_decides_and_so_do_its_rows():
+def test_the_same_seed_gives_the_same_texts_and_each_row_its_own():
     model, rows = wake(build()), [[BOS, 5, 6]] * 4
     first, same, other = ([*model.generate(rows, BOS, 20, seed=seed)] for seed in (1, 1, 2))
     assert first == same != other
-    assert len(set(zip(*first))) == 4  # of one prompt four texts
+    assert len(set(zip(*first))) == 4  # four different texts from one prompt
 
 
-def test_what_is_drawn_is_as_likely_as_it_should_be():
+def test_tokens_are_sampled_with_the_right_probabilities():
     p = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05])
     logits, order = p.log()[None].expand(20_000, -1), torch.tensor([3, 0, 4, 1, 2])
 
-    def drawn(temperature=1.0, top_k=0, top_p=1.0):
+    def frequencies(temperature=1.0, top_k=0, top_p=1.0):
         generator = torch.Generator().manual_seed(0)
-        ids = sample(logits[:, order], temperature, top_k, top_p, generator)
+        ids = sample_next_token(logits[:, order], temperature, top_k, top_p, generator)
         return torch.bincount(order[ids], minlength=5) / len(ids)
 
-    def share(values):
+    def normalized(values):
         return torch.tensor(values) / sum(values)
 
     for found, expected in (
-        (drawn(), p),
-        (drawn(temperature=0.5), share([0.16, 0.09, 0.0225, 0.01, 0.0025])),
-        (drawn(top_k=3), share([0.4, 0.3, 0.15, 0, 0])),
-        (drawn(top_k=99), p),
-        (drawn(top_p=0.8), share([0.4, 0.3, 0.15, 0, 0])),  # 0.7 would be too few
-        (drawn(top_k=4, top_p=0.7), share([0.4, 0.3, 0, 0, 0])),  # of the 0.95 that are left
-        (drawn(top_p=1e-9), share([1.0, 0, 0, 0, 0])),
-        (drawn(temperature=0), share([1.0, 0, 0, 0, 0])),
-        (drawn(temperature=1e-30), share([1.0, 0, 0, 0, 0])),
+        (frequencies(), p),
+        (frequencies(temperature=0.5), normalized([0.16, 0.09, 0.0225, 0.01, 0.0025])),
+        (frequencies(top_k=3), normalized([0.4, 0.3, 0.15, 0, 0])),
+        (frequencies(top_k=99), p),
+        (frequencies(top_p=0.8), normalized([0.4, 0.3, 0.15, 0, 0])),  # 0.7 would be too few
+        (frequencies(top_k=4, top_p=0.7), normalized([0.4, 0.3, 0, 0, 0])),  # top_p of the remaining 0.95
+        (frequencies(top_p=1e-9), normalized([1.0, 0, 0, 0, 0])),
+        (frequencies(temperature=0), normalized([1.0, 0, 0, 0, 0])),
+        (frequencies(temperature=1e-30), normalized([1.0, 0, 0, 0, 0])),
     ):
         torch.testing.assert_close(found, expected, atol=0.01, rtol=0)
         assert (found[expected == 0] == 0).all()
 
 
-def test_a_letter_is_written_when_all_of_its_bytes_are_there():
+def test_a_character_is_printed_when_all_its_bytes_have_arrived():
     text = "aé€😀 ende"
     for size in (1, 2, 3, 5):
         data = text.encode()
         parts = [*letters(data[i : i + size] for i in range(0, len(data), size))]
         assert "".join(parts) == text and len(parts) == math.ceil(len(data) / size) + 1
-    assert [*letters([b"x\xe2\x82"])] == ["x", "\ufffd"]  # at the end it is not held back
+    assert [*letters([b"x\xe2\x82"])] == ["x", "\ufffd"]  # the end of the stream flushes it
     assert "".join(letters([b"x\xe2", b"y\xff\xc3", b"\xa9"])) == "x\ufffdy\ufffdé"
 
 
 @pytest.mark.parametrize("stride", [1, 5, 16])
 @pytest.mark.parametrize("length", [1, 2, 16, 17, 100, 150])
-def test_each_token_is_scored_once_and_with_a_stride_it_is_told_more(stride, length):
+def test_each_token_is_scored_once_and_a_stride_guarantees_context(stride, length):
     tokens = torch.randint(299, (length,), generator=torch.Generator().manual_seed(0))
     tokens[0] = BOS
     token_bytes = torch.arange(300) % 3 + 1
@@ -133,8 +137,8 @@ def test_each_token_is_scored_once_and_with_a_stride_it_is_told_more(stride, len
         for row, target in zip(inputs, targets):
             found = [(t, row[: t + 1].tolist()) for t in range(16) if target[t] >= 0]
             for t, context in found:
-                place = len(places) + 1  # in the text, whose first token is the bos
-                known = min(place, t)  # of the text before it
+                place = len(places) + 1  # position in the text; bos is at 0
+                known = min(place, t)  # number of text tokens before it in this row
                 assert context == [BOS, *tokens[place - known : place].tolist()]
                 assert target[t] == tokens[place]
                 assert known >= min(place, 16 - stride)
@@ -142,32 +146,37 @@ def test_each_token_is_scored_once_and_with_a_stride_it_is_told_more(stride, len
     assert places == [*range(1, length)] and size == token_bytes[tokens].sum()
 
 
-def test_without_a_stride_rows_are_those_of_an_evaluation():
-    tokenizer = dataloader.train_tokenizer(["some text to learn from " * 9], 270)
-    texts = [(REPO / "model.py").read_text(), "x", "y" * 5000]
-    tokens = dataloader.encode_held_out(tokenizer, texts)
-    token_bytes = torch.from_numpy(dataloader.token_bytes(tokenizer).astype(np.int64))
+def test_without_a_stride_rows_equal_those_of_an_evaluation(tmp_path, monkeypatch):
+    monkeypatch.setenv("ONEDIAL_HOME", str(tmp_path / "cache"))
+    text = (REPO / "model.py").read_text() + "y" * 5000
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "train.txt").write_text("some text to learn from " * 900)
+    (tmp_path / "text" / "val.txt").write_text(text)
+    corpus = dataset.prepare(str(tmp_path / "text"), 512)
+    tokens = dataset.encode_held_out(corpus.tokenizer, [text])
+    token_bytes = torch.from_numpy(dataset.token_bytes(corpus.tokenizer).astype(np.int64))
     ours = scoring_batches(torch.from_numpy(tokens.astype(np.int64)), token_bytes, 64, 64, 8)
-    theirs = [*dataloader.ValidationRows(tokenizer, tokens, 64).batches(8, "cpu")]
-    for (inputs, targets, size), (rows, wanted, bytes_) in zip(ours, theirs, strict=True):
-        padding = len(rows) - len(inputs)  # the last batch of an evaluation is filled up
-        assert torch.equal(torch.nn.functional.pad(inputs, (0, 0, 0, padding), value=rows[-1, -1]), rows)
-        assert torch.equal(torch.nn.functional.pad(targets, (0, 0, 0, padding), value=-1), wanted)
+    theirs = [*dataloader.ValidationRows(corpus, 10**9, 64).batches(8, "cpu")]
+    for (inputs, targets, size), (rows, expected, bytes_) in zip(ours, theirs, strict=True):
+        padding = len(rows) - len(inputs)  # an evaluation pads its last batch
+        assert torch.equal(torch.nn.functional.pad(inputs, (0, 0, 0, padding), value=corpus.bos), rows)
+        assert torch.equal(torch.nn.functional.pad(targets, (0, 0, 0, padding), value=-1), expected)
         assert size == bytes_
-    whole = dataloader.encode_held_out(tokenizer, texts, whole=True)
-    assert (whole == tokenizer.n_vocab - 1).sum() == 3 < (tokens == tokenizer.n_vocab - 1).sum()
+    texts = [text, "x", "y" * 5000]
+    uncut = dataset.encode_held_out(corpus.tokenizer, texts, whole=True)
+    assert (uncut == corpus.bos).sum() == 3 < (tokens == corpus.bos).sum()
 
 
 # -----------------------------------------------------------------------------
 # The command line
 
-# model.py once for each list of arguments, without importing torch anew
+# runs sample.py once per list of arguments in one process, which imports torch only once
 CALLS = """
 import contextlib, io, json, os, runpy, sys
 calls = json.load(sys.stdin)
 results = []
 for arguments, written in calls:
-    sys.argv = ["model.py", *arguments]
+    sys.argv = ["sample.py", *arguments]
     contents = (b"", b"", written.encode())
     out, error, sys.stdin = (io.TextIOWrapper(io.BytesIO(text), "utf-8") for text in contents)
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
@@ -193,9 +202,9 @@ def out(home, tmp_path_factory):
 
 
 def call(folder, *calls, written=""):
-    """`python model.py ARGUMENTS` in that folder for each list of arguments -> [(status, output, errors)]."""
+    """`python sample.py ARGUMENTS` in `folder` for each list of arguments -> [(status, stdout, stderr)]."""
     read, write = os.pipe()
-    script = CALLS.replace("SCRIPT", repr(str(REPO / "model.py")))
+    script = CALLS.replace("SCRIPT", repr(str(REPO / "sample.py")))
     script = script.replace("os.write(3", f"os.write({write}")
     calls = json.dumps([(["--device-type", "cpu", *map(str, arguments)], written) for arguments in calls])
     command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(REPO)!r}){script}"]
@@ -206,7 +215,7 @@ def call(folder, *calls, written=""):
         return json.load(pipe)
 
 
-def test_what_cannot_be_is_told_in_two_lines(out, tmp_path):
+def test_user_fixable_errors_print_two_lines(out, tmp_path):
     shutil.copytree(out / "out", tmp_path / "out")
     for name in ("flipped", "unreadable", "other", "no-tokenizer", "not-saved"):
         shutil.copytree(tmp_path / "out" / "a", tmp_path / name)
@@ -231,34 +240,35 @@ def test_what_cannot_be_is_told_in_two_lines(out, tmp_path):
         ("out/a", "x", "--stride", "8"): "--stride needs --score",
         ("out/a", "x", "--device-type", "abacus"): "abacus is unknown",
         ("out/b", "x"): "there is no run out/b",
-        ("out/b",): "there is no run out/b",  # no prompt for the newest run
-        ("empty", "x"): "empty is no run",
+        ("out/b",): "there is no run out/b",  # not a prompt for the newest run
+        ("empty", "x"): "empty is not a run",
         ("flipped", "x"): "model.pt is damaged: its sha256 has changed",
         ("unreadable", "x"): "unreadable is damaged: JSONDecodeError",
         ("other", "x"): "other is damaged: RuntimeError",
         ("no-tokenizer", "x"): "no-tokenizer is damaged: ValueError",
-        ("not-saved", "x"): "not-saved holds no valid checkpoint",
+        ("not-saved", "x"): "not-saved has no valid checkpoint",
         ("out/a", "--score", "empty"): "empty: there is no text in it",
-        ("out/a", "--score", "nowhere"): "nowhere: there is no such file",
+        ("out/a", "--score", "nowhere"): "no such file",
+        ("out/a", "--score", "x" * 5000): "cannot be read: File name too long",
         ("out/a", "--export", "empty"): "empty exists",
     }
     results = call(tmp_path, *cases)
-    for (arguments, told), (status, written, error) in zip(cases.items(), results, strict=True):
+    for (arguments, message), (status, written, error) in zip(cases.items(), results, strict=True):
         *loaded, first, advice = error.splitlines()
         assert status == 2 and not written, arguments
-        assert first.startswith("error: ") and told in first, (arguments, error)
+        assert first.startswith("error: ") and message in first, (arguments, error)
         assert advice.endswith(".") and len(loaded) <= 1, (arguments, error)
     ((status, _, error),) = call(tmp_path / "empty", ["x"])
-    assert status == 2 and "out/ holds none that has saved" in error and len(error.splitlines()) == 2
+    assert status == 2 and "no run in out/ has saved" in error and len(error.splitlines()) == 2
 
 
-def test_odd_prompts_and_settings_have_a_clean_end(out):
+def test_unusual_prompts_and_settings_work(out):
     long = (REPO / "model.py").read_text()
     prompts = ["", "def main(", "<|bos|>", os.fsdecode(b"caf\xe9"), long]
     calls = [["out/a", prompt, "--tokens", 8] for prompt in prompts]
     calls += [["out/a", "x", "--top-k", 0], ["out/a", "x", "--top-k", 1], ["out/a", "x", "--temperature", 0]]
     calls += [["out/a", "x", "--num-samples", 3, "--tokens", 9], ["x", "--top-p", 0.5]]
-    calls += [["out/a", "x", "--temperature", 100, "--top-k", 0, "--tokens", 1500]]  # nearly any token
+    calls += [["out/a", "x", "--temperature", 100, "--top-k", 0, "--tokens", 1500]]  # almost uniform sampling
     results = call(out, *calls)
     for (_, prompt, *_), (status, _, error) in zip(calls, results):
         assert status == 0 and error.startswith("out/a/checkpoints/step_000012, "), error
@@ -267,29 +277,24 @@ def test_odd_prompts_and_settings_have_a_clean_end(out):
     shown = [*prompts[:3], "caf\ufffd", long]
     assert all(written.startswith(text) for (_, written, _), text in zip(results, shown))
     assert results[6][1] == results[7][1] != results[5][1]
-    assert "<|bos|>" not in results[10][1] and len(results[10][1]) < 1500  # a bos ends it, one in 512
+    assert "<|bos|>" not in results[10][1] and len(results[10][1]) < 1500  # a bos ends it
     first, *others = re.split(r"\n--- \d\n", results[8][1])
     assert len({first.rstrip("\n"), *others}) == 3 and all(text.startswith("x") for text in others)
 
 
 @pytest.mark.slow
-def test_prompts_that_are_piped_in_and_the_best_of_the_newest_run(out, tmp_path):
+def test_piped_prompts_use_the_best_checkpoint_of_the_newest_run(out, tmp_path):
     shutil.copytree(out / "out", tmp_path / "out")
     shutil.copytree(out / "out" / "a", tmp_path / "out" / "0")
-    (tmp_path / "out" / "0" / "checkpoints" / "step_000012" / "manifest.json").touch()
-    best = tmp_path / "out" / "0" / "checkpoints" / "best_000006"
-    shutil.copytree(best.parent / "step_000012", best)
-    state = json.loads((best / "state.json").read_text())
-    (best / "state.json").write_text(json.dumps({**state, "val_bpb": 0.5}))
-    entries = {file.name: checkpoint.entry(file) for file in best.iterdir() if file.name != "manifest.json"}
-    entries["manifest.json"] = checkpoint.own_entry(entries)
-    (best / "manifest.json").write_text(json.dumps(entries))
+    step = tmp_path / "out" / "0" / "checkpoints" / "step_000012"
+    tensors, state = {"model": checkpoint.load(step, "model")}, checkpoint.load(step, "state")
+    checkpoint.write(step.parent, "best_000006", tensors, {**state, "val_bpb": 0.5}, keep=1)
     ((status, written, error),) = call(tmp_path, ["--tokens", 5], written="import os\n\nclass A\n")
     assert status == 0 and error.startswith("out/0/checkpoints/best_000006, 0.5000 bits per byte")
     assert written.startswith("import os") and "\nclass A" in written and "> " not in written[:2]
 
 
-def test_scores_of_documents_files_and_the_standard_input(out, tmp_path):
+def test_scores_of_documents_files_and_stdin(out, tmp_path):
     texts = ["def main():\n    pass\n" * 40, "", "x = 1"]
     (tmp_path / "two.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     (tmp_path / "one.txt").write_text(texts[0])
@@ -310,10 +315,10 @@ def test_scores_of_documents_files_and_the_standard_input(out, tmp_path):
 
 
 @pytest.mark.slow
-def test_ctrl_c_and_a_full_disk_while_it_writes(out):
-    command = [sys.executable, str(REPO / "model.py"), "out/a", "x", "--tokens", "100000"]
+def test_ctrl_c_and_a_full_disk_during_generation(out):
+    command = [sys.executable, str(REPO / "sample.py"), "out/a", "x", "--tokens", "100000"]
     process = subprocess.Popen(command, cwd=out, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    process.stdout.read(20)  # streamed: long before the end
+    process.stdout.read(20)  # it streams: these arrive long before the end
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130 and len(error.splitlines()) == 1, error
@@ -323,9 +328,9 @@ def test_ctrl_c_and_a_full_disk_while_it_writes(out):
     assert len(done.stderr.splitlines()) == 3
 
 
-def test_a_terminal_asks_for_prompts_until_ctrl_d(out):
+def test_a_terminal_shows_a_prompt_until_ctrl_d(out):
     ours, theirs = pty.openpty()
-    command = [sys.executable, str(REPO / "model.py"), "--tokens", "100000"]
+    command = [sys.executable, str(REPO / "sample.py"), "--tokens", "100000"]
     process = subprocess.Popen(command, cwd=out, stdin=theirs, stdout=theirs, stderr=subprocess.PIPE)
     os.close(theirs)
     screen = b""
@@ -338,9 +343,9 @@ def test_a_terminal_asks_for_prompts_until_ctrl_d(out):
 
     read(b"> ")
     os.write(ours, b"def one(\n")
-    read(b"def one(")  # typed
-    read(b"def one(")  # and written
-    process.send_signal(signal.SIGINT)  # ends the text only
+    read(b"def one(")  # the typed prompt
+    read(b"def one(")  # the output
+    process.send_signal(signal.SIGINT)  # stops only this text
     read(b"> ")
     os.write(ours, b"\x04")
     assert process.wait(timeout=60) == 0 and len(process.stderr.read().splitlines()) == 1
@@ -350,7 +355,7 @@ def test_a_terminal_asks_for_prompts_until_ctrl_d(out):
 # -----------------------------------------------------------------------------
 # Export
 
-# what a stranger does with the folder, somewhere else
+# uses the export from another folder, without this repository
 ELSEWHERE = """
 import json, sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -361,14 +366,32 @@ ids = tokenizer(texts)["input_ids"]
 rows = torch.tensor([row[:40] for row in ids if len(row) >= 40][:3])
 result = model(rows, labels=rows)
 greedy = model.generate(rows, max_new_tokens=90, do_sample=False)
-sampled = model.generate(rows[:, :5], attention_mask=torch.ones_like(rows[:, :5]))  # as a pipeline does
+sampled = model.generate(rows[:, :5], attention_mask=torch.ones_like(rows[:, :5]))  # a pipeline passes a mask
 torch.save({"rows": rows, "logits": result.logits, "loss": result.loss, "greedy": greedy}, "results.pt")
 json.dump([ids, sampled.shape[1]], open("results.json", "w"))
 """
 
 
+@pytest.mark.parametrize(
+    "data, init_from, flags",
+    [
+        ("/home/ann/my notes", None, "--data 'my notes'"),
+        ("../up/notes.txt", "/home/ann/out/first", "--data notes.txt --init-from first"),
+        (".", "out/first/", "--data corpus --init-from first"),
+        ("stdlib", None, "--data stdlib"),
+        ("hf:owner/name/data", None, "--data hf:owner/name/data"),
+    ],
+)
+def test_a_model_card_shows_no_folders(data, init_from, flags):
+    settings = {"depth": 2, "data": data, "init_from": init_from, "seed": 7}
+    command = report.command_line("python train.py", settings)
+    config = without_folders({"settings": settings, "command": command, "corpus": {"name": "corpus"}})
+    assert config["command"] == f"python train.py --depth 2 {flags} --seed 7"
+    assert config["settings"]["data"] in flags and settings["data"] == data
+
+
 @pytest.mark.slow
-def test_an_export_is_the_same_model_without_this_repository(out, tmp_path):
+def test_an_export_works_without_this_repository_and_is_the_same_model(home, out, tmp_path):
     pytest.importorskip("transformers")
     ((status, written, error),) = call(out, ["out/a", "--export", tmp_path / "taken"])
     assert status == 0 and written.strip() == str(tmp_path / "taken"), error
@@ -378,9 +401,12 @@ def test_an_export_is_the_same_model_without_this_repository(out, tmp_path):
     assert names <= found and not [*tmp_path.glob(".tmp*")]
     card = (tmp_path / "taken" / "README.md").read_text()
     assert "| val_bpb | " in card and ("curves.png" in found) == ("(curves.png)" in card)
-    assert len((REPO / "runs" / "modeling_onedial.py").read_text().splitlines()) <= 60
-    code = (tmp_path / "taken" / "model.py").read_text()
-    assert not re.search(r"^ *import (checkpoint|dataloader|machine|report)", code, re.MULTILINE)
+    assert len((REPO / "export" / "modeling_onedial.py").read_text().splitlines()) <= 60
+    assert (tmp_path / "taken" / "model.py").read_text() == (REPO / "model.py").read_text()
+    # no folder of the machine on which it was trained; the data of this run is HOME/text
+    assert "trained on `text`" in card and " --data text " in card and " --no-compile " in card
+    texts = [file.read_bytes() for file in (tmp_path / "taken").iterdir()]
+    assert not any(str(path).encode() in text for text in texts for path in (home, out, tmp_path))
 
     random_ = random.Random(0)
     pools = [list(" \n\t\r\x0b\x85\xa0\u2028\u3000"), list("0123456789²٣Ⅷ"), list("aaab' ")]
@@ -395,7 +421,7 @@ def test_an_export_is_the_same_model_without_this_repository(out, tmp_path):
     done = subprocess.run([sys.executable, "-c", ELSEWHERE], **options)
     assert done.returncode == 0, done.stderr.decode()
 
-    tokenizer = dataloader.load_tokenizer(out / "out" / "a" / "tokenizer")
+    tokenizer = dataset.load_tokenizer(out / "out" / "a" / "tokenizer")
     bos = tokenizer.n_vocab - 1
     ids, length = json.loads((tmp_path / "results.json").read_text())
     for text, theirs in zip(texts, ids, strict=True):
@@ -407,10 +433,10 @@ def test_an_export_is_the_same_model_without_this_repository(out, tmp_path):
     model.load_state_dict(checkpoint.load(out / "out" / "a" / "checkpoints" / "step_000012", "model"))
     rows = results["rows"]
     torch.testing.assert_close(results["logits"], model(rows), atol=1e-5, rtol=0)
-    nats = model(rows[:, :-1], rows[:, 1:]).item() / rows[:, 1:].numel()
-    assert results["loss"].item() == pytest.approx(nats, rel=1e-5)
-    ours = [*zip(*model.generate(rows.tolist(), bos, 90, temperature=0))]  # over the end of the context
+    mean_loss = model(rows[:, :-1], rows[:, 1:]).item() / rows[:, 1:].numel()
+    assert results["loss"].item() == pytest.approx(mean_loss, rel=1e-5)
+    ours = [*zip(*model.generate(rows.tolist(), bos, 90, temperature=0))]  # beyond max_seq_len
     for new, theirs in zip(ours, results["greedy"][:, 40:].tolist(), strict=True):
-        end = theirs.index(bos) if bos in theirs else 90  # there a text ends
+        end = theirs.index(bos) if bos in theirs else 90  # transformers stops a text at bos
         assert list(new[:end]) == theirs[:end]
     assert 5 < length <= 205

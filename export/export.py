@@ -1,0 +1,104 @@
+"""
+What `python sample.py RUN --export DIR` writes: a folder for Hugging Face's transformers that does not need
+this repository and can be uploaded to their hub. Needs the extra `export`. model.py is copied unchanged.
+"""
+
+import json
+import os
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+HERE = Path(__file__).parent
+CARD = """
+---
+library_name: transformers
+pipeline_tag: text-generation
+---
+
+# {name}
+
+{about}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(".", trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(".", trust_remote_code=True)
+ids = tokenizer("def main(", return_tensors="pt").input_ids  # starts with <|bos|>
+print(tokenizer.decode(model.generate(ids, max_new_tokens=50)[0]))
+```
+
+`trust_remote_code` runs `model.py` and `modeling_onedial.py` of this folder. `generate` has no cache: it
+reads the complete row again for each new token. `model.gpt.generate(ids.tolist(), {bos}, 50)` has a cache and
+yields the new ids.
+
+{figures}
+"""
+
+
+class ExportError(Exception):
+    """User-fixable error. The message has two lines: what is wrong, and how to fix it."""
+
+    exit_status = 2
+
+
+def write_export(target, model, tokenizer, tokenizer_file, name, about, figures):
+    """
+    Write the folder `target`, either completely or not at all -> target.
+
+    tokenizer: a tiktoken Encoding with one special token, saved in tokenizer_file; name, about: heading and
+    first sentence of the model card; figures: function(folder) -> the rest of the card in markdown, which may
+    draw pictures into that folder. Raises ExportError if target exists or a package is missing.
+    """
+    if target.exists():
+        raise ExportError(f"{target} exists.\nGive a new folder, or move that one away.")
+    try:
+        import safetensors.torch
+        import transformers
+    except ImportError as error:
+        raise ExportError(f'--export needs {error.name}.\nRun pip install ".[export]".') from None
+    temporary = target.with_name(f".tmp-{target.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        weights = {f"gpt.{key}": p.contiguous() for key, p in model.cpu().state_dict().items()}
+        content = safetensors.torch.save(weights, metadata={"format": "pt"})
+        (temporary / "model.safetensors").write_bytes(content)
+        convert_tokenizer(tokenizer, tokenizer_file, transformers).save_pretrained(temporary)
+        for file, content in json_files(model, tokenizer).items():
+            (temporary / file).write_text(json.dumps(content, indent=2) + "\n")
+        shutil.copy(HERE / "modeling_onedial.py", temporary)
+        shutil.copy(HERE.parent / "model.py", temporary)
+        facts = {"name": name, "about": about, "bos": tokenizer.n_vocab - 1, "figures": figures(temporary)}
+        (temporary / "README.md").write_text(CARD.lstrip().format(**facts), encoding="utf-8")
+        os.rename(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return target
+
+
+def json_files(model, tokenizer):
+    """{file name: content} of the JSON files that transformers reads for model and generation."""
+    special = {"bos_token_id": tokenizer.n_vocab - 1, "eos_token_id": tokenizer.n_vocab - 1}
+    classes = {"AutoConfig": "OnedialConfig", "AutoModelForCausalLM": "OnedialForCausalLM"}
+    config = {"model_type": "onedial", "architectures": ["OnedialForCausalLM"], "dtype": "float32"}
+    config |= {"auto_map": {auto: f"modeling_onedial.{name}" for auto, name in classes.items()}}
+    config |= {"gpt": asdict(model.config), "use_cache": False, **special}
+    sampling = {"do_sample": True, "temperature": 0.8, "top_k": 50, "max_new_tokens": 200}
+    return {"config.json": config, "generation_config.json": {**sampling, "use_cache": False, **special}}
+
+
+def convert_tokenizer(tokenizer, tokenizer_file, transformers):
+    """The tiktoken Encoding as a fast tokenizer of transformers, which puts a bos before each text."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    ((bos, number),) = tokenizer._special_tokens.items()
+    options = {"pattern": tokenizer._pat_str, "extra_special_tokens": [bos]}
+    converted = TikTokenConverter(vocab_file=str(tokenizer_file), **options).converted()
+    assert converted.token_to_id(bos) == number
+    template = {"single": f"{bos} $A", "pair": f"{bos} $A {bos} $B", "special_tokens": [(bos, number)]}
+    converted.post_processor = TemplateProcessing(**template)
+    special = {"bos_token": bos, "eos_token": bos, "clean_up_tokenization_spaces": False}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=converted, **special)
