@@ -46,6 +46,7 @@ class RunFolder:
         Create the folder of a new run with a single mkdir, so that two processes never get the same one. The
         default name is <date>-<time>, then -2, -3 …. CheckpointError if it exists or cannot be created.
         """
+        check_name(name)
         base = name or f"{datetime.now():%Y%m%d-%H%M%S}"
         for number in itertools.count(1):
             path = out_dir / (base if number == 1 else f"{base}-{number}")
@@ -63,6 +64,7 @@ class RunFolder:
     @classmethod
     def find(cls, out_dir, name=None):
         """The run to resume: `name`, or the newest in `out_dir`. CheckpointError if there is none."""
+        check_name(name)
         runs = sorted(out_dir.glob("*/config.json"), key=os.path.getmtime)
         path = out_dir / name if name else runs[-1].parent if runs else None
         if path and path.is_dir():
@@ -104,8 +106,8 @@ class RunFolder:
 
     def saved_settings(self):
         """
-        (settings, flags given by the user, warnings) of the saved run. If config.json cannot be read they come
-        from the newest valid checkpoint; a run without any has two empty dicts. warnings: a list of lines.
+        (settings, flags given by the user, warnings: a list of lines) of the saved run. If config.json cannot
+        be read they come from the newest valid checkpoint; a run without any has two empty dicts.
         """
         file = self.path / "config.json"
         try:
@@ -117,6 +119,22 @@ class RunFolder:
             warnings = [f"{file} cannot be read: the settings come from {newest or 'the constants'}"]
             has_begun = newest or file.exists()
             return state.get("settings", {}), state.get("given", {}), warnings if has_begun else []
+
+    def check_disk_space(self, weight_bytes, checkpoint_bytes, saves, best=False):
+        """
+        Compare the free disk space with what the run needs: `saves` checkpoints at the same time, and the
+        best weights if `best` is set. Returns a warning or None. CheckpointError if not even the weights fit.
+        """
+        root = self.checkpoints
+        free, existing = shutil.disk_usage(root).free, len(newest_first(root))
+        if free < weight_bytes:
+            what = f"the weights alone take {weight_bytes / 1e9:.2g} GB, but {root} has {free / 1e9:.2g} GB free"
+            raise CheckpointError(f"{what}.\nFree some disk space, or choose another --out-dir.")
+        missing = max(1, saves - existing) * checkpoint_bytes + best * weight_bytes - free
+        if missing > 0:
+            what = f"{saves} × {checkpoint_bytes / 1e9:.2g} GB of checkpoints do not fit into {free / 1e9:.2g} GB"
+            return f"{what}: {missing / 1e9:.2g} GB are missing. Free some space, or lower --keep-checkpoints"
+        return None
 
     @contextlib.contextmanager
     def writing(self):
@@ -140,6 +158,13 @@ class RunFolder:
         return newest, faults
 
 
+def check_name(name):
+    """CheckpointError if a run's name is a path."""
+    if name and (Path(name).name != name or name == ".."):
+        what = f"--run-name {name} is not a plain name"
+        raise CheckpointError(f"{what}.\nUse --out-dir for the folder that contains it.")
+
+
 def initial_weights(run_folder):
     """(best checkpoint, config.json as a dict) of the run in --init-from. CheckpointError if missing."""
     folder, faults = best(run_folder / "checkpoints")
@@ -156,22 +181,6 @@ def initial_weights(run_folder):
 def is_full(error):
     """Whether an error means that the disk or the user's quota is full."""
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-
-
-def check_disk_space(root, weight_bytes, checkpoint_bytes, saves, best=False):
-    """
-    Compare the free space under `root` with what a run needs: `saves` checkpoints at the same time, and the
-    best weights if `best` is set. Returns a warning or None. CheckpointError if not even the weights fit.
-    """
-    free, existing = shutil.disk_usage(root).free, len(newest_first(root))
-    if free < weight_bytes:
-        what = f"the weights alone take {weight_bytes / 1e9:.2g} GB, but {root} has {free / 1e9:.2g} GB free"
-        raise CheckpointError(f"{what}.\nFree some disk space, or choose another --out-dir.")
-    missing = max(1, saves - existing) * checkpoint_bytes + best * weight_bytes - free
-    if missing > 0:
-        what = f"{saves} × {checkpoint_bytes / 1e9:.2g} GB of checkpoints do not fit into {free / 1e9:.2g} GB"
-        return f"{what}: {missing / 1e9:.2g} GB are missing. Free some space, or lower --keep-checkpoints"
-    return None
 
 
 # -----------------------------------------------------------------------------

@@ -278,7 +278,7 @@ def share_batch(total_batch_size, T, world_size, was_given):
 
 
 # -----------------------------------------------------------------------------
-# Learning rates, weight decay, evaluations. The reference is nanochat at depth 12: 2^19 tokens per step,
+# Learning rates, weight decay, evaluations, saves. The reference is nanochat at depth 12: 2^19 tokens per step,
 # 1.5e9 tokens in all
 
 
@@ -303,3 +303,10 @@ def best_weight_decay(batch_size, tokens):
 def num_evaluations(eval_seconds, training_seconds=math.inf):
     """Number of evaluations after step 0: ten, or those that fit 5% of training_seconds; may be below 1."""
     return min(10.0, 0.05 * training_seconds / eval_seconds)
+
+
+def num_saves(num_iterations, dt, save_every, save_minutes):
+    """Number of checkpoints of a run of steps that take dt seconds, the last one included."""
+    by_steps = num_iterations // save_every if save_every > 0 else 0
+    by_time = int(num_iterations * dt / (60 * save_minutes)) if save_minutes > 0 else 0
+    return 1 + by_steps + by_time

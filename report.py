@@ -27,6 +27,7 @@ import textwrap
 import threading
 import time
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,9 +59,17 @@ def versions():
     return found
 
 
-def run_config(**facts):
-    """The content of config.json: the given facts and the versions."""
-    return {**facts, "versions": versions()}
+def run_config(model, corpus, **facts):
+    """The content of config.json: the given facts, those of a GPT and of a Corpus, and the versions."""
+    return {
+        **facts,
+        "model": asdict(model.config),
+        "num_params": model.num_params(),
+        "num_flops_per_token": model.num_flops_per_token(),
+        "num_flops_per_token_causal": model.num_flops_per_token(exact_causal=True),
+        "corpus": {"name": corpus.name, "fingerprint": corpus.fingerprint, **corpus.counts},
+        "versions": versions(),
+    }
 
 
 def update_ema(smooth, loss, beta):
@@ -129,7 +138,9 @@ class Log:
     def __init__(self, folder, console, wandb=False, config=None):
         self.console = console
         self.file = open(folder / "log.jsonl", "ab", buffering=0) if folder else None
-        self.step = 0  # of the newest record
+        self.numbers = {"step": 0}  # the newest value of each number, of earlier starts too
+        for record in read_log(folder) if folder else ():
+            self.numbers |= record
         self.unwritten = b""  # records that could not be written yet because the disk is full
         self.wandb = None
         if folder and wandb:
@@ -163,7 +174,7 @@ class Log:
     def write(self, kind, **fields):
         """Append a record. If it cannot be written now, it is kept in memory and written with a later one."""
         fields = finite(fields)
-        self.step = fields.get("step", self.step)
+        self.numbers |= fields
         if self.file:
             warn = not self.unwritten
             self.unwritten += json.dumps({"kind": kind, **fields}, default=str).encode() + b"\n"
@@ -184,7 +195,7 @@ class Log:
         """Write the event that an exception, or a reason in words, has ended the run."""
         if isinstance(reason, BaseException):
             reason = f"{type(reason).__name__}: {reason}"
-        self.write("event", step=self.step, event="failed", reason=reason)
+        self.write("event", step=self.numbers["step"], event="failed", reason=reason)
 
     def saves(self, outcomes, step, problem="failed, the next save tries again"):
         """Log finished saves, [(folder, error or None)], print errors -> the last one's error or None."""
@@ -441,6 +452,22 @@ def val_line(record):
     return line + f"the lowest so far is {record['min_val_bpb']:.4f}"
 
 
+def horizon_line(minutes, steps, tokens, flops, seconds, ends_early):
+    """The first line of the plan, for a run by the clock or (minutes None) by steps."""
+    line = f"1) horizon: {plural(minutes, 'minute')}, about " if minutes else "1) horizon: "
+    line += f"{plural(steps, 'step')}, {short(tokens)} tokens, {flops:.2g} FLOPs"
+    if ends_early:
+        return f"{line}; ends early, so that it does not memorize a small text"
+    return line if minutes else f"{line}, about {duration(seconds)}"
+
+
+def parameter_counts(num_params):
+    """{role: count} -> '393k matrix, 524k head, 1.05M embedding parameters'"""
+    embeddings = num_params["embedding"] + num_params["value_embedding"]
+    matrix, head, embeddings = map(short, (num_params["matrix"], num_params["head"], embeddings))
+    return f"{matrix} matrix, {head} head, {embeddings} embedding parameters"
+
+
 def quoted(value):
     """A value as a word of a shell command."""
     return shlex.quote(str(value))
@@ -456,6 +483,31 @@ def command_line(start, settings):
         elif value is not None:
             words.append(f"--{name} {quoted(value)}")
     return " ".join(words)
+
+
+def summarize(numbers, config, tok_per_sec, mfu_peak, wall_time, peak_memory, time, samples):
+    """The content of summary.json: from a Log's numbers, from run_config(), and what is known at the end."""
+    flops_per_sec, world_size = config["num_flops_per_token"] * tok_per_sec, config["world_size"]
+    return {
+        **{name: numbers.get(name) for name in ("val_bpb", "min_val_bpb", "train_loss_ema")},
+        "steps": numbers["step"],
+        **{name: numbers.get(name) for name in ("progress", "tokens", "total_training_flops")},
+        "total_training_time": numbers.get("total_training_time"),
+        "wall_time": wall_time,
+        "tok_per_sec": tok_per_sec,
+        "mfu": flops_per_sec / (mfu_peak * world_size),
+        "mfu_peak": mfu_peak,
+        "mfu_peak_source": config["mfu_peak_source"],
+        "peak_memory": peak_memory,
+        "num_params": sum(config["num_params"].values()),
+        "num_flops_per_token": config["num_flops_per_token"],
+        "depth": config["settings"]["depth"],
+        "device": config["device"],
+        "world_size": world_size,
+        "skipped_steps": numbers.get("skipped_steps", 0),
+        "time": time,
+        "samples": samples,
+    }
 
 
 def finish(folder, summary, console):

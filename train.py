@@ -25,13 +25,14 @@ import signal
 import socket
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
-import dataset
 import torch
 
 import checkpoint
 import dataloader
+import dataset
 import plan
 import report
 from checkpoint import RunFolder
@@ -122,8 +123,6 @@ settings = Settings(globals(), __file__, exclusive=HORIZONS, convert=convert)  #
 # The run: a new folder, or the one to resume. It is claimed before anything slow
 
 out_folder = Path(out_dir).expanduser().absolute()
-if run_name and (Path(run_name).name != run_name or run_name == ".."):
-    raise SettingError(f"--run-name {run_name} is not a plain name.\nUse --out-dir for the folder around it.")
 run = RunFolder.find(out_folder, run_name) if resume else None
 has_begun = bool(run) and run.has_begun()
 saved_device_type = None
@@ -172,29 +171,18 @@ if not any((num_iterations, minutes, target_flops, target_param_data_ratio)):
 tokenizer = None
 if init_from and not has_begun:  # shape and tokenizer of the other run; its weights are loaded below
     initial, initial_config = checkpoint.initial_weights(Path(init_from))
-    settings.require({name: initial_config["settings"][name] for name in SHAPE}, source="--init-from")
-    max_seq_len = max_seq_len or initial_config["settings"]["max_seq_len"]
+    initial_settings = initial_config["settings"]
+    settings.require({name: initial_settings[name] for name in SHAPE}, source="--init-from")
+    max_seq_len = max_seq_len or initial_settings["max_seq_len"]
     print0("init", f"from {initial}")
 if init_from:
     tokenizer = dataset.load_tokenizer((run.path if has_begun else Path(init_from)) / "tokenizer")
 max_seq_len = max_seq_len or (2048 if on_gpu else 512)
 eval_bytes = eval_bytes or (50_000_000 if on_gpu else 131_072)
-
-
-def print_data(text):
-    """Progress of the preparation, on the rank that does it."""
-    console.print("data", text)
-
-
-corpus = dataset.prepare(
-    data,
-    vocab_size,
-    print_data,
-    largest_vocab=plan.largest_vocab(minutes) if minutes and not on_gpu else 2**15,
-    tokenizer=tokenizer,
-    text_field=text_field,
-    separator=document_separator,
-)
+print_data = partial(console.print, "data")  # on the rank that prepares the corpus
+largest_vocab = plan.largest_vocab(minutes) if minutes and not on_gpu else 2**15
+reading = {"text_field": text_field, "separator": document_separator}
+corpus = dataset.prepare(data, vocab_size, print_data, largest_vocab, tokenizer, **reading)
 for note in corpus.notes:
     print0("data", note)
 vocab_size, data = corpus.tokenizer.n_vocab, corpus.data or data  # a hub data set with its commit
@@ -442,10 +430,9 @@ eval_seconds = math.ceil(len(validation) / (micro_batch_size * world_size)) * mi
 closing_seconds = 0.0
 if minutes:
     # closing work besides an evaluation: samples of 128 tokens, a checkpoint at 250 MB/s, peak, report
-    for _ in range(2):  # the first call loads kernels
-        begin = time.perf_counter()
-        list(model.generate([[corpus.bos] * 24] * 4, corpus.bos, 8))
-    closing_seconds = 16 * (time.perf_counter() - begin) + checkpoint_bytes / 250e6 + 6.0
+    generate_8 = partial(model.generate, [[corpus.bos] * 24] * 4, corpus.bos, 8)
+    _, seconds = machine.timings(lambda: list(generate_8()), device, 2)  # the first call loads kernels
+    closing_seconds = 16 * seconds + checkpoint_bytes / 250e6 + 6.0
     seconds_left = 60 * minutes - clock.elapsed("corpus") - eval_seconds - closing_seconds
     seconds_left = max(1.0, ranks.broadcast(seconds_left))
     training_seconds = seconds_left - eval_seconds * plan.num_evaluations(eval_seconds, seconds_left)
@@ -483,19 +470,15 @@ if minutes:
     planned_iterations = min(planned_iterations, max(step + 1, last_step))
     text_limit = plan.ProgressBySteps(last_step, total_batch_size, step, tokens)
 planned_tokens = tokens + max(0, planned_iterations - step) * total_batch_size
-horizon = f"{report.plural(minutes, 'minute')}, about " if minutes else ""
-horizon += f"{report.plural(planned_iterations, 'step')}, {report.short(planned_tokens)} tokens, "
-horizon += f"{num_flops_per_token * planned_tokens:.2g} FLOPs"
-if not minutes:
-    horizon += f", about {report.duration(planned_iterations * planned_dt)}"
-elif planned_iterations >= last_step:
-    horizon += f"; ends early, after {plan.MAX_EPOCHS} epochs of this text, or at the latest on time"
-print0("plan", f"1) horizon: {horizon}")
+ends_early = minutes and planned_iterations >= last_step
+planned_flops = num_flops_per_token * planned_tokens
+seconds = planned_iterations * planned_dt
+print0("plan", report.horizon_line(minutes, planned_iterations, planned_tokens, planned_flops, seconds, ends_early))
 batch = f"{total_batch_size:,} tokens ({micro_steps} × {device_batch_size} × {max_seq_len:,})"
 if total_batch_size != max_seq_len * max(1, round(wanted_batch / max_seq_len)):
-    batch += f"; not {wanted_batch:,}, which {world_size} processes cannot share"
+    batch += f"; {world_size} processes cannot share {wanted_batch:,}"
 if wanted_rows and device_batch_size < wanted_rows:
-    batch += f"; {device_batch_size} rows at a time, not {wanted_rows}: it must divide {rows_per_rank} rows"
+    batch += f"; {wanted_rows} rows at a time do not divide {rows_per_rank}"
 print0("plan", f"2) batch: {batch}")
 
 # 3) learning rates: 2^19 tokens per step -> × 1; 2^20 -> × 1.41; 2^12 -> AdamW × 0.55, Muon × 2.6
@@ -589,11 +572,9 @@ if rank == 0:
         if not (run.path / "tokenizer" / "tokenizer.json").exists():  # never overwrite a good one
             dataset.save_tokenizer(corpus.tokenizer, run.path / "tokenizer")
         report.cut_log(run.path, step if resumed_from else -1)
-    saves = 1 + planned_iterations // save_every if save_every > 0 else 1
-    saves += int(planned_iterations * planned_dt / (60 * save_minutes)) if save_minutes > 0 else 0
+    saves = plan.num_saves(planned_iterations, planned_dt, save_every, save_minutes)
     saves = min(saves, keep_checkpoints + 1)  # the oldest one is deleted after the newest is complete
-    sizes = weight_bytes, checkpoint_bytes
-    if warning := checkpoint.check_disk_space(run.checkpoints, *sizes, saves, best=epochs > 1):
+    if warning := run.check_disk_space(weight_bytes, checkpoint_bytes, saves, best=epochs > 1):
         print0("disk", warning)
 log = report.Log(run.path if rank == 0 else None, console, wandb, run_config)
 event = "resumed" if resumed_from else "started"
@@ -623,7 +604,7 @@ skips_in_a_row, failure = 0, None  # failure: why the run cannot continue
 evaluation_due = step == 0 or (eval_every > 0 and step % eval_every == 0)
 save_due = sample_due = finished = stop = False
 signals = machine.Signals()  # from here on they take effect at the end of an interval; stop: which one came
-errors.clean_up[-1] = lambda error: log.fail(f"{type(error).__name__}: {error}")  # the folder stays
+errors.clean_up = [lambda error: console.end_live(), log.fail]  # from here on the folder stays
 clock.lap("setup")
 while True:
     # once in a while: evaluate. Another evaluation belongs here, its time within eval_seconds
@@ -840,12 +821,13 @@ if peak_source == "measured":  # the better of two: another program may have slo
     again = console.attempt("measuring the peak", machine.measure_peak_flops, device, compute_dtype)
     peak_flops = max(peak_flops, again or 0.0)
 if rank == 0:
-    summary = report.summary(
+    summary = report.summarize(
         log.numbers,
         run_config,
         tok_per_sec=total_batch_size / mean_dt,
         mfu_peak=peak_flops,
         wall_time=clock.elapsed(),
+        peak_memory=machine.peak_memory(device),
         time=clock.spent,
         samples=samples,
     )
