@@ -128,11 +128,13 @@ class RunFolder:
         root = self.checkpoints
         free, existing = shutil.disk_usage(root).free, len(newest_first(root))
         if free < weight_bytes:
-            what = f"the weights alone take {weight_bytes / 1e9:.2g} GB, but {root} has {free / 1e9:.2g} GB free"
+            what = f"the weights alone take {weight_bytes / 1e9:.2g} GB"
+            what += f", but {root} has {free / 1e9:.2g} GB free"
             raise CheckpointError(f"{what}.\nFree some disk space, or choose another --out-dir.")
         missing = max(1, saves - existing) * checkpoint_bytes + best * weight_bytes - free
         if missing > 0:
-            what = f"{saves} × {checkpoint_bytes / 1e9:.2g} GB of checkpoints do not fit into {free / 1e9:.2g} GB"
+            what = f"{saves} × {checkpoint_bytes / 1e9:.2g} GB of checkpoints do not fit"
+            what += f" into {free / 1e9:.2g} GB"
             return f"{what}: {missing / 1e9:.2g} GB are missing. Free some space, or lower --keep-checkpoints"
         return None
 

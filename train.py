@@ -386,11 +386,11 @@ def benchmark_step(compile):
 def benchmark(sizes, compile):
     """-> (first of `sizes` that fits, in rows; seconds of a micro-step; seconds of an optimizer step)"""
     what = "compiling, up to a minute the first time, and " if compile else ""
-    print0("benchmark", f"{what}measuring steps of {sizes[0]} × {max_seq_len} tokens")
+    print0("measure", f"{what}timing steps of {sizes[0]} × {max_seq_len} tokens")
     headroom = 0.0 if device_batch_size else 0.05
     make_parts, release = lambda: benchmark_step(compile), lambda: model.zero_grad(set_to_none=True)
     try:
-        with console.waiting("benchmark", "compiling" if compile else "measuring"):
+        with console.waiting("measure", "compiling" if compile else "timing steps"):
             return machine.benchmark(make_parts, sizes, device, ranks, headroom, release)
     except machine.DoesNotFit:
         raise does_not_fit(depth, sizes[-1]) from None
@@ -414,7 +414,7 @@ except machine.BenchmarkFailed as failure:
         raise failure.__cause__ or failure from None
     compile_error = " ".join(f"{type(failure.__cause__).__name__}: {failure.__cause__}".split())[:200]
 if compile_error:
-    print0("benchmark", f"torch.compile does not work here, continuing without it: {compile_error}")
+    print0("measure", f"torch.compile does not work here, continuing without it: {compile_error}")
     torch.compiler.set_stance("force_eager")
     compile = False
     measured = benchmark(sizes, compile)
@@ -471,9 +471,8 @@ if minutes:
     text_limit = plan.ProgressBySteps(last_step, total_batch_size, step, tokens)
 planned_tokens = tokens + max(0, planned_iterations - step) * total_batch_size
 ends_early = minutes and planned_iterations >= last_step
-planned_flops = num_flops_per_token * planned_tokens
-seconds = planned_iterations * planned_dt
-print0("plan", report.horizon_line(minutes, planned_iterations, planned_tokens, planned_flops, seconds, ends_early))
+amounts = planned_iterations, planned_tokens, num_flops_per_token * planned_tokens
+print0("plan", report.horizon_line(minutes, *amounts, planned_iterations * planned_dt, ends_early))
 batch = f"{total_batch_size:,} tokens ({micro_steps} × {device_batch_size} × {max_seq_len:,})"
 if total_batch_size != max_seq_len * max(1, round(wanted_batch / max_seq_len)):
     batch += f"; {world_size} processes cannot share {wanted_batch:,}"

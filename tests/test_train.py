@@ -276,16 +276,16 @@ BAD = {
     "--matrix-lr auto": "argument --matrix-lr: invalid float value: 'auto'",
     "--depth 0": "--depth 0 is out of range",
     "--minutes 1 --num-iterations 3": "two horizons",
-    "--data /no/such/place": "there is no such file or folder",
+    "--data /no/such/place": "no such file or folder",
     "--data EMPTY": "there is no text in it",
-    "--data SHORT": "no row of 64 tokens",
+    "--data SHORT": "split is shorter than one row of 64 tokens",
     "--vocab-size 70000": "65,535",
     "--device-type cuda": "cuda",
     "--device-type tpu": "Choose one of: cuda, mps, cpu",
     "--dtype float16": "Choose one of: bfloat16, float32",
     "--compile maybe": "unrecognized arguments: maybe",
     "--head-dim 33": "even",
-    "--total-batch-size 100000000": "Give more text",
+    "--total-batch-size 100000000": "Provide more text",
     "--warmdown-ratio 1.5": "out of range",
     "--eval-every 0": "out of range",
     "--save-minutes -0.5": "out of range",
@@ -347,7 +347,7 @@ def test_sample_py_continues_a_prompt(reference):
 def test_sample_py_scores_any_text_by_the_definition_of_val_bpb(train, tmp_path):
     text = tmp_path / "text"
     shutil.copytree(train.home / "text", text)
-    (text / "val.txt").write_text((REPO / "dataloader.py").read_text() + "".join(map(chr, range(32, 1000))))
+    (text / "val.txt").write_text((REPO / "dataset.py").read_text() + "".join(map(chr, range(32, 1000))))
     run = train("--data", text, "--num-iterations", 10, "--eval-bytes", 10**9)
 
     def score(*flags):
@@ -482,7 +482,10 @@ runpy.run_path({repo!r} + "/train.py", run_name="__main__")
 
 @pytest.mark.parametrize(
     "error, code, told",
-    [("torch.OutOfMemoryError('as if')", 2, "on 1 row of 64 tokens does not"), ("KeyboardInterrupt", 130, "")],
+    [
+        ("torch.OutOfMemoryError('as if')", 2, "a step on 1 row of 64 tokens does not fit"),
+        ("KeyboardInterrupt", 130, ""),
+    ],
 )
 def test_what_a_person_can_mend_shows_no_trace(train, tmp_path, error, code, told):
     script = tmp_path / "broken.py"
@@ -688,7 +691,7 @@ def test_a_run_begins_with_the_weights_and_tokenizer_of_another_one(train, tmp_p
 
 def test_a_small_text_is_not_learnt_by_heart(train, tmp_path):
     """Minutes beyond five epochs are not used, not by a step, and a resume knows it."""
-    (tmp_path / "short.py").write_text((REPO / "dataloader.py").read_text()[:24_000])
+    (tmp_path / "short.py").write_text((REPO / "dataset.py").read_text()[:24_000])
     begin = time.monotonic()
     result = train("--data", tmp_path / "short.py", "--minutes", 2)
     assert result.code == 0 and time.monotonic() - begin < 60, result.output
