@@ -5,7 +5,7 @@ log.jsonl, config.json and summary.json are the record. Console, report.md and w
 
     python report.py out           # list its runs, newest first
     python report.py out/a         # write out/a/report.md, also of a running or killed run
-    python report.py out/a out/b   # write out/compare-a-b/compare.md; only the seed differs: one group
+    python report.py out/a out/b   # write out/compare-a-b/compare.md; different seeds form one group
 """
 
 import codecs
@@ -298,7 +298,7 @@ class Console:
         with self.lock:
             try:
                 columns, output = shutil.get_terminal_size().columns, ""
-                if self.row:  # a terminal that was narrowed has wrapped it: erase that many rows more
+                if self.row:  # a narrowed terminal has wrapped it. \033[J would fill tmux's history
                     output = "\r\033[K" + "\033[A\033[K" * ((len(self.row) - 1) // columns)
                 if line is not None:
                     line = CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", line)
@@ -309,10 +309,11 @@ class Console:
                 sys.stdout = open(os.devnull, "w", encoding="utf-8", errors="replace")
 
     def live_row(self, columns):
-        if self.task:
-            return self.task()[: columns - 1]
-        if self.newest:
-            record, total_steps, _, seconds_left = self.newest
+        task, newest = self.task, self.newest  # the main thread may reset them meanwhile
+        if task:
+            return task()[: columns - 1]
+        if newest:
+            record, total_steps, _, seconds_left = newest
             return bar_line(record, total_steps, seconds_left, self.val_bpb, columns)
         return ""
 
@@ -514,8 +515,11 @@ def finish(folder, summary, console):
     """Write summary.json, print its numbers, write report.md -> whether both were written. Never raises."""
     run = console.attempt("reading the log", Run, folder)
     summary["slow_share"] = run.numbers.get("slow_share") if run else None
-    write = lambda: replace(folder / "summary.json", json.dumps(finite(summary), indent=2, default=str))  # noqa: E731
-    written = console.attempt("writing summary.json", write)
+
+    def write_summary():
+        return replace(folder / "summary.json", json.dumps(finite(summary), indent=2, default=str))
+
+    written = console.attempt("writing summary.json", write_summary)
     for sentence in (run and console.attempt("reading the log", val_bpb_rise, run)) or ():
         console.print("val", sentence)
     console.show("---")
@@ -652,7 +656,7 @@ def table(header, rows):
     """A markdown table; cells are converted by str."""
     lines = [[str(cell).replace("|", "\\|") for cell in line] for line in (header, *rows)]
     lines.insert(1, ["---"] * len(header))
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 # {name in summary.json: how it is written}
@@ -703,16 +707,10 @@ PANELS = (  # title, x, the y values, options of the axes
 
 
 def mean_curve(runs, x, y, after):
-    """
-    -> (x, mean of y over the runs, its standard deviation): at the x values of the first run, where all runs
-    have data, after the step `after` and where x is above 0.
-    """
-    curves = []
-    for run in runs:
-        records = [r for r in run.records if r.get(y) is not None and r["step"] > after and r[x] > 0]
-        points = [(r[x], r[y]) for r in records]
-        if points:
-            curves.append(np.array(points).T)
+    """-> (x, mean of y, its standard deviation), where all runs have data, `after` a step and x > 0."""
+    logs = [[r for r in run.records if r.get(y) is not None and r["step"] > after] for run in runs]
+    curves = [[(r[x], r[y]) for r in log if r[x] > 0] for log in logs]
+    curves = [np.array(points).T for points in curves if points]
     if not curves:
         return np.zeros((3, 0))
     low, high = max(xs[0] for xs, _ in curves), min(xs[-1] for xs, _ in curves)
@@ -837,14 +835,11 @@ class PowerLaw(NamedTuple):
 
 
 def power_law(flops, losses, irreducible):
-    """
-    Fit a PowerLaw by least squares of log(loss) (arXiv 2001.08361; with E as in 2203.15556). E is searched on
-    a grid, and is 0 unless `irreducible`.
-    """
+    """Fit a PowerLaw by least squares of log(loss) (arXiv 2001.08361), with or without E (2203.15556)."""
     middle = math.exp(np.log(flops).mean())
     x = np.log(np.asarray(flops) / middle)
-    E = min(losses) * (np.linspace(0, 1, 4000, endpoint=False) if irreducible else np.zeros(1))
-    y = np.log(np.asarray(losses) - E[:, None])  # (candidates of E, sizes)
+    E = min(losses) * (np.linspace(0, 1, 4000, endpoint=False) if irreducible else np.zeros(1))  # candidates
+    y = np.log(np.asarray(losses) - E[:, None])  # (candidates, sizes)
     b = -(y @ x) / (x @ x)
     log_a = y.mean(axis=1)
     fitted = E[:, None] + np.exp(log_a[:, None] - b[:, None] * x)
@@ -853,10 +848,7 @@ def power_law(flops, losses, irreducible):
 
 
 def scaling_law(groups, path):
-    """
-    Markdown of a power law through finished groups, and its picture at `path`. [] unless there are at least
-    three groups, all of different model sizes, and their FLOPs differ by a factor of two.
-    """
+    """Markdown of a power law and its picture; [] unless three or more sizes differ by 2x in FLOPs."""
     groups = [group for group in groups if group.runs[0].state == "finished" and group.values("val_bpb")]
     sizes = {tuple(group.config["model"].values()) for group in groups}
     if len(sizes) < 3 or len(sizes) < len(groups):

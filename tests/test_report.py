@@ -46,11 +46,11 @@ def test_bits_per_byte_against_a_loop(rows):
     tokens, targets = torch.randint(7, (2, 6, 5))
     targets[:, 0] = -1  # padding: counts in neither nats nor bytes
     sizes = [1, 1, 2, 3, 1, 5, 4]  # bytes of each token
-    nats, count = 0.0, 0
+    loss_sum, count = 0.0, 0
     for token, target in zip(tokens.flatten().tolist(), targets.flatten().tolist()):
         if target >= 0:
             weights = [math.exp(x) for x in table[token].tolist()]
-            nats -= math.log(weights[target] / sum(weights))
+            loss_sum -= math.log(weights[target] / sum(weights))
             count += sizes[target]
 
     def model(tokens, targets):
@@ -63,7 +63,7 @@ def test_bits_per_byte_against_a_loop(rows):
         for x, y in zip(tokens.split(rows), targets.split(rows))
     ]
     found = report.bits_per_byte(model, batches, torch.device("cpu"))
-    assert found == pytest.approx(nats / math.log(2) / count, rel=1e-6)
+    assert found == pytest.approx(loss_sum / math.log(2) / count, rel=1e-6)
 
 
 def stopped_clock(monkeypatch, start, readings):
@@ -894,7 +894,8 @@ def test_a_killed_run_has_a_report(make):
     assert "It made 90 steps;" in text
 
 
-def test_an_exception_that_ended_a_run_is_in_its_report(make):
+def test_an_exception_that_ended_a_run_is_in_its_report(make, monkeypatch):
+    monkeypatch.setattr(report, "curves", lambda groups, folder, console: "")
     folder = make("a", steps=90, ending=None)
     log = report.Log(folder, CONSOLE)
     log.write("event", step=90, event="resumed", planned_iterations=100)
@@ -907,7 +908,8 @@ def test_an_exception_that_ended_a_run_is_in_its_report(make):
     assert "still running, or killed: 90 steps" in text and "Reason" not in text
 
 
-def test_a_report_without_given_settings_says_so(make):
+def test_a_report_without_given_settings_says_so(make, monkeypatch):
+    monkeypatch.setattr(report, "curves", lambda groups, folder, console: "")
     text = report.write_report(make("a", given={}), CONSOLE).read_text()
     assert "## Settings that were given or edited\n\nNone: all have defaults.\n\n## Hardware" in text
 
@@ -1087,14 +1089,16 @@ def test_no_value_is_extrapolated_to_before_the_first_evaluation(by_law):
     assert [cell[:6] for cell in compared(a, b)["val_bpb of a, b"]] == ["0.7962"] * 3 + ["not ev"]
 
 
-def test_of_ten_groups_each_is_compared_with_the_best_one_only(by_law):
+def test_of_ten_groups_each_is_compared_with_the_best_one_only(by_law, monkeypatch):
+    monkeypatch.setattr(report, "curves", lambda groups, folder, console: "")
     runs = [by_law(f"r{n}", lambda step, n=n: (2 + n % 8) * step**-0.2, depth=n) for n in range(1, 11)]
     pairs = [name for name in compared(*runs) if name.startswith("val_bpb of ")]
     assert pairs == [f"val_bpb of r8, r{n}" for n in range(1, 11) if n != 8]
 
 
-def test_groups_of_unnamed_runs_are_labelled_by_what_differs(by_law, config, make):
+def test_groups_of_unnamed_runs_are_labelled_by_what_differs(by_law, config, make, monkeypatch):
     """The name of an unnamed run is its date."""
+    monkeypatch.setattr(report, "curves", lambda groups, folder, console: "")
     date = "20261128-1251{:02}".format
     one = [by_law(date(n), lambda step: 3 * step**-0.1, depth=2) for n in (1, 2)]
     two = by_law(date(3) + "-2", lambda step: 3 * step**-0.1, depth=3)
@@ -1339,6 +1343,20 @@ def test_the_summary_is_written_when_the_report_fails(ended, monkeypatch, capsys
     output = capsys.readouterr().out
     assert "val_bpb: 1.25\n" in output
     assert "error:   writing the report failed: ZeroDivisionError: a mistake\n" in output
+
+
+@pytest.mark.parametrize("name", ["Run", "val_bpb_rise", "write_report", "replace"])
+def test_finish_survives_any_error(ended, monkeypatch, capsys, name):
+    def broken(*arguments):
+        raise MemoryError("too little memory")
+
+    monkeypatch.setattr(report, "curves", lambda groups, folder, console: "")
+    monkeypatch.setattr(report, name, broken)
+    folder, summary = ended
+    assert report.finish(folder, summary, CONSOLE) is False
+    assert (folder / "summary.json").exists() == (name != "replace")
+    output = capsys.readouterr().out
+    assert "val_bpb: 1.25\n" in output and "failed: MemoryError: too little memory" in output
 
 
 def test_the_command_line(make, monkeypatch, capsys):
