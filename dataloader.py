@@ -50,7 +50,8 @@ class DataLoader:
         self.rows_per_epoch = sum(self.rows_per_shard)
         if self.rows_per_epoch < rows_per_batch:
             what = f"the training split has {self.rows_per_epoch} rows, and a batch has {rows_per_batch}"
-            raise NotEnoughText(f"{what}.\nProvide more text, a smaller --total-batch-size or --max-seq-len.")
+            advice = "Provide more text, or a smaller --total-batch-size or --max-seq-len."
+            raise NotEnoughText(f"{what}.\n{advice}")
         self.cursor, self.wait_time = 0, 0.0
         self.stream, self.ahead = self.batches(), deque()
         self.thread = ThreadPoolExecutor(max_workers=1)

@@ -450,9 +450,9 @@ def list_files(root, left_out):
     files, seen = [], set()
 
     def is_new(path):
-        status = os.stat(path)
-        place = (status.st_dev, status.st_ino)
-        return place not in seen and not seen.add(place)
+        status = os.stat(path)  # of the target of a link
+        identity = (status.st_dev, status.st_ino)
+        return identity not in seen and not seen.add(identity)
 
     def failed(error):
         left_out.append((Path(error.filename), error.strerror))

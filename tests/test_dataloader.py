@@ -8,6 +8,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -101,6 +102,26 @@ def test_order_depends_on_corpus_seed_and_length_only(corpus):
         DataLoader(corpus, 32, 9, 0, "cpu", 0, 2)
 
 
+def test_any_object_can_be_the_corpus():
+    shards = {"train": [np.arange(1, 21, dtype=np.uint16)] * 2, "val": [np.arange(5, dtype=np.uint16)]}
+    corpus = SimpleNamespace(
+        name="numbers",
+        fingerprint="c0ffee",
+        bos=0,
+        more=None,
+        spread_val=False,
+        token_bytes=np.array([0] + [1] * 20, dtype=np.uint16),
+        shards=shards,
+        rows_per_shard=lambda split, T: [len(tokens) // T for tokens in shards[split]],
+        open_shard=lambda split, index: shards[split][index],
+    )
+    rows = next(DataLoader(corpus, 10, 4, 0, "cpu")).tolist()
+    assert sorted(rows) == sorted([[0, *range(1, 11)], [0, *range(11, 21)]] * 2)
+    ((inputs, targets, size),) = ValidationRows(corpus, 10, 3).batches(2, "cpu")
+    assert inputs.tolist() == [[0, 0, 1], [0, 3, 4]] and size == 4
+    assert targets.tolist() == [[-1, 1, 2], [3, 4, -1]]
+
+
 def test_the_shuffle_is_the_same_everywhere():
     assert dataloader.shuffled(8, 42, 0).tolist() == [4, 3, 7, 6, 0, 1, 5, 2]
     order = dataloader.row_order([3, 2], seed=7)
@@ -143,7 +164,7 @@ def test_resume_continues_with_the_next_row(corpus):
         assert np.array_equal(np.concatenate(after), rows[6 * batches :][:batch])
 
 
-def test_resume_is_immediate_and_refuses_another_corpus(corpus, text, tmp_path):
+def test_resume_is_fast_and_refuses_another_corpus(corpus, text, tmp_path):
     loader = DataLoader(corpus, 32, 6, 3, "cpu")
     state = {**loader.state_dict(), "cursor": 10**15}
     start = time.perf_counter()

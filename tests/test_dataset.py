@@ -154,7 +154,7 @@ def test_default_is_the_standard_library(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["val/a.txt", "b_val.txt", "my-VAL-2.txt", "sub/x.val.jsonl"])
-def test_val_as_a_word_makes_the_validation_split(text, name):
+def test_the_word_val_in_a_name_makes_the_validation_split(text, name):
     held_out = "held out " * 300
     (text / name).parent.mkdir(exist_ok=True)
     (text / name).write_text(json.dumps({"text": held_out}) if name.endswith("jsonl") else held_out)
@@ -172,12 +172,12 @@ def test_held_out_documents_are_chosen_by_content(text):
     assert before.split == after.split == "hash"
     for split in ("train", "val"):
         assert set(documents(before, split)) < set(documents(after, split))
-    for document in documents(after, "val"):  # the rule itself, so that it never changes unnoticed
+    for document in documents(after, "val"):  # the rule itself must never change
         assert int(hashlib.sha256(document.encode()).hexdigest()[:8], 16) < 0.05 * 2**32
 
 
 @pytest.mark.parametrize("lines", [40, 8000])
-def test_one_long_file_gives_its_end(tmp_path, lines):
+def test_the_end_of_one_long_file_is_held_out(tmp_path, lines):
     content = prose(0, lines)  # 8,000 lines are 300 KB
     (tmp_path / "book.txt").write_text(content)
     corpus = prepare(str(tmp_path / "book.txt"))
@@ -186,7 +186,7 @@ def test_one_long_file_gives_its_end(tmp_path, lines):
     assert train.endswith("\n") and 0.04 < len(val) / len(content) < 0.12
 
 
-def test_a_line_without_end_is_cut_all_the_same(tmp_path):
+def test_a_text_without_line_ends_is_cut_too(tmp_path):
     (tmp_path / "line.txt").write_text("title\n" + "a b" * 5000)
     corpus = prepare(str(tmp_path / "line.txt"))
     assert 0.04 < corpus.counts["val"]["bytes"] / 15_006 < 0.06
@@ -208,7 +208,7 @@ def test_hard_documents_survive(tmp_path):
     data = tmp_path / "hard.jsonl"
     documents_in = [*HARD.values(), prose(1, 500)]
     lines = [json.dumps({"text": d}) for d in documents_in]
-    lines[3:3] = ["", json.dumps({"text": ""}), "   "]  # an empty document is no document
+    lines[3:3] = ["", json.dumps({"text": ""}), "   "]  # empty documents are ignored
     data.write_text("\n".join(lines))
     (tmp_path / "val.txt").write_text(prose(2, 100))
     (tmp_path / "folder").mkdir()
@@ -220,7 +220,7 @@ def test_hard_documents_survive(tmp_path):
 
 
 @pytest.mark.parametrize("size", [1, 7, 100])
-def test_pieces_have_so_many_letters_and_end_with_a_line_if_they_can(size):
+def test_pieces_have_at_most_size_characters_and_end_with_a_line_if_possible(size):
     text, expected = "né 你好 🎉\n" * 9 + "🎉" * 300 + "\nend", []
     rest = text
     while rest:
@@ -296,7 +296,7 @@ def test_nothing_to_read(tmp_path):
         two_lines(error)
 
 
-def test_too_little_text_says_so(tmp_path):
+def test_too_little_text_is_an_error(tmp_path):
     (tmp_path / "a.txt").write_text("one line\n" * 30)
     corpus = prepare(str(tmp_path / "a.txt"))
     with pytest.raises(DataError) as error:
@@ -320,14 +320,14 @@ def test_ready_shards(tmp_path, home):
     assert read(corpus, "train") == tokens[:2].tolist() and read(corpus, "val") == tokens[2:].tolist()
     lengths = [1 if token < 256 else 2 if token < 50256 else 0 for token in tokens[2]]
     validation = ValidationRows(corpus, 601, 100)
-    assert validation.tokens.tolist() == tokens[2][: len(validation.tokens)].tolist()  # the shard's first
+    assert validation.tokens.tolist() == tokens[2][: len(validation.tokens)].tolist()
     assert 601 <= sum(lengths[: len(validation.tokens)]) <= 602
     assert validation.beginnings(4, 5, 3) == [([50256, *tokens[2][:4]], tokens[2][4:7].tolist())]
     with pytest.raises(DataError, match="4096"):
         prepare(str(tmp_path / "d"), 4096)
     assert prepare(str(tmp_path / "d"), 50257).fingerprint == corpus.fingerprint  # as on --resume
     shutil.copytree(tmp_path / "d", tmp_path / "e")
-    assert prepare(str(tmp_path / "e")).fingerprint == corpus.fingerprint  # content, not place
+    assert prepare(str(tmp_path / "e")).fingerprint == corpus.fingerprint  # the content counts, not the place
     shard(tmp_path / "e" / "a_train_2.bin", tokens[1] // 2)
     with pytest.raises(DataError, match="a_train_2.bin is damaged"):  # the same size, another content
         take(DataLoader(prepare(str(tmp_path / "e")), 100, 100, 0, "cpu"), 1)
@@ -338,7 +338,7 @@ def test_ready_shards(tmp_path, home):
     assert f"delete {home / 'checked'} to start over" in two_lines(error)
 
 
-def test_gpt2_vocabulary_by_hand_or_not_at_all(tmp_path, home, monkeypatch):
+def test_gpt2_vocabulary_can_be_copied_into_the_cache(tmp_path, home, monkeypatch):
     def offline(name):
         raise ConnectionError("no route to host")
 
@@ -357,7 +357,7 @@ def test_gpt2_vocabulary_by_hand_or_not_at_all(tmp_path, home, monkeypatch):
 
 
 # -----------------------------------------------------------------------------
-# Anybody's text: nothing left out silently, nothing held out trained on
+# Any text: nothing is left out silently, nothing that is held out is trained on
 
 
 def rows_of(count, start=0):
@@ -391,7 +391,7 @@ LETTERS = {
 @pytest.mark.parametrize("encoding", LETTERS)
 def test_any_encoding_is_read(tmp_path, encoding):
     content = prose(1, 30) + LETTERS[encoding] * 40 + prose(2, 30)
-    mark = "\ufeff".encode(encoding) if encoding.endswith("be") else b""  # the others write their own
+    mark = "\ufeff".encode(encoding) if encoding.endswith("be") else b""  # the other codecs write it
     lines = "\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in (content, prose(3, 9)))
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "a.txt").write_bytes(mark + content.encode(encoding))
@@ -403,7 +403,7 @@ def test_any_encoding_is_read(tmp_path, encoding):
     assert any(line.startswith("files read as ") and "a.txt" in line for line in corpus.notes) == guessed
 
 
-def test_one_damaged_byte_does_not_make_utf8_something_else(tmp_path):
+def test_one_invalid_byte_does_not_change_the_encoding(tmp_path):
     content = (prose(1, 30) + "Привет, ça va 🎉\n" * 100).encode()
     (tmp_path / "a.txt").write_bytes(content + b"\xff\n" + content)
     corpus = prepare(str(tmp_path / "a.txt"))
@@ -411,7 +411,7 @@ def test_one_damaged_byte_does_not_make_utf8_something_else(tmp_path):
     assert "UTF-8 files with invalid bytes, replaced by U+FFFD: 1 (a.txt)" in corpus.notes
 
 
-def test_text_is_read_in_blocks_without_a_seam(tmp_path, monkeypatch):
+def test_text_is_the_same_for_any_block_size(tmp_path, monkeypatch):
     content = "\r\n".join("né à Où 🎉你" * (n % 7) for n in range(4000)) + "\n<|endoftext|>\r\n" * 3 + "end"
     expected = [part for part in re.split(r"(?:\r?\n)?<\|endoftext\|>(?:\r?\n)?", content) if part]
     for encoding in ("utf-8", "utf-16"):
@@ -429,7 +429,7 @@ def test_documents_in_one_file_are_separated(tmp_path, separator):
     corpus = prepare(str(tmp_path / "stories.txt"), separator=separator)
     assert everything(corpus) == Counter(texts) and corpus.split == "hash"
     assert any("separated by" in line and "400" in line for line in corpus.notes)
-    (tmp_path / "code.py").write_text("MARKER = '<|endoftext|>'\n" * 90)  # source code is as it is
+    (tmp_path / "code.py").write_text("MARKER = '<|endoftext|>'\n" * 90)  # only .txt files are split
     assert len("".join(everything(prepare(str(tmp_path / "code.py"))))) == 90 * 25
 
 
@@ -440,7 +440,7 @@ def test_compressed_text_is_read_and_damage_is_named(tmp_path, ending):
     folder, texts = tmp_path / "d", rows_of(300)
     folder.mkdir()
     halves = json_lines(texts[:99]) + b"\n", json_lines(texts[99:200])
-    (folder / f"a.jsonl.{ending}").write_bytes(b"".join(map(pack, halves)))  # as `cat` makes one of two
+    (folder / f"a.jsonl.{ending}").write_bytes(b"".join(map(pack, halves)))  # like `cat a.gz b.gz`
     (folder / f"B.TXT.{ending.upper()}").write_bytes(pack("\n<|endoftext|>\n".join(texts[200:]).encode()))
     corpus = prepare(str(folder), 400)
     assert everything(corpus) == Counter(texts) and not corpus.left_out
@@ -471,7 +471,7 @@ TABLES = {
 
 @pytest.mark.parametrize("name", TABLES)
 def test_the_field_with_the_text_is_found(tmp_path, name, monkeypatch):
-    monkeypatch.setattr(dataset, "BLOCK", 700)  # JSON is read in blocks, too
+    monkeypatch.setattr(dataset, "BLOCK", 700)  # JSON is read in blocks too
     (tmp_path / name).write_bytes(TABLES[name])
     corpus = prepare(str(tmp_path / name))
     assert everything(corpus) == Counter(rows_of(120, 7))
@@ -480,7 +480,7 @@ def test_the_field_with_the_text_is_found(tmp_path, name, monkeypatch):
     )
 
 
-def test_another_field_is_named_or_found_missing(tmp_path):
+def test_the_field_can_be_named_and_a_missing_one_is_an_error(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(json_lines(rows_of(120), "poem"))
     with pytest.raises(DataError, match="a.jsonl: none of its fields.*: id, poem") as error:
         prepare(str(tmp_path / "a.jsonl"))
@@ -727,7 +727,7 @@ def test_vocabulary_follows_the_size(text, tmp_path):
     assert prepare(str(text)).tokenizer.n_vocab == 2048
     (text / "big.txt.gz").write_bytes(gzip.compress((text / "big.txt").read_bytes()))
     (text / "big.txt").unlink()
-    assert prepare(str(text)).tokenizer.n_vocab == 2048  # by the text and not by its compressed form
+    assert prepare(str(text)).tokenizer.n_vocab == 2048  # the size of the text, not of the file
 
 
 def test_tokenizer_reads_a_limited_amount_from_all_over_the_corpus(text, monkeypatch):
@@ -753,7 +753,7 @@ def test_tokenizer_reads_a_limited_amount_from_all_over_the_corpus(text, monkeyp
 # The cache
 
 
-def test_a_corpus_is_made_once_and_again_when_it_changes(text, home, monkeypatch, tmp_path):
+def test_a_corpus_is_built_once_and_again_when_it_changes(text, home, monkeypatch, tmp_path):
     said = []
     first = prepare(str(text), say=said.append)
     assert any("BPE" in line for line in said)
@@ -765,7 +765,7 @@ def test_a_corpus_is_made_once_and_again_when_it_changes(text, home, monkeypatch
     assert said and changed.fingerprint != first.fingerprint
     monkeypatch.setenv("ONEDIAL_HOME", str(tmp_path / "elsewhere"))
     shutil.copytree(text, tmp_path / "copy")
-    assert prepare(str(tmp_path / "copy")).fingerprint == changed.fingerprint  # content, not place or time
+    assert prepare(str(tmp_path / "copy")).fingerprint == changed.fingerprint  # time does not count
 
 
 def test_a_table_without_a_text_column_is_noted_and_one_without_the_named_column_is_an_error(tmp_path):
@@ -998,7 +998,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
             self.send_header("X-Error-Code", "EntryNotFound")
         self.end_headers()
         if get:
-            if self.mode == "truncates":  # promises all, sends half, and nothing on asking again
+            if self.mode == "truncates":  # sends half of the announced length, and nothing on a retry
                 self.wfile.write(b"" if "Range" in self.headers else content[: length // 2])
                 self.close_connection = True
             else:
@@ -1079,7 +1079,7 @@ def test_a_failing_hub_is_an_error_of_two_lines(hub, home, monkeypatch, mode):
     assert sum(prepare("fineweb").rows_per_shard("train", 50)) == 80
 
 
-def test_a_shard_that_arrives_broken_is_not_kept(hub, home):
+def test_a_damaged_download_is_not_kept(hub, home):
     good = hub.files["fineweb_train_000001.bin"]
     for bad in (good[:-2], b"<html>" + good[6:], b""):
         hub.files["fineweb_train_000001.bin"] = bad
@@ -1090,7 +1090,7 @@ def test_a_shard_that_arrives_broken_is_not_kept(hub, home):
     prepare("fineweb")
 
 
-def test_public_shards_put_there_by_hand(hub, home):
+def test_public_shards_can_be_copied_into_the_cache(hub, home):
     for name in ("fineweb_val_000000.bin", "fineweb_train_000001.bin"):
         (home / "fineweb").mkdir(exist_ok=True)
         (home / "fineweb" / name).write_bytes(hub.files[name])
