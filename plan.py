@@ -278,8 +278,8 @@ def share_batch(total_batch_size, T, world_size, was_given):
 
 
 # -----------------------------------------------------------------------------
-# Learning rates, weight decay, evaluations, saves. The reference is nanochat at depth 12, with 2^19 tokens per
-# step and 1.5e9 tokens in all
+# Learning rates, weight decay, evaluations, saves. The reference is nanochat's depth 12: 2^19 tokens per step,
+# 1.5e9 tokens in all
 
 
 def lr_scales(batch_size):

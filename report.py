@@ -138,9 +138,7 @@ class Log:
     def __init__(self, folder, console, wandb=False, config=None):
         self.console = console
         self.file = open(folder / "log.jsonl", "ab", buffering=0) if folder else None
-        self.numbers = {"step": 0}  # the newest value of each number, of earlier starts too
-        for record in read_log(folder) if folder else ():
-            self.numbers |= record
+        self.numbers = {"step": 0}  # the newest value of each number
         self.unwritten = b""  # records that could not be written yet because the disk is full
         self.wandb = None
         if folder and wandb:
@@ -230,9 +228,13 @@ def read_log(folder):
 
 
 def cut_log(folder, step):
-    """Delete the records after `step`, so that a run resumed there does not log any step twice."""
-    lines = [json.dumps(record) + "\n" for record in read_log(folder) if record["step"] <= step]
-    replace(Path(folder) / "log.jsonl", "".join(lines))
+    """
+    Remove the records after `step`, so that no step is logged twice after a resume -> {number: its newest
+    value} of the others.
+    """
+    records = [record for record in read_log(folder) if record["step"] <= step]
+    replace(Path(folder) / "log.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+    return {name: value for record in records for name, value in record.items()}
 
 
 def replace(path, text):

@@ -570,12 +570,13 @@ if rank == 0:
         report.replace(run.path / "config.json", json.dumps(run_config, indent=2))
         if not (run.path / "tokenizer" / "tokenizer.json").exists():  # never overwrite a good one
             dataset.save_tokenizer(corpus.tokenizer, run.path / "tokenizer")
-        report.cut_log(run.path, step if resumed_from else -1)
+        logged = report.cut_log(run.path, step if resumed_from else -1)
     saves = plan.num_saves(planned_iterations, planned_dt, save_every, save_minutes)
     saves = min(saves, keep_checkpoints + 1)  # the oldest one is deleted after the newest is complete
     if warning := run.check_disk_space(weight_bytes, checkpoint_bytes, saves, best=epochs > 1):
         print0("disk", warning)
 log = report.Log(run.path if rank == 0 else None, console, wandb, run_config)
+log.numbers |= logged if rank == 0 else {}
 event = "resumed" if resumed_from else "started"
 log.write("event", step=step, event=event, planned_iterations=planned_iterations)
 saver = checkpoint.Saver(run.checkpoints, keep_checkpoints, pin=on_gpu, synchronize=synchronize)

@@ -395,15 +395,17 @@ def test_a_disk_too_small_for_the_weights_is_an_error_before_training(train, sma
 def test_the_check_of_disk_space(tmp_path, monkeypatch):
     disk = types.SimpleNamespace(free=10e9)
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda root: disk)
-    assert checkpoint.check_disk_space(tmp_path, 1e9, 3e9, saves=3) is None
-    assert "are missing" in checkpoint.check_disk_space(tmp_path, 1.1e9, 3e9, saves=3, best=True)
-    warning = checkpoint.check_disk_space(tmp_path, 1e9, 3e9, saves=4)
+    run = RunFolder.create(tmp_path, "a")
+    run.checkpoints.mkdir()
+    assert run.check_disk_space(1e9, 3e9, saves=3) is None
+    assert "are missing" in run.check_disk_space(1.1e9, 3e9, saves=3, best=True)
+    warning = run.check_disk_space(1e9, 3e9, saves=4)
     assert warning.startswith("4 × 3 GB of checkpoints do not fit into 10 GB: 2 GB are missing")
-    write(tmp_path, 1)  # an existing checkpoint is pruned: the next one uses its space
-    assert checkpoint.check_disk_space(tmp_path, 1e9, 3e9, saves=4) is None
+    write(run.checkpoints, 1)  # an existing checkpoint is pruned: the next one uses its space
+    assert run.check_disk_space(1e9, 3e9, saves=4) is None
     disk.free = 0.9e9
     with pytest.raises(CheckpointError, match="the weights alone take 1 GB"):
-        checkpoint.check_disk_space(tmp_path, 1e9, 3e9, 1)
+        run.check_disk_space(1e9, 3e9, 1)
 
 
 def test_the_saver_uses_unpinned_memory_if_pinning_fails(tmp_path, monkeypatch):

@@ -277,7 +277,7 @@ BAD = {
     "--depth 0": "--depth 0 is out of range",
     "--minutes 1 --num-iterations 3": "two horizons",
     "--data /no/such/place": "no such file or folder",
-    "--data EMPTY": "there is no text in it",
+    "--data EMPTY": "has no text to train on",
     "--data SHORT": "split is shorter than one row of 64 tokens",
     "--vocab-size 70000": "65,535",
     "--device-type cuda": "cuda",
