@@ -278,7 +278,7 @@ def share_batch(total_batch_size, T, world_size, was_given):
 
 
 # -----------------------------------------------------------------------------
-# Learning rates, weight decay, evaluations, saves. The reference is nanochat's depth 12: 2^19 tokens per step,
+# Learning rates, weight decay, evaluations, saves. The reference is nanochat's depth 12: 2^19 tokens a step,
 # 1.5e9 tokens in all
 
 

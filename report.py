@@ -488,14 +488,14 @@ def command_line(start, settings):
     return " ".join(words)
 
 
-def summarize(numbers, config, tok_per_sec, mfu_peak, wall_time, peak_memory, time, samples):
+def summarize(numbers, config, progress, tok_per_sec, mfu_peak, wall_time, peak_memory, time, samples):
     """The content of summary.json: from a Log's numbers, from run_config(), and what is known at the end."""
     flops_per_sec, world_size = config["num_flops_per_token"] * tok_per_sec, config["world_size"]
     return {
         **{name: numbers.get(name) for name in ("val_bpb", "min_val_bpb", "train_loss_ema")},
         "steps": numbers["step"],
-        **{name: numbers.get(name) for name in ("progress", "tokens", "total_training_flops")},
-        "total_training_time": numbers.get("total_training_time"),
+        "progress": progress,
+        **{name: numbers.get(name) for name in ("tokens", "total_training_flops", "total_training_time")},
         "wall_time": wall_time,
         "tok_per_sec": tok_per_sec,
         "mfu": flops_per_sec / (mfu_peak * world_size),

@@ -824,6 +824,7 @@ if rank == 0:
     summary = report.summarize(
         log.numbers,
         run_config,
+        progress=progress,
         tok_per_sec=total_batch_size / mean_dt,
         mfu_peak=peak_flops,
         wall_time=clock.elapsed(),
