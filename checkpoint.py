@@ -392,6 +392,16 @@ def load_state(folder, names):
     return state
 
 
+@contextlib.contextmanager
+def must_fit(folder):
+    """Turn errors of loading a checkpoint into another model, or for other data, into a CheckpointError."""
+    try:
+        yield
+    except (RuntimeError, ValueError, TypeError) as error:
+        what = f"{folder} does not fit these settings: {str(error).splitlines()[-1].strip().rstrip('.')}"
+        raise CheckpointError(f"{what}.\nUse the settings of the run that has written it.") from None
+
+
 def load(folder, name):
     """Read name.json, or name.pt onto the CPU: only tensors and plain values, never pickled code."""
     if (folder / f"{name}.json").exists():

@@ -11,7 +11,7 @@ In this order: config, attention, MLP, block, head, GPT, generation, and the sam
 
 import math
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn as nn
@@ -63,6 +63,12 @@ class GPTConfig:
             problem = f"depth {depth}: a width of {n_head * head_dim} is too small, the minimum is 32"
             raise ShapeError(f"{problem}.\nIncrease --depth, --aspect-ratio or --head-dim.")
         return cls(vocab_size, max_seq_len, depth, n_head, n_head * head_dim, n_head // 2)
+
+    def check_same(self, saved):
+        """ValueError if a saved config, a dict, describes another model; older ones have fewer names."""
+        different = {k: v for k, v in asdict(GPTConfig(**saved)).items() if v != getattr(self, k)}
+        if different:
+            raise ValueError(f"its model has {', '.join(f'{k} {v}' for k, v in different.items())}")
 
     @property
     def head_dim(self):

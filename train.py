@@ -24,7 +24,6 @@ import math
 import signal
 import socket
 import sys
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -136,10 +135,9 @@ if run:
         with_exclusive=("compile", "eval_every"),  # their auto values depend on the horizon
         fixed=("init_from",) if has_begun else (),
     )
-    for line in warnings + differences:
+    for line in (*warnings, *differences):
         print0("resume", line)
 settings.check(LIMITS)
-asked_for_steps = num_iterations is not None
 if rank == 0:
     run = run or RunFolder.create(out_folder, run_name)
     run.claim()  # held until the process exits, however it exits
@@ -314,7 +312,7 @@ skipped_steps = 0  # steps with a non-finite loss or gradient: they changed noth
 planned_iterations = None  # steps, as planned before step 1: warmup is at most a tenth of them
 span, span_used = None, 0.0  # of a timed run: seconds from first step to closing work; used so far
 
-resumed_from, new_horizon, new_batch = None, False, False  # new: other than in the checkpoint
+resumed_from, new_horizon, saved_batch = None, False, None
 if resume:
     resumed_from, faults = ranks.broadcast(run.to_resume() if rank == 0 else None)
     for fault in faults:
@@ -325,10 +323,8 @@ if resumed_from:
     needed += "data planned_iterations span settings model spent"
     saved_state = checkpoint.load_state(resumed_from, needed.split())
     dataset.check_same(corpus, saved_state["data"]["fingerprint"])
-    different = [f"{k} {v}" for k, v in saved_state["model"].items() if v != asdict(config).get(k)]
-    if different:
-        what = f"{resumed_from} does not fit these settings: its model has {', '.join(different)}"
-        raise SettingError(f"{what}.\nResume it with the settings of its run.")
+    with checkpoint.must_fit(resumed_from):
+        config.check_same(saved_state["model"])
     step, progress = saved_state["step"], saved_state["progress"]
     saved_batch = saved_state["settings"]["total_batch_size"]
     tokens = saved_state.get("tokens", step * saved_batch)  # older checkpoints have no sums
@@ -339,7 +335,7 @@ if resumed_from:
     skipped_steps = saved_state["skipped_steps"]
     planned_iterations, span = saved_state["planned_iterations"], saved_state["span"]
     if saved_state["settings"]["eval_bytes"] != eval_bytes:  # measured on another text
-        min_val_bpb, val_step = math.inf, -1
+        min_val_bpb, val_bpb, val_step = math.inf, math.inf, -1
     clock.add(saved_state["spent"])
     seconds = sum(clock.spent[name] for name in ("training", "evaluation", "sampling", "saving"))
     span_used = saved_state.get("span_used") or (progress * span if span else seconds)
@@ -457,28 +453,24 @@ if device_batch_size < micro_batch_size:  # compile and measure that shape, too
 planned_dt = micro_steps * micro_step_time + update_time
 clock.lap("trial")
 
-if not minutes:
-    steps_left = (planned_tokens - tokens) / total_batch_size  # step + steps left, rounded once
-    num_iterations = num_iterations or max(1, round(step + steps_left))
-if resumed_from:
-    new_batch = total_batch_size != saved_batch
-if planned_iterations is None or new_horizon or new_batch:
-    planned_iterations = num_iterations or step + max(1, int(training_seconds / planned_dt))
-text_limit = None  # of a timed run: the progress of its steps towards MAX_EPOCHS
 if minutes:
     last_step = max(1, step + int((max_tokens - tokens) // total_batch_size))
-    planned_iterations = min(planned_iterations, max(step + 1, last_step))
-    text_limit = plan.ProgressBySteps(last_step, total_batch_size, step, tokens)
+    affordable_steps = step + max(1, int(training_seconds / planned_dt))
+else:
+    last_step = num_iterations or max(1, round(step + (planned_tokens - tokens) / total_batch_size))
+    affordable_steps = last_step
+if planned_iterations is None or new_horizon or total_batch_size != saved_batch:
+    planned_iterations = min(affordable_steps, max(step + 1, last_step))
 planned_tokens = tokens + max(0, planned_iterations - step) * total_batch_size
-ends_early = minutes and planned_iterations >= last_step
+ends_early = minutes and planned_iterations == last_step
 amounts = planned_iterations, planned_tokens, num_flops_per_token * planned_tokens
 print0("plan", report.horizon_line(minutes, *amounts, planned_iterations * planned_dt, ends_early))
-batch = f"{total_batch_size:,} tokens ({micro_steps} × {device_batch_size} × {max_seq_len:,})"
-if total_batch_size != max_seq_len * max(1, round(wanted_batch / max_seq_len)):
-    batch += f"; {world_size} processes cannot share {wanted_batch:,}"
-if wanted_rows and device_batch_size < wanted_rows:
-    batch += f"; {wanted_rows} rows at a time do not divide {rows_per_rank}"
-print0("plan", f"2) batch: {batch}")
+split = f"{micro_steps} × {device_batch_size} × {max_seq_len:,}"
+if wanted_rows not in (None, device_batch_size):
+    split += f"; {wanted_rows} rows at a time do not divide {rows_per_rank}"
+if abs(total_batch_size - wanted_batch) >= max_seq_len:
+    split += f"; {world_size} processes cannot share {wanted_batch:,}"
+print0("plan", f"2) batch: {total_batch_size:,} tokens ({split})")
 
 # 3) learning rates: 2^19 tokens per step -> × 1; 2^20 -> × 1.41; 2^12 -> AdamW × 0.55, Muon × 2.6
 adamw_scale, muon_scale = plan.lr_scales(total_batch_size)
@@ -510,14 +502,14 @@ clock.lap("corpus")  # a download is no training time
 loader = dataloader.DataLoader(corpus, max_seq_len, rows_per_step, seed, device, rank, world_size)
 
 saved_progress = progress
+timeline = plan.ProgressBySteps(last_step, total_batch_size, step, tokens)
 if minutes:
     if new_horizon:
         span = span_used + max(seconds_left, planned_dt)
         progress = span_used / span
     end = time.monotonic() + 60 * minutes - clock.elapsed("corpus")
-    timeline = plan.ProgressByClock(end, span, span_used, progress, by_steps=text_limit)
+    timeline = plan.ProgressByClock(end, span, span_used, progress, by_steps=timeline)
 else:
-    timeline = plan.ProgressBySteps(num_iterations, total_batch_size, step, tokens)
     progress = timeline.at(step)
 if progress < saved_progress and saved_progress > 1 - warmdown_ratio:
     what = f"{saved_progress:.0%} of the run was done, {progress:.0%} of the new horizon"
@@ -526,20 +518,14 @@ if progress < saved_progress and saved_progress > 1 - warmdown_ratio:
 model.init_weights(device, seed)  # again: the benchmark has trained them
 optimizer = build_optimizer(compile)
 if resumed_from:
-    try:
+    with checkpoint.must_fit(resumed_from):
         model.load_state_dict(checkpoint.load(resumed_from, "model"))
         optimizer.load_state_dict(checkpoint.load(resumed_from, "optimizer"))
         loader.load_state_dict(saved_state["data"])
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[-1].strip().rstrip(".")
-        advice = "Resume it with the settings of its run."
-        raise SettingError(f"{resumed_from} does not fit these settings: {reason}.\n{advice}") from None
 elif init_from:
-    initial_model = asdict(GPTConfig(**initial_config["model"])) | {"max_seq_len": max_seq_len}
-    if initial_model != asdict(config):
-        what = f"{initial} holds another model, {initial_model}"
-        raise SettingError(f"{what}.\nStart from a run of this version.")
-    model.load_state_dict(checkpoint.load(initial, "model"))
+    with checkpoint.must_fit(initial):
+        config.check_same(initial_config["model"] | {"max_seq_len": max_seq_len})
+        model.load_state_dict(checkpoint.load(initial, "model"))
 corpus_size = report.short(corpus.counts["train"]["tokens"])
 epochs = planned_tokens / (loader.rows_per_epoch * max_seq_len)
 corpus_name = f"{corpus.name} · vocabulary of {vocab_size:,} · fingerprint {corpus.fingerprint}"
@@ -548,11 +534,11 @@ how = "uncompiled" if not compile else "compiled in parts" if model.has_compiled
 kernel = attention_backend(config, compute_dtype, device, compile)
 print0("train", f"{how} · {kernel} attention · peak {report.short(peak_flops, ' ')}FLOP/s ({peak_source})")
 
-saved_values = settings.values(without=OF_THE_CALL)
-to_repeat = {name: value for name, value in saved_values.items() if name not in ("wandb", *HORIZONS[2:])}
+steps_or_minutes = {"num_iterations": None if minutes else last_step, "minutes": minutes}
+to_repeat = settings.values(without=(*OF_THE_CALL, *HORIZONS, "wandb")) | steps_or_minutes
 python = "python" if world_size == 1 else f"torchrun --standalone --nproc_per_node={world_size}"
 run_config = report.run_config(
-    settings=saved_values if asked_for_steps else saved_values | {"num_iterations": None},
+    settings=settings.values(without=OF_THE_CALL),
     given={name: value for name, value in settings.requested.items() if name not in OF_THE_CALL},
     command=report.command_line(f"{python} train.py", to_repeat),
     timed=bool(minutes),
@@ -577,6 +563,7 @@ if rank == 0:
         print0("disk", warning)
 log = report.Log(run.path if rank == 0 else None, console, wandb, run_config)
 log.numbers |= logged if rank == 0 else {}
+console.val_bpb = val_bpb
 event = "resumed" if resumed_from else "started"
 log.write("event", step=step, event=event, planned_iterations=planned_iterations)
 saver = checkpoint.Saver(run.checkpoints, keep_checkpoints, pin=on_gpu, synchronize=synchronize)
@@ -769,7 +756,7 @@ while True:
         log.write("event", step=step, event="skipped_step", skipped_steps=skipped_steps, cursors=cursors)
     log.saves(saver.outcomes(), step)
     seconds_left = timeline.seconds_left(step, mean_dt, time.monotonic())
-    console.step(record, num_iterations, peak_source, seconds_left)
+    console.step(record, None if minutes else last_step, peak_source, seconds_left)
     if failure:
         culprit = optimizer.first_nonfinite_parameter() or "the loss"
         failure = f"{failure}, first in {culprit}"
