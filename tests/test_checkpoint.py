@@ -311,7 +311,9 @@ def test_two_nodes_resume_after_one_of_them_is_lost(train):
     agents = start("--run-name", "a", "--resume", "--num-iterations", step + 10)
     results = [train.finish(agent) for agent in agents]
     assert [result.code for result in results] == [0, 0], results[0].output + results[1].output
-    assert [f"step_{step:06d}" in result.output for result in results].count(True) == 1  # rank 0 alone prints
+    assert [f"step_{step:06d}" in result.output for result in results].count(True) == 1  # only rank 0 prints
+    joined = re.compile(r"^node     \S+ has joined with rank 1 of 2$", re.MULTILINE)
+    assert sum(len(joined.findall(result.output)) for result in results) == 1  # of the other node
     assert results[0].summary["steps"] == step + 10 and results[0].summary["world_size"] == 2
     seen = [r["step"] for r in results[0].log if r["kind"] == "step"]
     assert seen == sorted(set(seen)) and seen[-1] == step + 10
