@@ -145,8 +145,9 @@ class ProgressByClock:
         begin = min(1.0, max(self.at(step, now), self.share_of_steps(step)))
         end = min(1.0, max(1 - (left - steps * dt) / self.span, self.share_of_steps(step + steps)))
         increment = max(0.0, end - begin) / steps
-        self.progress = begin + (steps - 1) * increment  # of the last step: it may end before the next one
-        return Interval([begin + i * increment for i in range(steps + 1)], suspended)
+        interval = Interval([begin + i * increment for i in range(steps + 1)], suspended)
+        self.progress = interval.progress[-1]
+        return interval
 
     def state_dict(self, now):
         """What a checkpoint saves of it: the time used is not the progress where steps are ahead of it."""

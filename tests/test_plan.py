@@ -239,6 +239,7 @@ def timed_run(
     now = begin = 1e6 * rng.random()
     by_steps = ProgressBySteps(last_step, 512) if last_step < NEVER else None
     timeline = ProgressByClock(now + span + 7, by_steps=by_steps)  # 7 s of closing work
+    last_progress = 0.0
     dt = step_time(0.0) * rng.choice([0.5, 1, 2])  # the benchmark's figure is coarse
     steps, extended, set_up = [], 0.0, 0.0
     while True:
@@ -250,7 +251,8 @@ def timed_run(
         extended += interval.suspended
         if interval.steps == 0:
             return now - begin - span - set_up, steps, extended
-        start = now
+        assert interval.progress[0] >= last_progress  # it never falls
+        start, last_progress = now, interval.progress[-1]
         for progress in interval.progress[:-1]:
             steps.append((progress, step_time(now - begin)))
             now += steps[-1][1]
@@ -261,6 +263,7 @@ def timed_run(
             now += eval_time * rng.uniform(0.7, 1.5)
         if now - begin > resume_at:  # killed just after a save, and started again
             saved, progress, resume_at = timeline.state_dict(now), timeline.at(len(steps), now), NEVER
+            assert progress >= last_progress
             now, set_up = now + 30.0, 30.0
             if by_steps:
                 by_steps = ProgressBySteps(last_step, 512, len(steps), 512 * len(steps))
