@@ -430,7 +430,7 @@ def step_line(record, total_steps, mfu_source, seconds_left, val_bpb):
     loss = f"{loss:6.4f}" if loss < 10 else f"{loss:6.3f}"
     mfu = f"{record['mfu']:3.0%} of measured" if mfu_source == "measured" else f"{record['mfu']:5.1%}"
     return (
-        f"step {steps} {record['progress']:6.1%}  loss {loss}  val {val_bpb:.4f}  lr {record['lrm']:.2f}  "
+        f"step {steps} {record['progress']:6.1%}  loss {loss}  val {val_bpb:.4f}  lrm {record['lrm']:.2f}  "
         f"{short(record['tok_per_sec']):>5} tok/s  mfu {mfu}  data {record['data_wait']:3.0%}  "
         f"eta {duration(seconds_left)}"
     )[:120]

@@ -1,5 +1,5 @@
 """
-onedial: train a GPT from text to report. One dial, --depth, sets the model; --minutes sets how long it takes.
+onedial: pretrain a GPT. One dial, --depth, sets the model; --minutes sets how long training takes.
 
     python train.py                                               # a laptop: five minutes, no GPU, no network
     python train.py --depth 12                                    # one GPU
@@ -49,19 +49,19 @@ resume: bool = False  # continue the newest run, or --run-name NAME, from its ne
 wandb: bool = False  # log to Weights & Biases too
 # device
 device_type: str | None = None  # cuda, mps or cpu (auto: the first one that is available)
-dtype: str | None = None  # of activations: bfloat16 or float32 (auto: bfloat16 where the hardware has it)
+dtype: str | None = None  # bfloat16 or float32 for activations (auto: bfloat16 if the hardware has it)
 compile: bool | None = None  # torch.compile (auto: if the run is long enough to gain time by it)
-seed: int = 42  # of weights, data order and samples
+seed: int = 42  # random seed of weights, data order and samples
 # data
 data: str | None = None  # a path, stdlib, fineweb, climbmix, tinystories, hf:OWNER/NAME (auto: by the device)
 text_field: str | None = None  # field or column with the text (auto: text, content, story, … if a string)
 document_separator: str | None = None  # between documents in a file (auto: <|endoftext|> in .txt files)
-vocab_size: int | None = None  # of the BPE trained on the corpus (auto: from its size and the time)
+vocab_size: int | None = None  # tokens of the BPE trained on the corpus (auto: from its size and the time)
 init_from: str | None = None  # start with weights, shape and tokenizer of another run, out/NAME (auto: none)
 # model
-depth: int | None = None  # number of layers; sets all the rest (auto: from the time; else 12, 4 without CUDA)
-aspect_ratio: int | None = None  # width = depth × aspect_ratio, in whole heads (auto: 64, at depth 1 128)
-head_dim: int | None = None  # width of an attention head (auto: 128, below depth 8 64)
+depth: int | None = None  # layers; width, heads and batch follow (auto: from the time, or 12 on CUDA, or 4)
+aspect_ratio: int | None = None  # width / depth, rounded up to whole heads (auto: 64; 128 for depth 1)
+head_dim: int | None = None  # width of an attention head (auto: 64; 128 from depth 8 on)
 max_seq_len: int | None = None  # T, tokens in a row (auto: 2048 on CUDA, else 512)
 # horizon: at most one of these four (auto: compute-optimal on CUDA, else five minutes)
 num_iterations: int | None = None  # steps
@@ -75,15 +75,15 @@ device_batch_size: int | None = None  # rows per forward pass on one device (aut
 embedding_lr: float = 0.3  # token embedding; value embeddings get half of it
 unembedding_lr: float = 0.008  # head
 matrix_lr: float = 0.02  # matrices of the blocks
-scalar_lr: float = 0.5  # residual scalars
-weight_decay: float | None = None  # of the matrices (auto: 0.28, less in long runs)
-warmup_steps: int = 40  # of the learning rate, at most a tenth of the run
+scalar_lr: float = 0.5  # residual scalars and gates, each with a factor of its own
+weight_decay: float | None = None  # for the matrices of the blocks (auto: 0.28, less in long runs)
+warmup_steps: int = 40  # steps until the learning rate is at its peak, at most a tenth of the run
 warmdown_ratio: float = 0.65  # share of the run over which the learning rate decays
 final_lr_frac: float = 0.05  # learning rate at the end, as a share of the peak
 # evaluation, log, checkpoints; -1 turns a periodic action off
 eval_every: int | None = None  # steps between evaluations (auto: about ten over the run)
 eval_bytes: int | None = None  # bytes of validation text to evaluate (auto: 50,000,000 on CUDA, else 131,072)
-log_every: int | None = None  # steps between records, at most 10 s (auto: each of the first 10, then 2 per s)
+log_every: int | None = None  # steps between records, at most 10 s (auto: 1 at first, then half a second)
 sample_every: int = -1  # steps between samples; there is always one at the end
 save_every: int = -1  # steps between checkpoints
 save_minutes: float = 10.0  # minutes between checkpoints
@@ -265,11 +265,11 @@ num_params = model.num_params()  # {role: count}
 num_flops_per_token = model.num_flops_per_token()
 counts = report.parameter_counts(num_params)
 flops = f"{report.short(num_flops_per_token, ' ')}FLOP per token"
-print0("onedial", f"depth {depth}, width {config.n_embd} · {counts} · {flops}")
+print0("model", f"depth {depth}, width {config.n_embd} · {counts} · {flops}")
 if depth_from_budget:
     budget = report.plural(minutes, "minute") if minutes else f"{target_flops:.2g} FLOPs"
     shape_flags = f"--depth {depth} --vocab-size {vocab_size} --max-seq-len {max_seq_len}"
-    print0("dial", f"depth chosen for {budget}; to fix this shape: {shape_flags}")
+    print0("dial", f"depth chosen for {budget}; to keep this shape: {shape_flags}")
 
 # -----------------------------------------------------------------------------
 # The optimizer: one table, role -> kind and settings. Source of the numbers: nanochat, tuned at depth 12. The
@@ -451,7 +451,7 @@ machine.check_matmul_length(device, max(vocab_size, device_batch_size * max_seq_
 if device_batch_size < micro_batch_size:  # compile and measure that shape, too
     _, micro_step_time, update_time = benchmark([device_batch_size], compile)
 planned_dt = micro_steps * micro_step_time + update_time
-clock.lap("trial")
+clock.lap("trial")  # the benchmark's name in summary.json
 
 if minutes:
     last_step = max(1, step + int((max_tokens - tokens) // total_batch_size))
@@ -465,7 +465,9 @@ planned_tokens = tokens + max(0, planned_iterations - step) * total_batch_size
 ends_early = minutes and planned_iterations == last_step
 amounts = planned_iterations, planned_tokens, num_flops_per_token * planned_tokens
 print0("plan", report.horizon_line(minutes, *amounts, planned_iterations * planned_dt, ends_early))
-split = f"{micro_steps} × {device_batch_size} × {max_seq_len:,}"
+split = f"{report.plural(micro_steps, 'micro-step')} × {report.plural(device_batch_size, 'row')} × "
+split += f"{max_seq_len:,} tokens"
+split = f"{world_size} ranks × {split}" if world_size > 1 else split
 if wanted_rows not in (None, device_batch_size):
     split += f"; {wanted_rows} rows at a time do not divide {rows_per_rank}"
 if abs(total_batch_size - wanted_batch) >= max_seq_len:
@@ -477,8 +479,8 @@ adamw_scale, muon_scale = plan.lr_scales(total_batch_size)
 for role in roles.values():
     role["lr"] *= muon_scale if role["kind"] == "muon" else adamw_scale
 warmup = min(warmup_steps, planned_iterations / 10)
-scales = f"AdamW × {adamw_scale:.3g}, Muon × {muon_scale:.3g}"
-print0("plan", f"3) learning rates: {scales}, {report.plural(round(warmup), 'step')} of warmup")
+scales = f"the settings × {adamw_scale:.3g} for AdamW, × {muon_scale:.3g} for Muon"
+print0("plan", f"3) learning rates: {scales}; {report.plural(round(warmup), 'step')} of warmup")
 
 # 4) weight decay: 2,840 steps × 2^19 tokens -> 0.28; four times as many steps -> 0.07
 if weight_decay is None:

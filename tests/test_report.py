@@ -103,7 +103,7 @@ RECORD = {
 def test_a_step_line_shows_progress_speed_and_kind_of_peak():
     line = report.step_line(RECORD, 2840, "published", 2760, 1.2931)
     assert line == (
-        "step  120/2840   4.2%  loss 4.2310  val 1.2931  lr 1.00   512k tok/s  mfu 46.1%  "
+        "step  120/2840   4.2%  loss 4.2310  val 1.2931  lrm 1.00   512k tok/s  mfu 46.1%  "
         "data  0%  eta 46m00s"
     )
     assert "mfu 71% of measured" in report.step_line(RECORD | {"mfu": 0.71}, 2840, "measured", 60, 1.3)
@@ -112,7 +112,7 @@ def test_a_step_line_shows_progress_speed_and_kind_of_peak():
 def test_a_step_line_of_a_timed_run_has_no_total():
     line = report.step_line(RECORD | {"step": 1234, "progress": 0.5}, None, "published", 150, 1.2931)
     assert line == (
-        "step  1,234  50.0%  loss 4.2310  val 1.2931  lr 1.00   512k tok/s  mfu 46.1%  data  0%  eta 2m30s"
+        "step  1,234  50.0%  loss 4.2310  val 1.2931  lrm 1.00   512k tok/s  mfu 46.1%  data  0%  eta 2m30s"
     )
 
 

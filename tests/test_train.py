@@ -53,7 +53,7 @@ def test_a_run_writes_all_files_records_and_lines(reference):
     for name in ("config.json", "report.md", "curves.png", "tokenizer/tokenizer.json"):
         assert (folder / name).exists(), name
     assert (folder / "checkpoints" / "step_000020" / "model.pt").exists()
-    assert all(line in output for line in ("val_bpb: ", "onedial", "device", "data", "plan"))
+    assert all(line in output for line in ("val_bpb: ", "model", "device", "data", "plan"))
 
 
 def test_the_numbers_of_a_run_add_up(reference, home):
@@ -120,7 +120,7 @@ def test_a_resumed_run_ends_with_the_same_bits(reference, train, tmp_path):
 
 def test_micro_batches_change_nothing_but_rounding(reference, train):
     split = train("--num-iterations", 20, "--device-batch-size", 3)  # the largest divisor of 8 rows ≤ 3 is 2
-    assert "(4 × 2 × 64; 3 rows at a time do not divide 8)" in split.output
+    assert "(4 micro-steps × 2 rows × 64 tokens; 3 rows at a time do not divide 8)" in split.output
     first = {r["step"]: r["train_loss"] for r in reference[1] if r["kind"] == "step"}
     second = losses(split)
     assert all(first[s] == pytest.approx(second[s], rel=1e-4) for s in first.keys() & second.keys())
@@ -400,7 +400,7 @@ def test_the_device_batch_shrinks_until_it_fits_on_every_rank(train, tmp_path, r
     script.write_text(LIMITED.format(limit=2 * 64, rank=processes - 1, repo=str(REPO)))
     result = train("--num-iterations", 20, script=script, processes=processes)
     assert result.code == 0, result.output
-    assert f"({4 // processes} × 2 × 64)" in result.output
+    assert f"{4 // processes} micro-steps × 2 rows × 64 tokens)" in result.output
     assert result.summary["val_bpb"] == pytest.approx(reference[2]["val_bpb"], rel=1e-4)
     if processes == 1:
         flags = ["--num-iterations", 20, "--device-batch-size", 4, "--run-name", "b"]
@@ -447,13 +447,13 @@ def test_memory_used_only_while_compiling_does_not_reduce_the_batch(train, tmp_p
     script = tmp_path / "tuning.py"
     script.write_text(TUNING.format(repo=str(REPO)))
     result = train("--num-iterations", 1, script=script)
-    assert result.code == 0 and "(1 × 8 × 64)" in result.output, result.output
+    assert result.code == 0 and "(1 micro-step × 8 rows × 64 tokens)" in result.output, result.output
 
 
 @pytest.mark.parametrize(
     "memory, flags, code, message",
     [
-        (9e6, ["--num-iterations", 1], 0, "(2 × 4 × 64)"),
+        (9e6, ["--num-iterations", 1], 0, "(2 micro-steps × 4 rows × 64 tokens)"),
         (3e6, ["--num-iterations", 1], 2, "on 1 row of 64 tokens does not fit in memory.\nTry --depth 1."),
         (1e5, ["--num-iterations", 1], 2, "not fit in memory.\nTry a smaller --max-seq-len or --vocab-size."),
         (3e6, ["--target-flops", 4e10, "--depth", "auto"], 0, "depth 1,"),
@@ -524,7 +524,7 @@ def run_in_shell(train, redirect, *flags, encoding="utf-8"):
 def test_a_terminal_without_utf8_stops_no_run(train, encoding):
     code, output = run_in_shell(train, "", "--num-iterations", 12, "--out-dir", train.out, encoding=encoding)
     assert code == 0, output
-    assert b"2) batch: 512 tokens (1 x 8 x 64)" in output.replace(b"\xd7", b"x")
+    assert b"2) batch: 512 tokens (1 micro-step x 8 rows x 64 tokens)" in output.replace(b"\xd7", b"x")
     (folder,) = train.out.iterdir()
     assert (folder / "checkpoints" / "step_000012" / "manifest.json").exists()
 
@@ -667,12 +667,12 @@ def test_depth_follows_from_the_flops_or_the_time_and_a_resume_keeps_it(train, t
     result, depth = run("--target-flops", 1.5e10)
     assert depth == 2 and result.summary["depth"] == 2 and result.config["model"]["n_layer"] == 2
     shape = "--depth 2 --vocab-size 512 --max-seq-len 64"
-    assert f"for 1.5e+10 FLOPs; to fix this shape: {shape}" in result.output
+    assert f"for 1.5e+10 FLOPs; to keep this shape: {shape}" in result.output
     again, depth = run("--resume", "--target-flops", 3e9)
     assert depth == 2 and "\ndial" not in again.output
     assert run("--target-flops", 3e9, name="b")[1] == 1
     timed, depth = run("--minutes", 0.3, name="c")
-    assert depth >= 1 and "for 0.3 minutes; to fix this shape: " in timed.output
+    assert depth >= 1 and "for 0.3 minutes; to keep this shape: " in timed.output
     assert timed.config["settings"]["aspect_ratio"] == 32
 
 
