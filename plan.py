@@ -73,6 +73,8 @@ class ProgressBySteps:
 
     def at(self, step, now=None):
         """Progress after `step` steps."""
+        if step == self.last_step:
+            return 1.0
         return (self.tokens + (step - self.first_step) * self.tokens_per_step) / self.planned_tokens
 
     def seconds_left(self, step, dt, now):
@@ -130,7 +132,8 @@ class ProgressByClock:
         the excess moves progress by at most 0.2; the rest (a closed laptop) extends the deadline.
         """
         if self.start is None:
-            self.span = self.span or max(self.end - now - closing_seconds, dt)  # one step always runs
+            time_left = max(self.end - now - closing_seconds, dt)  # for at least one step
+            self.span = self.span or self.used + time_left
             self.start, self.last_call = now - self.used, now
         suspended = max(0.0, now - self.last_call - 2 * self.expected - 0.2 * self.span)
         self.start, self.last_call = self.start + suspended, now

@@ -41,8 +41,7 @@ class Settings:
         if any(self.cli_args.get(name) is not None for name in exclusive):
             constants |= dict.fromkeys(exclusive)  # a flag replaces a constant that excludes it
         can_be_auto = {name for name, kind in self.types.items() if type(None) in parts(kind)}
-        self.requested = {name: constants[name] for name in can_be_auto} | self.cli_args
-        self.requested = without_none(self.requested)
+        self.requested = without_none({name: constants[name] for name in can_be_auto}) | self.cli_args
         self.constants = constants
         self.namespace.update(constants | self.cli_args)
 
@@ -127,27 +126,28 @@ class Settings:
         settings, and is not inherited when those change; fixed: names that a resume cannot change.
         """
         saved = {name: value for name, value in saved.items() if name in self.types}
-        requested_before = without_none(self.converted(requested_before))
+        requested_before = self.converted(requested_before)
         lines, changed = [], {}
         for name, value in self.cli_args.items():
-            if name not in saved or value in (saved[name], requested_before.get(name)):
+            if name not in saved or value in (saved[name], requested_before.get(name, saved[name])):
                 continue
             if name in fixed:
-                lines.append(f"{self.flag(name)} {value} is ignored: the run has begun without it")
+                lines.append(f"{self.flag(name)} {value} is ignored: a resume does not change it")
                 continue
-            lines.append(f"{self.flag(name)} was {saved[name]}, is {value}")
+            lines.append(f"{self.flag(name)} was {shown(saved[name])}, is {shown(value)}")
             changed[name] = value
         if any(changed.get(name) is not None for name in self.exclusive):
             saved |= {name: self.cli_args.get(name) for name in self.exclusive}
             requested_before = {n: v for n, v in requested_before.items() if n not in self.exclusive}
             found_again = [*found_again, *with_exclusive]
-        kept = {n: v for n, v in saved.items() if n not in found_again or n in requested_before}
+        kept = {n: v for n, v in saved.items() if n not in found_again}
+        kept |= {n: requested_before[n] for n in found_again if requested_before.get(n) is not None}
         for name, value in kept.items():
             was_requested = name in requested_before | self.cli_args
             if not was_requested and self.constants[name] not in (None, value):  # edited since then
                 lines.append(f"{self.flag(name)} stays {value}, as saved")
         requested_now = {name: value for name, value in self.cli_args.items() if name not in fixed}
-        self.requested = without_none(requested_before | requested_now)
+        self.requested = requested_before | requested_now
         self.namespace.update(kept | changed)
         return lines
 
@@ -159,6 +159,11 @@ def parts(kind):
 
 def without_none(values):
     return {name: value for name, value in values.items() if value is not None}
+
+
+def shown(value):
+    """A value as a flag has it."""
+    return "auto" if value is None else value
 
 
 def or_auto(base):

@@ -94,7 +94,7 @@ HORIZONS = ("num_iterations", "minutes", "target_flops", "target_param_data_rati
 DEPTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32)  # candidates for an automatic depth
 SHAPE = ("depth", "aspect_ratio", "head_dim", "vocab_size")  # taken from the run in --init-from
 OF_THE_CALL = ("run_name", "out_dir", "resume")  # not saved with the run
-# auto values that belong to the machine: a resumed run finds them again
+# automatic values that depend on the machine: a resumed run finds them again
 OF_THE_MACHINE = ("device_type", "dtype", "device_batch_size", "log_every", "peak_tflops")
 LIMITS = {  # lowest and highest value; all other numbers must be above 0
     **{"seed": (0, 2**31), "vocab_size": (257, 65_535), "max_seq_len": (32, 2**20), "minutes": (0.05, 1e6)},
@@ -105,7 +105,7 @@ LIMITS = {  # lowest and highest value; all other numbers must be above 0
 
 
 def absolute(path):
-    """A path that a run can be resumed with from any folder; names of data sets stay as they are."""
+    """Make a path absolute, so that a run can be resumed from any folder. Names of data sets stay."""
     is_name = path == "stdlib" or dataset.is_public(path)
     return path if is_name else str(Path(path).expanduser().absolute())
 
@@ -116,7 +116,8 @@ print0 = console.print0  # "label    text", on rank 0 only
 errors = machine.ErrorHook(rank)  # user-fixable errors print two lines, all others a traceback
 errors.clean_up = [lambda error: console.end_live()]
 convert = {"data": absolute, "init_from": absolute}
-settings = Settings(globals(), __file__, exclusive=HORIZONS, convert=convert)  # now flags are constants too
+# from here on each constant has its flag's value
+settings = Settings(globals(), __file__, exclusive=HORIZONS, convert=convert)
 
 # -----------------------------------------------------------------------------
 # The run: a new folder, or the one to resume. It is claimed before anything slow
@@ -132,7 +133,8 @@ if run:
         saved_settings,
         requested_before,
         found_again=OF_THE_MACHINE,
-        with_exclusive=("compile", "eval_every"),  # their auto values depend on the horizon
+        # they follow the horizon; batch and weight decay do too, but changing them would change the training
+        with_exclusive=("compile", "eval_every"),
         fixed=("init_from",) if has_begun else (),
     )
     for line in (*warnings, *differences):
@@ -150,7 +152,7 @@ if rank == 0:
 clock = report.Clock(process_start)
 device = machine.find_device(device_type, ranks.local_rank, world_size)
 device_type, on_gpu = device.type, device.type == "cuda"
-if saved_device_type not in (None, device_type) and "compile" not in settings.requested:
+if saved_device_type not in (None, device_type) and settings.requested.get("compile") is None:
     compile = None  # the saved value was found for another device
 compute_dtype = machine.find_dtype(device, dtype)
 dtype = str(compute_dtype).removeprefix("torch.")
@@ -230,17 +232,18 @@ def does_not_fit(depth, rows):
 
 
 def affordable_tokens(model):
-    """Tokens that the model can be trained on with target_flops, or in the time: by peak FLOP/s or timed."""
+    """Tokens for target_flops, or for the time: estimated from peak FLOP/s on a GPU, else measured."""
     if target_flops:
         return target_flops / model.num_flops_per_token()
-    seconds = 0.75 * (60 * minutes - clock.elapsed("corpus"))  # the rest: updates, evaluations, the end
+    # the other quarter: updates, evaluations, closing work
+    training_time = 0.75 * (60 * minutes - clock.elapsed(without="corpus"))
     if on_gpu:
-        flops = world_size * peak_flops * plan.expected_mfu(model.config.n_embd)
-        return seconds * flops / model.num_flops_per_token()
+        flop_per_sec = world_size * peak_flops * plan.expected_mfu(model.config.n_embd)
+        return training_time * flop_per_sec / model.num_flops_per_token()
     model.init_weights(device, seed)
-    rows = torch.randint(vocab_size, (4, max_seq_len + 1), device=device)
-    times = machine.timings(lambda: model(rows[:, :-1], rows[:, 1:]).backward(), device, 4)
-    return seconds * world_size * 4 * max_seq_len / min(times)
+    batch = torch.randint(vocab_size, (4, max_seq_len + 1), device=device)
+    pass_times = machine.timings(lambda: model(batch[:, :-1], batch[:, 1:]).backward(), device, 4)
+    return training_time * world_size * 4 * max_seq_len / min(pass_times)
 
 
 def is_affordable(depth):
@@ -263,9 +266,9 @@ config = model.config
 aspect_ratio, head_dim = aspect_ratio or config.n_embd // depth, config.head_dim
 num_params = model.num_params()  # {role: count}
 num_flops_per_token = model.num_flops_per_token()
-counts = report.parameter_counts(num_params)
-flops = f"{report.short(num_flops_per_token, ' ')}FLOP per token"
-print0("model", f"depth {depth}, width {config.n_embd} · {counts} · {flops}")
+parameters = report.parameter_counts(num_params)
+flop = f"{report.short(num_flops_per_token, ' ')}FLOP per token"
+print0("model", f"depth {depth}, width {config.n_embd} · {parameters} · {flop}")
 if depth_from_budget:
     budget = report.plural(minutes, "minute") if minutes else f"{target_flops:.2g} FLOPs"
     shape_flags = f"--depth {depth} --vocab-size {vocab_size} --max-seq-len {max_seq_len}"
@@ -299,7 +302,7 @@ def build_optimizer(compile):
 # -----------------------------------------------------------------------------
 # The state of the loop, new or resumed
 
-step = 0  # updates done, skipped ones included
+step = 0  # steps done; a skipped step counts
 progress = 0.0  # of the run, from 0 to 1; all schedules are functions of it
 tokens = 0  # trained so far
 flops_so_far = 0
@@ -309,7 +312,7 @@ smooth_train_loss, ema_beta = 0.0, 0.9  # exponential moving average of the trai
 total_training_time = 0.0  # seconds of training steps, without the first 10 after each start
 mean_dt = None  # seconds per step on average
 skipped_steps = 0  # steps with a non-finite loss or gradient: they changed nothing
-planned_iterations = None  # steps, as planned before step 1: warmup is at most a tenth of them
+planned_iterations = None  # steps planned at the first start or at a new horizon: warmup is a tenth at most
 span, span_used = None, 0.0  # of a timed run: seconds from first step to closing work; used so far
 
 resumed_from, new_horizon, saved_batch = None, False, None
@@ -319,9 +322,9 @@ if resume:
         print0("resume", f"skipped: {fault}")
     print0("resume", f"from {resumed_from}" if resumed_from else "no checkpoint yet: starting at step 0")
 if resumed_from:
-    needed = "step progress min_val_bpb val_bpb val_step smooth_train_loss total_training_time skipped_steps "
-    needed += "data planned_iterations span settings model spent"
-    saved_state = checkpoint.load_state(resumed_from, needed.split())
+    names = "step progress min_val_bpb val_bpb val_step smooth_train_loss total_training_time skipped_steps "
+    names += "data planned_iterations span settings model spent"
+    saved_state = checkpoint.load_state(resumed_from, names.split())
     dataset.check_same(corpus, saved_state["data"]["fingerprint"])
     with checkpoint.must_fit(resumed_from):
         config.check_same(saved_state["model"])
@@ -337,8 +340,8 @@ if resumed_from:
     if saved_state["settings"]["eval_bytes"] != eval_bytes:  # measured on another text
         min_val_bpb, val_bpb, val_step = math.inf, math.inf, -1
     clock.add(saved_state["spent"])
-    seconds = sum(clock.spent[name] for name in ("training", "evaluation", "sampling", "saving"))
-    span_used = saved_state.get("span_used") or (progress * span if span else seconds)
+    spent = sum(clock.spent[name] for name in ("training", "evaluation", "sampling", "saving"))
+    span_used = saved_state.get("span_used") or (progress * span if span else spent)
     new_horizon = any(saved_state["settings"][name] != settings.values()[name] for name in HORIZONS)
 
 # -----------------------------------------------------------------------------
@@ -352,14 +355,13 @@ elif target_flops:  # 1.5e18 FLOPs at depth 12, 1e9 per token -> 1.5e9 tokens
 elif target_param_data_ratio:  # ratio 12 at depth 12, vocabulary 50,257: 12 × 124e6 -> 1.5e9 tokens
     planned_tokens = target_param_data_ratio * model.num_scaling_params()
 
-must_compile = settings.requested.get("compile", False)  # then a failure to compile is an error
 planned_flops = None if minutes else num_flops_per_token * planned_tokens
 compile_mode = plan.compile_mode(device_type, minutes, planned_flops)
 if compile is None:
     compile = compile_mode != "nothing"
 if compile and compile_mode == "graph" and world_size == 1:
     model.compile(dynamic=False)
-elif compile:  # blocks, too, on several ranks: they average each block's gradients during the backward pass
+elif compile:  # several ranks compile blocks: each one's gradients are averaged while the next one runs
     model.compile_parts(blocks=on_gpu)
 
 # -----------------------------------------------------------------------------
@@ -380,41 +382,40 @@ def benchmark_step(compile):
 
 
 def benchmark(sizes, compile):
-    """-> (first of `sizes` that fits, in rows; seconds of a micro-step; seconds of an optimizer step)"""
-    what = "compiling, up to a minute the first time, and " if compile else ""
-    print0("measure", f"{what}timing steps of {sizes[0]} × {max_seq_len} tokens")
+    """
+    -> (first of `sizes` that fits, in rows; seconds of a micro-step; seconds of an optimizer step; compile:
+    False if torch.compile does not work here).
+    """
+    compiling = "compiling, up to a minute the first time, and " if compile else ""
+    print0("measure", f"{compiling}timing steps of {sizes[0]} × {max_seq_len} tokens")
     headroom = 0.0 if device_batch_size else 0.05
     make_parts, release = lambda: benchmark_step(compile), lambda: model.zero_grad(set_to_none=True)
     try:
         with console.waiting("measure", "compiling" if compile else "timing steps"):
-            return machine.benchmark(make_parts, sizes, device, ranks, headroom, release)
+            return *machine.benchmark(make_parts, sizes, device, ranks, headroom, release), compile
     except machine.DoesNotFit:
         raise does_not_fit(depth, sizes[-1]) from None
+    except machine.BenchmarkFailed as failure:
+        if not compile or settings.requested.get("compile"):  # if asked for, a failure to compile is an error
+            raise failure.__cause__ or failure from None
+        reason = f"{type(failure.__cause__ or failure).__name__}: {failure.__cause__ or failure}"
+        reason = " ".join(reason.split())[:200]
+    print0("measure", f"torch.compile does not work here, continuing without it: {reason}")
+    torch.compiler.set_stance("force_eager")
+    return benchmark(sizes, compile=False)
 
 
-# on an H100 depth 12 is 3% faster with 131,072 tokens at a time than with 65,536; eight ranks share 2^19
+# H100, depth 12: 131,072 tokens at a time are 3% faster than 65,536; eight ranks have only 65,536 of 2^19
 tokens_at_once = (131_072 if world_size <= 4 else 65_536) if on_gpu else 2_048
 largest = device_batch_size or plan.whole_rows(tokens_at_once, max_seq_len) // max_seq_len
-batch_was_given = "total_batch_size" in settings.requested
+batch_was_given = settings.requested.get("total_batch_size") is not None
 if total_batch_size:
     rows_per_rank = plan.share_batch(total_batch_size, max_seq_len, world_size, batch_was_given)
     largest = plan.largest_divisor(rows_per_rank, min(rows_per_rank, largest))
 sizes = [largest]
 if not device_batch_size:
-    sizes = [rows for rows in plan.micro_batch_sizes(largest) if fits(model, rows)] or [1]
-compile_error = None
-try:
-    measured = benchmark(sizes, compile)
-except machine.BenchmarkFailed as failure:
-    if must_compile or not compile:
-        raise failure.__cause__ or failure from None
-    compile_error = " ".join(f"{type(failure.__cause__).__name__}: {failure.__cause__}".split())[:200]
-if compile_error:
-    print0("measure", f"torch.compile does not work here, continuing without it: {compile_error}")
-    torch.compiler.set_stance("force_eager")
-    compile = False
-    measured = benchmark(sizes, compile)
-micro_batch_size, micro_step_time, update_time = measured
+    sizes = [size for size in plan.micro_batch_sizes(largest) if fits(model, size)] or [1]
+micro_batch_size, micro_step_time, update_time, compile = benchmark(sizes, compile)
 
 # -----------------------------------------------------------------------------
 # The plan, continued
@@ -427,9 +428,11 @@ closing_seconds = 0.0
 if minutes:
     # closing work besides an evaluation: samples of 128 tokens, a checkpoint at 250 MB/s, peak, report
     generate_8 = partial(model.generate, [[corpus.bos] * 24] * 4, corpus.bos, 8)
-    _, seconds = machine.timings(lambda: list(generate_8()), device, 2)  # the first call loads kernels
-    closing_seconds = 16 * seconds + checkpoint_bytes / 250e6 + 6.0
-    seconds_left = 60 * minutes - clock.elapsed("corpus") - eval_seconds - closing_seconds
+    times = machine.timings(lambda: list(generate_8()), device, 2)  # the first call loads kernels
+    closing_seconds = 16 * times[1] + checkpoint_bytes / 250e6 + 6.0
+    seconds_left = 60 * minutes - clock.elapsed(without="corpus") - eval_seconds - closing_seconds
+    if span and not new_horizon:
+        seconds_left = span - span_used
     seconds_left = max(1.0, ranks.broadcast(seconds_left))
     training_seconds = seconds_left - eval_seconds * plan.num_evaluations(eval_seconds, seconds_left)
     rows_per_second = micro_batch_size * world_size / micro_step_time
@@ -449,22 +452,22 @@ device_batch_size = plan.largest_divisor(rows_per_rank, min(rows_per_rank, micro
 micro_steps = rows_per_rank // device_batch_size
 machine.check_matmul_length(device, max(vocab_size, device_batch_size * max_seq_len))
 if device_batch_size < micro_batch_size:  # compile and measure that shape, too
-    _, micro_step_time, update_time = benchmark([device_batch_size], compile)
+    _, micro_step_time, update_time, compile = benchmark([device_batch_size], compile)
 planned_dt = micro_steps * micro_step_time + update_time
 clock.lap("trial")  # the benchmark's name in summary.json
 
 if minutes:
-    last_step = max(1, step + int((max_tokens - tokens) // total_batch_size))
-    affordable_steps = step + max(1, int(training_seconds / planned_dt))
+    last_step = max(1, step + int(min(1e12, (max_tokens - tokens) / total_batch_size)))
+    expected_steps = min(last_step, step + max(1, int(training_seconds / planned_dt)))
 else:
     last_step = num_iterations or max(1, round(step + (planned_tokens - tokens) / total_batch_size))
-    affordable_steps = last_step
+    expected_steps = last_step
 if planned_iterations is None or new_horizon or total_batch_size != saved_batch:
-    planned_iterations = min(affordable_steps, max(step + 1, last_step))
-planned_tokens = tokens + max(0, planned_iterations - step) * total_batch_size
-ends_early = minutes and planned_iterations == last_step
-amounts = planned_iterations, planned_tokens, num_flops_per_token * planned_tokens
-print0("plan", report.horizon_line(minutes, *amounts, planned_iterations * planned_dt, ends_early))
+    planned_iterations = expected_steps
+planned_tokens = tokens + max(0, expected_steps - step) * total_batch_size
+amounts = expected_steps, planned_tokens, num_flops_per_token * planned_tokens
+ends_early = minutes and expected_steps == last_step
+print0("plan", report.horizon_line(minutes, *amounts, expected_steps * planned_dt, ends_early))
 split = f"{report.plural(micro_steps, 'micro-step')} × {report.plural(device_batch_size, 'row')} × "
 split += f"{max_seq_len:,} tokens"
 split = f"{world_size} ranks × {split}" if world_size > 1 else split
@@ -476,8 +479,8 @@ print0("plan", f"2) batch: {total_batch_size:,} tokens ({split})")
 
 # 3) learning rates: 2^19 tokens per step -> × 1; 2^20 -> × 1.41; 2^12 -> AdamW × 0.55, Muon × 2.6
 adamw_scale, muon_scale = plan.lr_scales(total_batch_size)
-for role in roles.values():
-    role["lr"] *= muon_scale if role["kind"] == "muon" else adamw_scale
+for options in roles.values():
+    options["lr"] *= muon_scale if options["kind"] == "muon" else adamw_scale
 warmup = min(warmup_steps, planned_iterations / 10)
 scales = f"the settings × {adamw_scale:.3g} for AdamW, × {muon_scale:.3g} for Muon"
 print0("plan", f"3) learning rates: {scales}; {report.plural(round(warmup), 'step')} of warmup")
@@ -490,7 +493,7 @@ print0("plan", f"4) weight decay: {weight_decay:.3g}")
 # 5) evaluations: about ten; in a timed run for at most 5% of its time
 if eval_every is None:
     evaluations = plan.num_evaluations(eval_seconds, training_seconds if minutes else math.inf)
-    eval_every = math.ceil(planned_iterations / evaluations) if evaluations >= 1 else -1
+    eval_every = math.ceil(expected_steps / evaluations) if evaluations >= 1 else -1
 between = f", and every {report.plural(eval_every, 'step')}" if eval_every > 0 else ""
 print0("plan", f"5) evaluations: at the start and the end{between}")
 
@@ -503,19 +506,18 @@ dataset.fetch_more(corpus, int(margin * planned_tokens / max_seq_len), max_seq_l
 clock.lap("corpus")  # a download is no training time
 loader = dataloader.DataLoader(corpus, max_seq_len, rows_per_step, seed, device, rank, world_size)
 
-saved_progress = progress
 timeline = plan.ProgressBySteps(last_step, total_batch_size, step, tokens)
+progress_now = timeline.at(step)
 if minutes:
-    if new_horizon:
-        span = span_used + max(seconds_left, planned_dt)
-        progress = span_used / span
-    end = time.monotonic() + 60 * minutes - clock.elapsed("corpus")
-    timeline = plan.ProgressByClock(end, span, span_used, progress, by_steps=timeline)
-else:
-    progress = timeline.at(step)
-if progress < saved_progress and saved_progress > 1 - warmdown_ratio:
-    what = f"{saved_progress:.0%} of the run was done, {progress:.0%} of the new horizon"
-    print0("resume", f"{what}: the learning rate rises again")
+    end = time.monotonic() + 60 * minutes - clock.elapsed(without="corpus")
+    if new_horizon:  # its span is known at the first step
+        span, progress_now = None, max(progress_now, span_used / (span_used + seconds_left))
+    else:
+        progress_now = progress
+    timeline = plan.ProgressByClock(end, span, span_used, 0.0 if new_horizon else progress, by_steps=timeline)
+if progress_now < progress and progress > 1 - warmdown_ratio:
+    shares = f"{progress:.0%} of the run was done, {progress_now:.0%} of the new horizon"
+    print0("resume", f"{shares}: the learning rate rises again")
 
 model.init_weights(device, seed)  # again: the benchmark has trained them
 optimizer = build_optimizer(compile)
@@ -529,7 +531,7 @@ elif init_from:
         config.check_same(initial_config["model"] | {"max_seq_len": max_seq_len})
         model.load_state_dict(checkpoint.load(initial, "model"))
 corpus_size = report.short(corpus.counts["train"]["tokens"])
-epochs = planned_tokens / (loader.rows_per_epoch * max_seq_len)
+epochs = planned_tokens / corpus.unique_tokens
 corpus_name = f"{corpus.name} · vocabulary of {vocab_size:,} · fingerprint {corpus.fingerprint}"
 print0("data", f"{corpus_name} · {corpus_size} training tokens, for {epochs:.2g} epochs")
 how = "uncompiled" if not compile else "compiled in parts" if model.has_compiled_parts else "compiled"
@@ -559,7 +561,7 @@ if rank == 0:
         if not (run.path / "tokenizer" / "tokenizer.json").exists():  # never overwrite a good one
             dataset.save_tokenizer(corpus.tokenizer, run.path / "tokenizer")
         logged = report.cut_log(run.path, step if resumed_from else -1)
-    saves = plan.num_saves(planned_iterations, planned_dt, save_every, save_minutes)
+    saves = plan.num_saves(expected_steps, planned_dt, save_every, save_minutes)
     saves = min(saves, keep_checkpoints + 1)  # the oldest one is deleted after the newest is complete
     if warning := run.check_disk_space(weight_bytes, checkpoint_bytes, saves, best=epochs > 1):
         print0("disk", warning)
@@ -585,22 +587,21 @@ def write_samples():
 start_step, time_before = step, total_training_time
 warm_from = start_step + 10  # caches and allocators warm up until then: these steps are not timed
 last_saved, last_save_time = step if resumed_from else -1, time.monotonic()
-tensors = state = None  # of the last save
 dt = planned_dt  # seconds per step in the last interval
-mean_dt = mean_dt or planned_dt  # on average since warm_from; before that, of the start before
+mean_dt = mean_dt or planned_dt  # on average since warm_from; if no step is left, that of the start before
 samples, sample_step, sample_seconds = [], -1, 0.0
 skips_in_a_row, failure = 0, None  # failure: why the run cannot continue
-evaluation_due = step == 0 or (eval_every > 0 and step % eval_every == 0)
+evaluation_due = val_step < 0 or (eval_every > 0 and step % eval_every == 0)
 save_due = sample_due = finished = stop = False
-signals = machine.Signals()  # from here on they take effect at the end of an interval; stop: which one came
+signals = machine.Signals()  # they take effect at the end of an interval; signals.stop: its number, or 0
 errors.clean_up = [lambda error: console.end_live(), log.fail]  # from here on the folder stays
 clock.lap("setup")
 while True:
-    # once in a while: evaluate. Another evaluation belongs here, its time within eval_seconds
+    # once in a while: evaluate. Other evaluations belong here, before eval_seconds is measured
     if evaluation_due and val_step != step:
         begin = time.monotonic()
         batches = ranks.watch(validation.batches(device_batch_size, device, rank, world_size))
-        # compiled, the training graph is reused; on MPS attention without gradients sees future tokens
+        # with gradients the compiled training graph is reused, and attention on MPS is causal (a bug there)
         with torch.set_grad_enabled(compile or device_type != "cpu"):
             val_bpb = report.bits_per_byte(model, batches, device)
         min_val_bpb, val_step = min(min_val_bpb, val_bpb), step
@@ -611,7 +612,7 @@ while True:
         console.val(val_record)
         clock.lap("evaluation")
         # from the second epoch on val_bpb may rise again: keep the weights where it is lowest
-        if loader.epoch > 1 and val_bpb == min_val_bpb and not finished and rank == 0:
+        if loader.epoch > 1 and val_bpb == min_val_bpb and rank == 0:
             best_state = {"step": step, "val_bpb": val_bpb, "epoch": loader.epoch}
             best_state["settings"] = run_config["settings"]
             saver.save(step, {"model": model.state_dict()}, best_state, kind="best")
@@ -648,6 +649,7 @@ while True:
             }
             if rank == 0:
                 saver.save(step, tensors, state)
+            del tensors  # the gathered state of the optimizer: on every rank as much as the model and more
         else:
             print0("save", "skipped: the weights are not finite")
         clock.lap("saving")
@@ -669,8 +671,9 @@ while True:
         max_steps = min(max_steps, period - step % period) if period > 0 else max_steps
     if step < warm_from:
         max_steps = min(max_steps, warm_from - step)
-    times = {"now": time.monotonic(), "closing_seconds": eval_seconds + closing_seconds}
-    interval = ranks.broadcast(timeline.next_interval(step, dt, max_steps, **times))
+    closing_time = eval_seconds + closing_seconds
+    interval = timeline.next_interval(step, dt, max_steps, time.monotonic(), closing_time)
+    interval = ranks.broadcast(interval)
     progress = interval.progress[0]
     if interval.suspended:
         print0("time", f"the process was suspended: deadline extended by {interval.suspended:.1f} s")
@@ -710,15 +713,15 @@ while True:
         if signals.stop and world_size == 1:
             break
 
-    # the interval ends: the only synchronization, one transfer, one record
+    # the interval ends: CPU and GPU synchronize, with one transfer and one record
     global_sums = ranks.all_reduce_sum(torch.stack(loss_sums))
     table = torch.stack([global_sums, torch.stack(grad_norms), torch.stack(skips)])  # (3, steps)
     loss_sums, grad_norms, skips = table.tolist()
     synchronize()
     steps_done = len(loss_sums)
     dt = (time.perf_counter() - interval_start) / steps_done
-    for loss_sum, skipped in zip(loss_sums, skips):
-        train_loss = math.nan if skipped else loss_sum / total_batch_size  # mean over the global batch
+    for global_sum, skipped in zip(loss_sums, skips):
+        train_loss = math.nan if skipped else global_sum / total_batch_size  # mean over the global batch
         if skipped:
             skipped_steps, skips_in_a_row = skipped_steps + 1, skips_in_a_row + 1
             failure = "loss or gradient not finite 5 times in a row" if skips_in_a_row == 5 else failure
@@ -776,11 +779,12 @@ while True:
     if minutes:  # the end of a timed run evaluates and samples anyway: not just before it
         evaluation_due &= seconds_left > 3 * eval_seconds
         sample_due &= seconds_left > 3 * sample_seconds
-    due = (evaluation_due, sample_due, save_due) if rank == 0 else (0, 0, 0)
-    *due, save_asked, stop = map(int, ranks.all_reduce_max(*due, signals.save, signals.stop))
-    evaluation_due, sample_due = due[0] and not stop, due[1] and not stop
-    save_due = due[2] or save_asked or stop
+    save_due |= signals.save
     signals.save = False
+    due = (evaluation_due, sample_due) if rank == 0 else (0, 0)
+    *due, save_due, stop = map(int, ranks.all_reduce_max(*due, save_due, signals.stop))
+    evaluation_due, sample_due = due[0] and not stop, due[1] and not stop
+    save_due |= stop
     clock.lap("training")
 
 # -----------------------------------------------------------------------------
@@ -790,8 +794,8 @@ console.end_live()
 ranks.disconnect()
 saver.wait()
 save_error = log.saves(saver.outcomes(), step, "the last one failed")
-if checkpoint.is_full(save_error) and tensors and last_saved == step:  # the weights alone may fit
-    saver.save(step, {"model": tensors["model"]}, state, prune=False)
+if checkpoint.is_full(save_error) and last_saved == step != start_step:  # the weights alone may fit
+    saver.save(step, {"model": model.state_dict()}, state, prune=False)
     saver.wait()
     if not log.saves(saver.outcomes(), step, "the weights alone do not fit either"):
         print0("save", f"saved the weights alone: step_{step:06d} can be sampled from, but not resumed")
