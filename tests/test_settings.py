@@ -56,7 +56,7 @@ def test_a_flag_wins_over_a_constant_and_auto_is_none(read):
         **{"depth": 3, "minutes": None, "steps": None, "seed": 7, "share": 0.25, "compile": False},
         **{"every": None, "batch": None, "name": "x"},
     }
-    assert settings.requested == {"depth": 3, "share": 0.25, "compile": False, "name": "x"}
+    assert settings.requested == {"depth": 3, "share": 0.25, "compile": False, "every": None, "name": "x"}
 
 
 def test_an_edited_constant_counts_as_requested_like_a_flag(read):
@@ -136,7 +136,7 @@ def test_a_resume_keeps_what_was_saved(read):
 def test_a_resume_keeps_what_was_requested_of_the_machine(read):
     settings = read()
     resume(settings, {"batch": 8}, {"batch": 9})
-    assert settings.values()["batch"] == 8 and settings.requested == {"batch": 9}
+    assert settings.values()["batch"] == 9 and settings.requested == {"batch": 9}  # 8 was the nearest divisor
 
 
 def test_a_resume_prints_each_difference(read):
@@ -153,7 +153,7 @@ def test_a_repeated_command_line_changes_nothing(read):
     saved = {"steps": 20, "data": "/home/text", "batch": 8, "depth": 5, "compile": True, "every": 4}
     again = read(flags)
     assert resume(again, saved, first.requested) == []
-    assert {name: again.values()[name] for name in saved} == saved
+    assert {name: again.values()[name] for name in saved} == saved | {"batch": 9}
     assert again.requested == first.requested
     renamed = read("--data text")  # what was saved is another name for what was given
     assert resume(renamed, {"data": "/home/text@commit"}, {"data": "/home/text"}) == []
@@ -163,7 +163,7 @@ def test_a_repeated_command_line_changes_nothing(read):
 def test_a_new_horizon_replaces_the_old_one_and_what_followed_from_it(read):
     settings = read("--minutes 5")
     saved = {"steps": 20, "compile": True, "every": 4}
-    assert resume(settings, saved, {"steps": 20, "every": 4}) == ["--minutes was None, is 5.0"]
+    assert resume(settings, saved, {"steps": 20, "every": 4}) == ["--minutes was auto, is 5.0"]
     values = settings.values()
     assert (values["steps"], values["minutes"]) == (None, 5.0)
     assert values["compile"] is None and values["every"] == 4  # every was requested
@@ -174,14 +174,17 @@ def test_a_new_horizon_replaces_the_old_one_and_what_followed_from_it(read):
         both.check(LIMITS)
 
 
-def test_auto_on_a_resume_finds_a_value_again_that_had_been_requested(read):
+@pytest.mark.parametrize("requested_before", [{"every": 4}, {}])
+def test_auto_on_a_resume_finds_a_value_again(read, requested_before):
     settings = read("--every auto")
-    assert resume(settings, {"every": 4}, {"every": 4}) == ["--every was 4, is None"]
-    assert settings.values()["every"] is None and settings.requested == {}
+    assert resume(settings, {"every": 4}, requested_before) == ["--every was 4, is auto"]
+    assert settings.values()["every"] is None and settings.requested == {"every": None}
+    repeated = read("--every auto")
+    assert resume(repeated, {"every": 4}, {"every": None}) == [] and repeated.values()["every"] == 4
 
 
 def test_what_a_resume_cannot_change_is_ignored_with_a_line(read):
     settings = read("--data other")
     lines = resume(settings, {"data": None}, {}, fixed=["data"])
-    assert lines == ["--data /home/other is ignored: the run has begun without it"]
+    assert lines == ["--data /home/other is ignored: a resume does not change it"]
     assert settings.values()["data"] is None and "data" not in settings.requested
