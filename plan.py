@@ -60,6 +60,19 @@ class Interval(NamedTuple):
         return len(self.progress) - 1
 
 
+def interval_steps(step, warm_from, dt, log_every, periods):
+    """
+    The most steps until the next report: log_every, or one until step warm_from and then half a second of
+    steps, ten at most. Always 10 s at most, because signals and saves wait for it, and never past warm_from
+    or a multiple of a period (-1: none). dt: seconds per step.
+    """
+    steps = log_every or (1 if step < warm_from else min(10, max(1, int(0.5 / dt))))
+    steps = min(steps, max(1, int(10 / dt)))
+    ends = [step - step % period + period for period in periods if period > 0]
+    ends += [warm_from] if step < warm_from else []
+    return min(steps, *(end - step for end in ends)) if ends else steps
+
+
 class ProgressBySteps:
     """
     Progress = tokens trained / tokens planned. That is step / num_iterations while the batch is constant; a

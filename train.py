@@ -665,12 +665,7 @@ while True:
         break
 
     # how many steps until the next report: rank 0 decides
-    max_steps = log_every or (1 if step < warm_from else min(10, max(1, int(0.5 / dt))))
-    max_steps = min(max_steps, max(1, int(10 / dt)))  # signals and saves wait for the end of an interval
-    for period in (eval_every, sample_every, save_every):
-        max_steps = min(max_steps, period - step % period) if period > 0 else max_steps
-    if step < warm_from:
-        max_steps = min(max_steps, warm_from - step)
+    max_steps = plan.interval_steps(step, warm_from, dt, log_every, (eval_every, sample_every, save_every))
     closing_time = eval_seconds + closing_seconds
     interval = timeline.next_interval(step, dt, max_steps, time.monotonic(), closing_time)
     interval = ranks.broadcast(interval)

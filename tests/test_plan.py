@@ -15,6 +15,7 @@ from plan import (
     compile_mode,
     deepest,
     expected_mfu,
+    interval_steps,
     largest_divisor,
     largest_vocab,
     lr_multiplier,
@@ -178,6 +179,24 @@ def test_ten_evaluations_or_five_percent_of_the_time():
     assert num_evaluations(1.0, 1000.0) == 10
     assert num_evaluations(1.0, 100.0) == pytest.approx(5)
     assert num_evaluations(10.0, 100.0) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    "step, dt, log_every, periods, steps",
+    [
+        (5, 0.01, None, (), 1),  # each of the first 10
+        (10, 0.01, None, (), 10),
+        (10, 0.1, None, (), 5),  # half a second
+        (10, 3.0, None, (), 1),
+        (10, 0.1, 50, (), 50),
+        (10, 1.0, 50, (), 10),  # ten seconds
+        (5, 0.1, 50, (), 5),  # up to step 10
+        (12, 0.01, None, (20, -1, 7), 2),  # up to step 14
+        (14, 0.01, None, (20, -1, 7), 6),
+    ],
+)
+def test_steps_until_the_next_report(step, dt, log_every, periods, steps):
+    assert interval_steps(step, 10, dt, log_every, periods) == steps
 
 
 # -----------------------------------------------------------------------------

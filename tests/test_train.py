@@ -736,7 +736,8 @@ def test_counts_are_sums_if_a_resume_changes_the_batch(reference, train, tmp_pat
 def test_init_from_is_ignored_by_a_run_that_has_begun(reference, train, tmp_path):
     shutil.copytree(reference[0], tmp_path / "out" / "a")
     run = train("--resume", "--init-from", reference[0])
-    assert run.code == 0 and "is ignored: a resume does not change it" in " ".join(run.output.split()), run.output
+    words = " ".join(run.output.split())
+    assert run.code == 0 and "is ignored: a resume does not change it" in words, words
     assert run.config["settings"]["init_from"] is None and "init_from" not in run.config["given"]
 
 
