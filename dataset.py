@@ -32,6 +32,7 @@ import unicodedata
 from array import array
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import chain, islice
@@ -97,7 +98,8 @@ LETTERS = {
     "cp949": "이다는을가의에고지하로한은도를기리사자어시나대해아인라서정일과수그보으니제",
 }
 MARKS = "’“”–…—\u00a0«»„‚‘°€£§©®™²³·•±µ×½─│┌┐└┘═║░▒▓█"  # in any language
-SCRIPT_CHANGE = re.compile("[A-Za-zß-ɏ][Ͱ-\u0fff]|[Ͱ-\u0fff][A-Za-zß-ɏ]")  # Latin beside another alphabet
+# Two letters that no word contains: of two scripts, or an upper-case letter after a lower-case one
+ODD_PAIR = "[A-Za-zß-ɏ][Ͱ-\u0fff]|[Ͱ-\u0fff][A-Za-zß-ɏ]|[a-zß-ÿα-ωа-џ][A-ZÀ-ÞΑ-ΩЀ-Я]"
 MISFIT = None  # key of a row of a table that has another number of cells than the header
 
 # Advice that several errors share
@@ -825,57 +827,49 @@ def read_values(file, stream):
 def read_csv(file, stream, reader):
     """
     Yield (place, {column: text}) for each row of a table with a header, separated by , or ; or tabs, only
-    with the column of the text. A row with more cells than the header has separators in its text.
+    with the column of the text. In .tsv files quotes belong to the text and in others they enclose cells,
+    unless more rows have as many cells as the header in the other way.
     """
     csv.field_size_limit(2**31 - 1)
-    header = stream.readline()
-    options = {"delimiter": max("\t,;", key=header.count), "strict": not reader.text_field}
-    quotes = find_quotes(file, stream.encoding, options["delimiter"])
-    if quotes == (suffix_of(file) == ".tsv"):
-        reader.note(f"tables read with{'' if quotes else 'out'} quotes around cells", file)
-    options["quoting"] = csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE
-    lines = csv.reader(chain([header], stream), **options)
-    names = [name.strip() for name in next(lines, [])]
+    header, usual, other = stream.readline(), csv.QUOTE_MINIMAL, csv.QUOTE_NONE
+    if suffix_of(file) == ".tsv":
+        usual, other = other, usual
+    table = partial(read_table, file, stream.encoding, delimiter := max("\t,;", key=header.count))
+    if (number := count_misfits(table(usual))) and count_misfits(table(other)) < number:
+        reader.note(f"tables read with{'out' * (usual == csv.QUOTE_MINIMAL)} quotes around cells", file)
+        usual = other
+    rows = table(usual, strict=not reader.text_field)
+    names = [name.strip() for name in next(rows, (0, []))[1]]
     name = reader.text_field or next((name for name in TEXT_FIELDS if name in names), None)
     if name not in names:
-        yield "line 1", dict.fromkeys(names)
+        yield "line 1", {}
         return
     column = names.index(name)
-    for cells in skip_errors(lines):
+    for line, cells in rows:
         surplus = len(cells) - len(names)
         row = {MISFIT: True} if surplus else {}
-        if column < len(cells):
-            row[name] = options["delimiter"].join(cells[column : column + 1 + max(0, surplus)])
-        yield f"line {lines.line_num}", row
+        if column < len(cells):  # surplus cells come from separators in the text
+            row[name] = delimiter.join(cells[column : column + 1 + max(0, surplus)])
+        yield f"line {line}", row
 
 
-def find_quotes(file, encoding, delimiter):
-    """
-    Whether quotes enclose the cells of a table; otherwise they belong to the text. In a .tsv file they belong
-    to the text and in others they do not, unless more rows have as many cells as the header in the other way.
-    """
-
-    def misfits(quotes):
-        options = {"delimiter": delimiter, "strict": True}
-        options["quoting"] = csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE
-        with open_text(file, encoding) as stream:
-            lines = skip_errors(csv.reader(stream, **options))
-            width = len(next(lines, ()))
-            return sum(len(cells) != width for cells in lines)
-
-    usual = suffix_of(file) != ".tsv"
-    number = misfits(usual)
-    return not usual if number and misfits(not usual) < number else usual
+def read_table(file, encoding, delimiter, quoting, strict=True):
+    """Yield (line number, cells) for each row of a table; no cells if its quotes are in wrong places."""
+    with open_text(file, encoding) as stream:
+        lines = csv.reader(stream, delimiter=delimiter, quoting=quoting, strict=strict)
+        while True:
+            try:
+                for cells in filter(None, lines):
+                    yield lines.line_num, cells
+                return
+            except csv.Error:
+                yield lines.line_num, []
 
 
-def skip_errors(lines):
-    """Yield the rows of a csv.reader that are not empty; () stands for a row with misplaced quotes."""
-    while True:
-        try:
-            yield from filter(None, lines)
-            return
-        except csv.Error:
-            yield ()
+def count_misfits(rows):
+    """The number of rows of read_table that have another number of cells than the first row."""
+    width = len(next(rows, (0, []))[1])
+    return sum(len(cells) != width for _, cells in rows)
 
 
 def read_parquet(file, reader):
@@ -895,17 +889,11 @@ def read_parquet(file, reader):
         what = f"{file} has no column {reader.text_field or 'text'} of strings; its columns are {columns}"
         raise DataError(f"{what}.\n{NAME_FIELD}")
     for batch in table.iter_batches(batch_size=64, columns=[name]):
-        for text in batch.column(name).cast("binary").to_pylist():
-            count += 1
-            yield f"row {count}", {name: text and decode(text)}
-
-
-def decode(content):
-    """UTF-8 to a string; None if it is something else, such as an image."""
-    try:
-        return content.decode()
-    except UnicodeDecodeError:
-        return None
+        for content in batch.column(name).cast("binary").to_pylist():
+            row, count = {name: None}, count + 1
+            with suppress(AttributeError, UnicodeDecodeError):  # null, or bytes that are no text
+                row[name] = content.decode()
+            yield f"row {count}", row
 
 
 TABLES = {".jsonl": read_json_lines, ".ndjson": read_json_lines, ".json": read_json}
@@ -958,52 +946,45 @@ def open_text(file, encoding):
 
 def guess_utf16(sample):
     """`utf-16-le` or `utf-16-be` if the bytes are UTF-16 without a byte order mark, otherwise None."""
-    sample = sample[: min(2048, len(sample) // 2 * 2)]
-    scores, languages = [], " ".join(LETTERS.values()).split()
-    for encoding in ("utf-16-le", "utf-16-be"):
-        counts = Counter(sample.decode(encoding, "replace"))
-        scores.append((max(log_likelihood(counts, language) for language in languages), encoding))
-    worse, best = sorted(scores)
-    # in the wrong order of bytes most letters are rare ones, -9 each; in other texts they are in both
-    return best[1] if best[0] > max(worse[0] + len(sample) // 2, -8.6 * (len(sample) // 2)) else None
+    sample, languages = sample[: min(2048, len(sample) // 2 * 2)], " ".join(LETTERS.values())
+    orders = ("utf-16-le", "utf-16-be")
+    scores = [log_likelihood(sample.decode(order, "replace"), languages) for order in orders]
+    # in the wrong order of bytes most letters are rare ones, -9 each; in other texts they are so in both
+    if max(scores) > max(min(scores) + len(sample) // 2, -8.6 * (len(sample) // 2)):
+        return orders[scores.index(max(scores))]
 
 
 def guess_encoding(sample):
     """The most likely encoding of bytes that are not UTF-8, by the frequencies of letters in LETTERS."""
-    best, best_score = None, -math.inf
+    scores = {}
     for encodings, languages in LETTERS.items():
         for encoding in encodings.split():
             text = sample.decode(encoding, "replace")
-            odd = len(SCRIPT_CHANGE.findall(text)) + sum(map(is_case_change, text, text[1:]))
-            counts = Counter(text)
-            score = max(log_likelihood(counts, letters) for letters in languages.split()) - 5 * odd
-            score += 10 * (encoding == "cp1252")  # by far the most common
-            if score > best_score:
-                best, best_score = encoding, score
+            odd = len(re.findall(ODD_PAIR, text))
+            scores[encoding] = log_likelihood(text, languages) - 5 * odd
+    scores["cp1252"] += 10  # by far the most common
+    return max(scores, key=scores.get)
+
+
+def log_likelihood(text, languages):
+    """
+    The logarithm of the probability of a text in the most likely of the languages of LETTERS. Letters of a
+    language have a probability of 1 / rank; other characters are rare.
+    """
+    counts, best, common = Counter(text.lower()), -math.inf, 0
+    for letter in filter(str.isascii, list(counts)):
+        common += counts.pop(letter) * (-3 if letter.isprintable() or letter.isspace() else -12)
+    for language in languages.split():
+        is_asian, total = language > "\u3000", common
+        share = 0.1 if language < "ɐ" else 0.5 if is_asian else 1.0  # of these letters in a text
+        share /= sum(1 / (rank + 2) for rank in range(len(language)))
+        known = {letter: math.log(share / (rank + 2)) for rank, letter in enumerate(language)}
+        known = dict.fromkeys(MARKS, -7) | known
+        for letter, count in counts.items():
+            rare = -9 if is_asian and "\u3000" <= letter <= "\ud7a3" else -12
+            total += count * known.get(letter, rare)
+        best = max(best, total)
     return best
-
-
-def is_case_change(first, second):
-    """Whether a lower-case letter is followed by an upper-case one, as in words read as another encoding."""
-    return first.islower() and second.isupper()
-
-
-def log_likelihood(counts, language):
-    """The logarithm of the probability of {letter: count} in a language: 1 / rank of each of its letters."""
-    share = 0.1 if language < "ɐ" else 0.5 if language > "\u3000" else 1.0  # of these letters in a text
-    share /= sum(1 / (rank + 2) for rank in range(len(language)))
-    known = {letter: math.log(share / (rank + 2)) for rank, letter in enumerate(language)}
-    total = 0.0
-    for letter, count in counts.items():
-        letter = letter.lower()[:1]
-        if letter.isascii():
-            unknown = -3 if letter.isprintable() or letter.isspace() else -12
-        elif language > "\u3000" and "\u3000" <= letter <= "\ud7a3":
-            unknown = -9  # one of 10,000 characters
-        else:
-            unknown = -7 if letter in MARKS else -12
-        total += count * known.get(letter, unknown)
-    return total
 
 
 # -----------------------------------------------------------------------------
