@@ -717,8 +717,8 @@ class TextReader:
         if suffix_of(file) == ".parquet" and first_rows:
             name = next(iter(first_rows[0][1]))  # its only column
         if name is None:
-            if suffix_of(file) in (".json", ".csv", ".tsv") or not first_rows:
-                return False
+            if not first_rows or suffix_of(file) in (".json", ".csv", ".tsv"):
+                return not first_rows and suffix_of(file) != ".json"
             raise DataError(f"{file}: {describe_fields(first_rows)}.\n{NAME_FIELD}")
         for place, row in chain(first_rows, rows):
             row, begin, faults = row if isinstance(row, dict) else {}, text.size, []
@@ -842,7 +842,7 @@ def read_csv(file, stream, reader):
     names = [name.strip() for name in next(rows, (0, []))[1]]
     name = reader.text_field or next((name for name in TEXT_FIELDS if name in names), None)
     if name not in names:
-        yield "line 1", {}
+        yield from [("line 1", {})] * bool(names)
         return
     column = names.index(name)
     for line, cells in rows:

@@ -348,6 +348,14 @@ def test_a_named_field_may_begin_late_but_must_exist(tmp_path):
     assert read(tmp_path / "empty.jsonl", "", text_field="poem") == ([], [])
 
 
+@pytest.mark.parametrize(
+    "name, content", [("a.jsonl", ""), ("b.jsonl", "\n \n"), ("a.csv", "id,text\n"), ("b.csv", "")]
+)
+def test_tables_without_rows_have_no_documents(tmp_path, name, content):
+    assert read(tmp_path / name, content) == ([], [])
+    assert read(tmp_path / name, content, text_field="text") == ([], [])
+
+
 # -----------------------------------------------------------------------------
 # CSV and TSV
 
