@@ -687,10 +687,14 @@ class TextReader:
         separator = self.separator or ("<|endoftext|>" if suffix_of(file) in (".txt", ".text") else None)
         if separator and not self.plain:
             line_end = rb"(?>\r\n?|\n)"  # of any kind; the atomic group never ends inside of \r\n
-            pattern = line_end.join(re.escape(part.encode()) for part in separator.split("\n"))
-            pattern, at = rb"%b?%b%b?" % (line_end, pattern, line_end), begin
+            parts, at = [part.encode() for part in separator.split("\n")], begin
+            pattern = rb"%b?%b%b?" % (line_end, line_end.join(map(re.escape, parts)), line_end)
             while at < text.size:
-                for match in re.finditer(pattern, text[at : at + BLOCK + 2 * len(separator.encode()) + 4]):
+                block = text[at : at + BLOCK + 2 * len(separator.encode()) + 4]
+                matches = (
+                    re.finditer(pattern, block) if max(parts, key=len) in block else ()
+                )  # `in` is faster
+                for match in matches:
                     if match.start() < BLOCK:  # later ones may be cut off; the next block finds them
                         text.add_document(begin, at + match.start())
                         begin = at + match.end()
