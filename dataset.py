@@ -691,10 +691,8 @@ class TextReader:
             pattern = rb"%b?%b%b?" % (line_end, line_end.join(map(re.escape, parts)), line_end)
             while at < text.size:
                 block = text[at : at + BLOCK + 2 * len(separator.encode()) + 4]
-                matches = (
-                    re.finditer(pattern, block) if max(parts, key=len) in block else ()
-                )  # `in` is faster
-                for match in matches:
+                contains_it = max(parts, key=len) in block  # much faster than a pattern
+                for match in re.finditer(pattern, block) if contains_it else ():
                     if match.start() < BLOCK:  # later ones may be cut off; the next block finds them
                         text.add_document(begin, at + match.start())
                         begin = at + match.end()
