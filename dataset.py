@@ -711,13 +711,13 @@ class TextReader:
         first_rows, count, bad, first_bad = [], 0, Counter(), {}
         try:
             first_rows += islice(rows, 16)
-        except (ValueError, csv.Error):
+        except (ValueError, RecursionError):
             if suffix_of(file) == ".parquet" or self.text_field or find_text_field(first_rows):
                 raise
             return False
         name = self.text_field or find_text_field(first_rows)
-        if suffix_of(file) == ".parquet" and first_rows:
-            name = next(iter(first_rows[0][1]))  # its only column
+        if not name and suffix_of(file) in (".csv", ".tsv", ".parquet"):
+            name = next((name for _, row in first_rows for name in row if name), None)  # their only column
         if name is None:
             if not first_rows or suffix_of(file) in (".json", ".csv", ".tsv"):
                 return not first_rows and suffix_of(file) != ".json"
@@ -836,7 +836,8 @@ def read_csv(file, stream, reader):
     header, usual, other = stream.readline(), csv.QUOTE_MINIMAL, csv.QUOTE_NONE
     if suffix_of(file) == ".tsv":
         usual, other = other, usual
-    table = partial(read_table, file, stream.encoding, delimiter := max("\t,;", key=header.count))
+    delimiter = max("\x1f\t,;", key=header.count)  # a table of one column has none, so 1F
+    table = partial(read_table, file, stream.encoding, delimiter)
     if (number := count_misfits(table(usual))) and count_misfits(table(other)) < number:
         reader.note(f"tables read with{'out' * (usual == csv.QUOTE_MINIMAL)} quotes around cells", file)
         usual = other
@@ -844,15 +845,14 @@ def read_csv(file, stream, reader):
     names = [name.strip() for name in next(rows, (0, []))[1]]
     name = reader.text_field or next((name for name in TEXT_FIELDS if name in names), None)
     if name not in names:
-        yield from [("line 1", {})] * bool(names)
+        yield from [("line 1", {})] * bool(header)
         return
     column = names.index(name)
     for line, cells in rows:
-        surplus = len(cells) - len(names)
-        row = {MISFIT: True} if surplus else {}
-        if column < len(cells):  # surplus cells come from separators in the text
-            row[name] = delimiter.join(cells[column : column + 1 + max(0, surplus)])
-        yield f"line {line}", row
+        surplus = len(cells) - len(names)  # surplus cells come from separators in the text
+        content = delimiter.join(cells[column : column + 1 + max(0, surplus)])
+        row = {name: content if column < len(cells) else None}
+        yield f"line {line}", row | ({MISFIT: True} if surplus else {})
 
 
 def read_table(file, encoding, delimiter, quoting, strict=True):

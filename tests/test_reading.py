@@ -315,6 +315,11 @@ def test_a_json_value_that_is_too_long_is_an_error(tmp_path, monkeypatch):
     assert read(tmp_path / "a.json", broken)[0] == [broken]
 
 
+def test_json_that_is_nested_too_deeply_is_plain_text(tmp_path):
+    for content in ("[" * 100_000, '{"a":' * 5000 + "1" + "}" * 5000):
+        assert read(tmp_path / "a.json", content)[0] == [content]
+
+
 # -----------------------------------------------------------------------------
 # Rows without a text
 
@@ -424,6 +429,16 @@ def test_cells_of_many_lines_and_one_column(tmp_path):
         "Hello, world",
         "and more, too",
     ]
+
+
+def test_broken_rows_at_the_beginning_do_not_hide_the_table(tmp_path):
+    rows = "".join(f'{n},"a" b\n' for n in range(20)) + "".join(f'{n},"text, {n}"\n' for n in range(3000))
+    found, notes = read(tmp_path / "a.csv", "id,text\n" + rows)
+    assert found == [f"text, {n}" for n in range(3000)]
+    assert notes == ["rows without a text: 20 (a.csv)", f"{MISFITS}: 20 (a.csv)"]
+    for header in ('id,"te"xt\n', '"id,text\n'):
+        found, notes = read(tmp_path / "a.csv", header + rows)
+        assert found == [header + rows] and "read as plain text: 1 (a.csv)" in notes[-1]
 
 
 # -----------------------------------------------------------------------------
