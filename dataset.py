@@ -687,14 +687,15 @@ class TextReader:
         separator = self.separator or ("<|endoftext|>" if suffix_of(file) in (".txt", ".text") else None)
         if separator and not self.plain:
             line_end = rb"(?>\r\n?|\n)"  # of any kind; the atomic group never ends inside of \r\n
-            parts, at = [part.encode() for part in separator.split("\n")], begin
-            pattern = rb"%b?%b%b?" % (line_end, line_end.join(map(re.escape, parts)), line_end)
+            parts, at = [re.escape(part.encode()) for part in separator.split("\n")], begin
+            pattern = line_end.join(parts) + line_end + b"?"  # fast if it begins with a letter
             while at < text.size:
-                block = text[at : at + BLOCK + 2 * len(separator.encode()) + 4]
-                contains_it = max(parts, key=len) in block  # much faster than a pattern
-                for match in re.finditer(pattern, block) if contains_it else ():
+                block = text[at : at + BLOCK + 2 * len(separator.encode()) + 2]
+                for match in re.finditer(pattern, block):
                     if match.start() < BLOCK:  # later ones may be cut off; the next block finds them
-                        text.add_document(begin, at + match.start())
+                        end = at + match.start()
+                        end -= len(re.search(rb"(\r\n?|\n)?\Z", text[max(begin, end - 2) : end])[0])
+                        text.add_document(begin, end)
                         begin = at + match.end()
                 at = max(at + BLOCK, begin)
         text.add_document(begin, text.size)
