@@ -256,10 +256,10 @@ def test_zstd_frames(tmp_path):
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
-@pytest.mark.parametrize("separator", ["\\n\\n", "\n\n", "\\r\\n\\r\\n", "\\n---\\n", "%%"])
+@pytest.mark.parametrize("separator", ["\\n\\n", "\n\n", "\\r\\n\\r\\n", "\\r\\r", "\\n---\\n", "%%"])
 def test_a_separator_means_line_ends_of_any_kind(tmp_path, monkeypatch, end, separator):
     texts = [prose(n, 9).replace(". ", "." + end) for n in range(300)]
-    between = separator.replace("\\r", "").replace("\\n", "\n").replace("\n", end)
+    between = separator.replace("\\r\\n", "\n").replace("\\r", "\n").replace("\\n", "\n").replace("\n", end)
     for block in (50, 2**20):
         monkeypatch.setattr(dataset, "BLOCK", block)
         found, notes = read(tmp_path / "a.txt", between.join(texts).encode(), separator=separator)
