@@ -79,7 +79,7 @@ BYTE_ORDER_MARKS = {  # UTF-32 first: its little-endian mark begins with UTF-16'
     **{codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"},
 }
 # Encodings other than UTF-8: the letters of languages that are written in them, the most frequent first,
-# without those of ASCII. The first encodings are the more common ones.
+# without those of ASCII. The first encodings are the more common ones. Escapes are vowel signs.
 LETTERS = {
     "cp1252 mac_roman cp437 cp850": """éèàêçùôâîûïëœ óíáéñúü¿¡ ãçáéíõóêâúôà èàùòéì üäößé öäåé æøåé áíðöéóþúæý
         éëïèü ëç äõüöšž""",  # French Spanish Portuguese Italian German Swedish Danish Icelandic Dutch …
@@ -89,8 +89,8 @@ LETTERS = {
     "cp1257": "ėšįųūžčąę āīēšūņģļķčž äõüöšž",  # Lithuanian Latvian Estonian
     "cp1251 koi8_r koi8_u cp866 iso8859_5 mac_cyrillic": "оеаинтсрвлкмдпуяыьгзбчйхжшюцщэфъёіїєґјљњћђџѓќѕў",
     "cp1253 iso8859_7": "αοιετσνηυρπκμλςίόάέγύδήθφώβχξζψϊϋ",
-    "cp1255": "יוהלאתרמבשנםכדעחקפגטצןזסףךץ",
-    "cp1256 iso8859_6": "اليمنرتبوةدعسفهكقحجأشطصىخإضذئزثءغظؤآ،پچژگ",
+    "cp1255": "יוהלאתרמבשנםכדעחקפגטצןזסףךץ\u05b7\u05b8\u05b0\u05bc\u05b4\u05b6\u05b5\u05b9",
+    "cp1256 iso8859_6": "اليمنرتبوةدعسفهكقحجأشطصىخإضذئزثءغظؤآ،پچژگ\u064e\u0650\u064f\u0651\u0652\u064b",
     "cp874": "านรอก่เงมยลวด้ทสตะปบคัีิแหจพโช็ขไใผณุูศธซถญฟฉษฝภึ์ืำ",
     "cp932 euc_jp": "のいるをにたがはてとしでなれかさもっすらこまりうあけよくんーンス、。",
     "gb18030": "的一是不了在人有我他这个们中来上大为和国地到以说时要就出会可也你，。",

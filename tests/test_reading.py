@@ -47,10 +47,13 @@ JAPANESE += " 人間は、理性と良心とを授けられており、 互い�
 CHINESE = "人人生而自由， 在尊严和权利上一律平等。 他们赋有理性和良心， 并应以兄弟关系的精神相对待。"
 TAIWANESE = "人人生而自由， 在尊嚴和權利上一律平等。 他們賦有理性和良心， 並應以兄弟關係的精神相對待。"
 
+VOWELS = "صِف خَلقَ خَودِ كَمِثلِ الشَمسِ إِذ بَزَغَت يَحظى الضَجيعُ بِها نَجلاءَ مِعطارِ"
+
 ENCODED = {
     **{"cp1252": FRENCH, "mac_roman": FRENCH, "cp437": GERMAN},
     **{"cp1250": POLISH, "iso8859_2": CZECH, "cp1250 Hungarian": HUNGARIAN},
     **{"cp1254": TURKISH, "cp1257": LITHUANIAN, "cp1253": GREEK, "cp1255": HEBREW, "cp1256": ARABIC},
+    **{"cp1256 with vowels": VOWELS, "iso8859_7": GREEK, "iso8859_6": ARABIC},
     **{"cp1251": RUSSIAN, "koi8_r": RUSSIAN, "cp866": RUSSIAN, "iso8859_5": RUSSIAN, "mac_cyrillic": RUSSIAN},
     **{"cp1251 Ukrainian": UKRAINIAN, "koi8_u": UKRAINIAN, "cp874": THAI, "cp949": KOREAN},
     **{"cp932": JAPANESE, "euc_jp": JAPANESE, "gb18030": CHINESE, "big5": TAIWANESE},
