@@ -32,6 +32,7 @@ import unicodedata
 from array import array
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import chain, islice
@@ -71,15 +72,35 @@ DATA_FILES = (".txt", ".text", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".p
 # Words in a data file's name that mark it as held out. The lowest number present is the validation split.
 HELD_OUT = {"val": 0, "valid": 0, "validation": 0, "dev": 1, "test": 2, "eval": 3, "heldout": 4}
 TEXT_FIELDS = "text content story document body article passage page_content raw_content contents".split()
-STRING_TYPE = re.compile("(large_)?string|dictionary<values=string")  # pyarrow's names of string types
+TEXT_TYPE = re.compile(r"(dictionary<values=)?(large_)?(string|binary)\b")  # pyarrow's names of types
 BYTE_ORDER_MARKS = {  # UTF-32 first: its little-endian mark begins with UTF-16's
     codecs.BOM_UTF8: "utf-8-sig",
     **{codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"},
     **{codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"},
 }
-ENCODINGS = """
-    cp1252 cp1250 cp1251 cp1253 cp1254 cp1255 cp1256 cp1257 koi8_r mac_roman cp437 cp850 cp866
-    cp932 euc_jp gb18030 big5 cp949""".split()
+# Encodings other than UTF-8: the letters of languages that are written in them, the most frequent first,
+# without those of ASCII. The first encodings are the more common ones. Escapes are vowel signs.
+LETTERS = {
+    "cp1252 mac_roman cp437 cp850": """éèàêçùôâîûïëœ óíáéñúü¿¡ ãçáéíõóêâúôà èàùòéì üäößé öäåé æøåé áíðöéóþúæý
+        éëïèü ëç äõüöšž""",  # French Spanish Portuguese Italian German Swedish Danish Icelandic Dutch …
+    "cp1250 iso8859_2 cp852": """łóęążśćńź áíéěýřžčšůúťňďó áíčéýžšúľťôňóäď áéöóüőíúű ăîâşţșț
+        čšžćđ""",  # Polish Czech Slovak Hungarian Romanian Croatian
+    "cp1254": "ışğüçöâî",
+    "cp1257": "ėšįųūžčąę āīēšūņģļķčž äõüöšž",  # Lithuanian Latvian Estonian
+    "cp1251 koi8_r koi8_u cp866 iso8859_5 mac_cyrillic": "оеаинтсрвлкмдпуяыьгзбчйхжшюцщэфъёіїєґјљњћђџѓќѕў",
+    "cp1253 iso8859_7": "αοιετσνηυρπκμλςίόάέγύδήθφώβχξζψϊϋ",
+    "cp1255": "יוהלאתרמבשנםכדעחקפגטצןזסףךץ\u05b7\u05b8\u05b0\u05bc\u05b4\u05b6\u05b5\u05b9",
+    "cp1256 iso8859_6": "اليمنرتبوةدعسفهكقحجأشطصىخإضذئزثءغظؤآ،پچژگ\u064e\u0650\u064f\u0651\u0652\u064b",
+    "cp874": "านรอก่เงมยลวด้ทสตะปบคัีิแหจพโช็ขไใผณุูศธซถญฟฉษฝภึ์ืำ",
+    "cp932 euc_jp": "のいるをにたがはてとしでなれかさもっすらこまりうあけよくんーンス、。",
+    "gb18030": "的一是不了在人有我他这个们中来上大为和国地到以说时要就出会可也你，。",
+    "big5": "的一是不了在人有我他這個們中來上大為和國地到以說時要就出會可也你，。",
+    "cp949": "이다는을가의에고지하로한은도를기리사자어시나대해아인라서정일과수그보으니제",
+}
+MARKS = "’“”–…—\u00a0«»„‚‘°€£§©®™²³·•±µ×½─│┌┐└┘═║░▒▓█"  # in any language
+# Two letters that no word contains: of two scripts, or an upper-case letter after a lower-case one
+ODD_PAIR = "[A-Za-zß-ɏ][Ͱ-\u0fff]|[Ͱ-\u0fff][A-Za-zß-ɏ]|[a-zß-ÿα-ωа-џ][A-ZÀ-ÞΑ-ΩЀ-Я]"
+MISFIT = None  # key of a row of a table that has another number of cells than the header
 
 # Advice that several errors share
 FIX_FILE = "Fix the file, or remove it."
@@ -549,7 +570,7 @@ class TextReader:
     """
     Reads text files of any supported type.
 
-    text_field: field or column that contains the text; None: the first of TEXT_FIELDS that is a string
+    text_field: field or column that contains the text, even if many rows lack it; None: one of TEXT_FIELDS
     separator: separates documents in a plain text file; None: <|endoftext|> in .txt files
     plain: read every file as UTF-8, one document per file
     left_out: [(path, reason)]; notes: {note: {file name: count}}; empty_files: number without a document
@@ -557,7 +578,8 @@ class TextReader:
 
     def __init__(self, text_field=None, separator=None, plain=False):
         self.text_field, self.plain = text_field, plain
-        self.separator = (separator or "").replace("\\n", "\n") or None  # a shell passes \n as two letters
+        separator = (separator or "").replace("\\r", "\r").replace("\\n", "\n")  # a shell passes two letters
+        self.separator = re.sub("\r\n?", "\n", separator) or None
         self.left_out, self.notes, self.empty_files = [], {}, 0
 
     def note(self, what, file, count=1):
@@ -581,27 +603,32 @@ class TextReader:
             what = f"reading {file} needs the package {error.name}"
             raise DataError(f"{what}.\nRun `pip install {error.name}`.") from None
         except Exception as error:  # the libraries that read files raise many types
-            if getattr(error, "errno", None) == errno.ENOSPC:  # the disk of the Text is full
+            error_number = getattr(error, "errno", None)
+            if error_number == errno.ENOSPC:  # the disk of the Text is full
                 raise
             reason = getattr(error, "strerror", None) or str(error).split("\n")[0] or type(error).__name__
-            raise DataError(f"{file} cannot be read: {reason.rstrip('.')}.\n{FIX_FILE}") from None
+            what, advice = f"{file} cannot be read: {reason.rstrip('.')}", FIX_FILE
+            if file.suffix.lower() in COMPRESSED and not error_number and not isinstance(error, ValueError):
+                what = f"{file} is cut off or damaged: {reason.rstrip('.')}"
+                advice = "Copy or download it again, or remove it."
+            raise DataError(f"{what}.\n{advice}") from None
         self.empty_files += is_text and text.num_documents == before
 
     def add_documents(self, file, text):
         """Append the documents of a file to a Text -> False if the file is not text."""
         suffix = suffix_of(file)
         if suffix == ".parquet":
-            self.add_rows(file, read_parquet(file, self.text_field), text)
+            self.add_rows(file, read_parquet(file, self), text)
             return True
         encoding = self.find_encoding(file)
         if encoding is None:
             return False
         if suffix in TABLES:
             with open_text(file, encoding) as stream:
-                if self.add_rows(file, TABLES[suffix](file, stream), text):
+                if self.add_rows(file, TABLES[suffix](file, stream, self), text):
                     return True
-            if suffix in (".csv", ".tsv"):
-                self.note("tables without a known text column, read as plain text", file)
+            what = "JSON files" if suffix == ".json" else "tables"
+            self.note(f"{what} without a known text column, read as plain text", file)
         with open_text(file, encoding) as stream:
             self.add_plain_text(file, stream, text)
         return True
@@ -609,105 +636,141 @@ class TextReader:
     def find_encoding(self, file):
         """The encoding of a text file, or None if it is not text. Reads the file once."""
         decoder = codecs.getincrementaldecoder("utf-8")()
+        valid, invalid, sample = 0, 0, b""  # characters beyond ASCII; words that contain them
         with open_bytes(file) as stream:
             block = stream.read(BLOCK)
             mark = next((mark for mark in BYTE_ORDER_MARKS if block.startswith(mark)), None)
             if mark and not self.plain:
                 return BYTE_ORDER_MARKS[mark]
-            if b"\0" in block[:8192]:
-                self.left_out.append((str(file), "not text: contains a zero byte"))
-                return None
-            try:
-                while block and not self.plain:
-                    decoder.decode(block)
-                    sample, block = block, stream.read(BLOCK)
-                decoder.decode(b"", final=True)
-                return "utf-8"
-            except UnicodeDecodeError as error:
-                begin = max(0, error.start - 1000)
-                encoding = guess_encoding((block or sample)[begin : begin + 2**16])
-        damaged = "UTF-8 files with invalid bytes, replaced by U+FFFD"
-        self.note(damaged if encoding == "utf-8" else f"files read as {encoding}", file)
+            beginning, encoding, is_first = block[:8192], None, True
+            if b"\0" in beginning:
+                encoding = None if self.plain else guess_utf16(beginning)
+                if not encoding:
+                    self.left_out.append((str(file), "not text: contains a zero byte"))
+                    return None
+            while block and not self.plain and not encoding:
+                try:
+                    text = decoder.decode(block)
+                except UnicodeDecodeError:
+                    decoder.errors = "replace"
+                    text = decoder.decode(block)
+                    decoder.errors = "strict"
+                    invalid += text.count("\ufffd")
+                    if len(sample) < 2**14:  # the first word of a later block may begin inside a character
+                        words = (word for word in block.split()[not is_first :] if not word.isascii())
+                        sample += b" ".join(words)[: 2**12] + b"\n"
+                if not text.isascii():
+                    valid += len(text) - len(block.translate(None, bytes(range(128, 256))))
+                block, is_first = stream.read(BLOCK), False
+        if b"\x1b$" in beginning and not invalid and not self.plain:  # bytes that switch to other characters
+            encoding = "iso2022_kr" if b"\x1b$)C" in beginning else "iso2022_jp_ext"
+        if not encoding and invalid <= valid - invalid:  # mostly valid; some bytes may be damaged
+            return "utf-8"
+        encoding = encoding or guess_utf16(beginning) or guess_encoding(sample)
+        self.note(f"files read as {encoding}", file)
         return encoding
+
+    def write(self, content, file, text):
+        """Append a string to a Text. Byte order marks are removed; files that were joined contain some."""
+        if not self.plain:
+            if "\ufffd" in content:
+                self.note("unreadable characters (U+FFFD)", file, content.count("\ufffd"))
+            if "\ufeff" in content:
+                self.note("byte order marks inside a text, removed", file, content.count("\ufeff"))
+                content = content.replace("\ufeff", "")
+        text.write(content)
 
     def add_plain_text(self, file, stream, text):
         """Append plain text, split into documents at the separator and one line end on each side of it."""
         begin, before = text.size, text.num_documents
         for block in iter(partial(stream.read, BLOCK), ""):
-            text.write(block)
+            self.write(block, file, text)
         separator = self.separator or ("<|endoftext|>" if suffix_of(file) in (".txt", ".text") else None)
         if separator and not self.plain:
-            pattern, at = rb"(?:\r?\n)?%b(?:\r?\n)?" % re.escape(separator.encode()), begin
+            line_end = rb"(?>\r\n?|\n)"  # of any kind; the atomic group never ends inside of \r\n
+            parts, at = [re.escape(part.encode()) for part in separator.split("\n")], begin
+            pattern = line_end.join(parts) + line_end + b"?"  # fast if it begins with a letter
             while at < text.size:
-                for match in re.finditer(pattern, text[at : at + BLOCK + len(separator.encode()) + 4]):
+                block = text[at : at + BLOCK + 2 * len(separator.encode()) + 2]
+                for match in re.finditer(pattern, block):
                     if match.start() < BLOCK:  # later ones may be cut off; the next block finds them
-                        text.add_document(begin, at + match.start())
+                        end = at + match.start()
+                        end -= len(re.search(rb"(\r\n?|\n)?\Z", text[max(begin, end - 2) : end])[0])
+                        text.add_document(begin, end)
                         begin = at + match.end()
                 at = max(at + BLOCK, begin)
         text.add_document(begin, text.size)
         if (documents := text.num_documents - before) > 1:
             self.note(f"documents separated by {separator!r}", file, documents)
+        elif self.separator and documents:
+            self.note(f"files in which {separator!r} separates nothing", file)
 
     def add_rows(self, file, rows, text):
         """
         Append the texts of (place, row) pairs as documents -> False if this is not a table of texts.
-        Rows without a text are counted; DataError if there are more than 1% of them.
+        Bad rows are counted. DataError if there are many of them, unless the user has named the field.
         """
-        first_rows, first_missing, missing, count = [], None, 0, 0
+        first_rows, count, bad, first_bad = [], 0, Counter(), {}
         try:
             first_rows += islice(rows, 16)
-        except (ValueError, csv.Error):
-            if suffix_of(file) == ".parquet" or find_text_field(file, first_rows, self.text_field):
+        except (ValueError, RecursionError):
+            if suffix_of(file) == ".parquet" or self.text_field or find_text_field(first_rows):
                 raise
             return False
-        name = find_text_field(file, first_rows, self.text_field)
+        name = self.text_field or find_text_field(first_rows)
+        if not name and suffix_of(file) in (".csv", ".tsv", ".parquet"):
+            name = next((name for _, row in first_rows for name in row if name), None)  # their only column
         if name is None:
-            return False
+            if not first_rows or suffix_of(file) in (".json", ".csv", ".tsv"):
+                return not first_rows and suffix_of(file) != ".json"
+            raise DataError(f"{file}: {describe_fields(first_rows)}.\n{NAME_FIELD}")
         for place, row in chain(first_rows, rows):
-            content, begin = row.get(name) if isinstance(row, dict) else None, text.size
-            count += 1
-            if isinstance(content, str):
-                text.write(content)
+            row, begin, faults = row if isinstance(row, dict) else {}, text.size, []
+            if isinstance(content := row.get(name), str):
+                self.write(content, file, text)
                 text.add_document(begin, text.size)
             else:
-                first_missing, missing = first_missing or place, missing + 1
-        if missing > 0.01 * count:
-            what = f"the field {name} is missing or not a string (in {missing:,} of {count:,} rows)"
-            raise DataError(f"{file}, {first_missing}: {what}.\n{NAME_FIELD}")
-        if missing:
-            self.note("rows without a text", file, missing)
+                faults.append("without a text")
+            if MISFIT in row:
+                faults.append("with another number of cells than the header")
+            for fault in faults:
+                bad[fault] += 1
+                first_bad.setdefault(fault, place)
+            count += 1
+        if bad["without a text"] == count > 0:
+            raise DataError(f"{file} has no field {name} with strings.\n{NAME_FIELD}")
+        for fault, number in bad.items():
+            if number > max(0.01 * count, min(10, 0.1 * count)) and not self.text_field:
+                what = f"{number:,} of {count:,} rows are {fault} (field {name})"
+                advice = f"Fix them, or pass --text-field {name} to accept them."
+                raise DataError(f"{file}, {first_bad[fault]}: {what}.\n{advice}")
+            self.note(f"rows {fault}", file, number)
         if name != (self.text_field or "text"):
-            self.note(f"texts read from the field {name}", file, count - missing)
+            self.note(f"texts read from the field {name}", file, count - bad["without a text"])
         return True
 
 
-def find_text_field(file, rows, text_field):
-    """
-    The name of the field with the text, found in the first (place, value) rows: text_field, or the first of
-    TEXT_FIELDS that is a string. None if the file can be read as plain text instead, otherwise DataError.
-    """
+def find_text_field(rows, names=TEXT_FIELDS):
+    """The first of the names that is a field with a string in one of the (place, row) pairs, or None."""
     rows = [row for _, row in rows if isinstance(row, dict)]
-    strings = {name for row in rows for name, value in row.items() if isinstance(value, str)}
-    names = [text_field] if text_field else TEXT_FIELDS
-    if name := next((name for name in names if name in strings), None):
-        return name
-    if text_field:
-        raise DataError(f"{file} has no field {text_field} with strings.\n{NAME_FIELD}")
-    if suffix_of(file) in (".json", ".csv", ".tsv"):
-        return None
-    what = "its lines are not JSON objects"
-    if rows:
-        what = f"none of its fields is known to contain the text: {', '.join(rows[0])}"
+    return next((name for name in names if any(isinstance(row.get(name), str) for row in rows)), None)
+
+
+def describe_fields(rows):
+    """Why the (place, row) pairs have no known text."""
+    rows = [row for _, row in rows if isinstance(row, dict)]
     for name, value in rows[0].items() if rows else ():
         if isinstance(value, list) and value and isinstance(value[0], dict):
-            what = f"its field {name} contains chats (lists of turns), not texts"
-    raise DataError(f"{file}: {what}.\n{NAME_FIELD}")
+            return f"its field {name} contains chats (lists of turns), not texts"
+    if rows:
+        return f"none of its fields is known to contain the text: {', '.join(rows[0])}"
+    return "its lines are not JSON objects"
 
 
-def read_json_lines(file, stream):
+def read_json_lines(file, stream, reader):
     """Yield (place, value) for each line that is not blank."""
     for number, line in enumerate(stream, 1):
-        if line.strip():
+        if line := line.strip().strip("\ufeff"):  # files with byte order marks may have been joined
             try:
                 yield f"line {number}", json.loads(line)
             except ValueError:
@@ -715,55 +778,127 @@ def read_json_lines(file, stream):
                 raise DataError(f"{what}.\nFix or delete that line.") from None
 
 
-def read_json(file, stream):
+def read_json(file, stream, reader):
+    """
+    Yield (place, value) for each value of a JSON array, or of values one after another. If the only value is
+    an object without a text, yield the rows of the list with texts that it contains, if there is one.
+    """
+    values, names = read_values(file, stream), [reader.text_field] if reader.text_field else TEXT_FIELDS
+    first = list(islice(values, 2))
+    if len(first) == 1 and not find_text_field(first, names):
+        lists = [rows for rows in find_lists(first[0][1]) if find_text_field(enumerate(rows), names)]
+        if len(lists) == 1:
+            reader.note("rows read from a list inside a JSON object", file, len(lists[0]))
+            first = ((f"row {number}", row) for number, row in enumerate(lists[0], 1))
+    yield from chain(first, values)
+
+
+def find_lists(value):
+    """Yield the lists in a JSON object and in the objects in it."""
+    if isinstance(value, list):
+        yield value
+    for child in value.values() if isinstance(value, dict) else ():
+        yield from find_lists(child)
+
+
+def read_values(file, stream):
     """Yield (place, value) for each value of a JSON array, or of values one after another; else nothing."""
     decoder, text, count = json.JSONDecoder(), stream.read(BLOCK).lstrip(), 0
     if not text.startswith(("[", "{")):
         return
     at = int(text.startswith("["))
     while True:
-        at = re.compile(r"[\s,]*").match(text, at).end()
+        at = re.compile(r"[\s,\ufeff]*").match(text, at).end()
         try:
             value, at = decoder.raw_decode(text, at)
-        except ValueError:  # either invalid, or the rest of the value has not been read yet
+        except json.JSONDecodeError as error:  # invalid, or not read to its end yet
+            if error.pos < len(text) - 16 and not error.msg.startswith("Unterminated"):
+                raise
             text, at, more = text[at:], 0, stream.read(max(BLOCK, len(text)))
             if not more and text.strip() in ("", "]"):
                 return
-            if not more or len(text) > 64 * BLOCK:
+            if not more:
                 raise
+            if len(text) > 256 * BLOCK:
+                what = f"{file}: value {count + 1} is longer than {256 * BLOCK:,} characters"
+                raise DataError(f"{what}.\nWrite its rows as JSON lines, or remove the file.") from None
             text += more
         else:
             count += 1
             yield f"value {count}", value
 
 
-def read_csv(file, stream):
-    """Yield (place, {column: text}) for each row of a table with a header, separated by , or ; or tabs."""
+def read_csv(file, stream, reader):
+    """
+    Yield (place, {column: text}) for each row of a table with a header, separated by , or ; or tabs, only
+    with the column of the text. In .tsv files quotes belong to the text and in others they enclose cells,
+    unless more rows have as many cells as the header in the other way.
+    """
     csv.field_size_limit(2**31 - 1)
-    header = stream.readline()
-    lines = csv.reader(chain([header], stream), delimiter=max("\t,;", key=header.count))
-    names = next(lines, [])
-    for row in lines:
-        if row:
-            yield f"line {lines.line_num}", dict(zip(names, row))
+    header, usual, other = stream.readline(), csv.QUOTE_MINIMAL, csv.QUOTE_NONE
+    if suffix_of(file) == ".tsv":
+        usual, other = other, usual
+    delimiter = max("\x1f\t,;", key=header.count)  # a table of one column has none, so 1F
+    table = partial(read_table, file, stream.encoding, delimiter)
+    if (misfits := count_misfits(table(usual))) and count_misfits(table(other)) < misfits:
+        usual, how = other, "without" if other == csv.QUOTE_NONE else "with"
+        reader.note(f"tables read {how} quotes around cells", file)
+    rows = table(usual, strict=not reader.text_field)
+    names = [name.strip() for name in next(rows, (0, []))[1]]
+    name = reader.text_field or next((name for name in TEXT_FIELDS if name in names), None)
+    if name not in names:
+        if header:
+            yield "line 1", {}
+        return
+    column = names.index(name)
+    for line, cells in rows:
+        surplus = len(cells) - len(names)  # surplus cells come from separators in the text
+        content = delimiter.join(cells[column : column + 1 + max(0, surplus)])
+        row = {name: content if column < len(cells) else None}
+        yield f"line {line}", row | ({MISFIT: True} if surplus else {})
 
 
-def read_parquet(file, text_field):
+def read_table(file, encoding, delimiter, quoting, strict=True):
+    """Yield (line number, cells) for each row of a table; no cells if its quotes are in wrong places."""
+    with open_text(file, encoding) as stream:
+        lines = csv.reader(stream, delimiter=delimiter, quoting=quoting, strict=strict)
+        while True:
+            try:
+                for cells in filter(None, lines):
+                    yield lines.line_num, cells
+                return
+            except csv.Error:
+                yield lines.line_num, []
+
+
+def count_misfits(rows):
+    """The number of rows of read_table that have another number of cells than the first row."""
+    width = len(next(rows, (0, []))[1])
+    return sum(len(cells) != width for _, cells in rows)
+
+
+def read_parquet(file, reader):
     """Yield (place, {column: text}) for each row, only with the column of the text. Raises DataError."""
-    import pyarrow.parquet as parquet  # optional dependency
+    import pyarrow  # optional dependency
+    import pyarrow.parquet as parquet
 
+    if [int(number) for number in re.findall(r"\d+", pyarrow.__version__)[:3]] < [14, 0, 1]:
+        what = f"pyarrow {pyarrow.__version__} can run code that a Parquet file contains (CVE-2023-47248)"
+        raise DataError(f"{what}.\nRun `pip install --upgrade pyarrow`.")
     table, count = parquet.ParquetFile(file, buffer_size=BLOCK), 0
     types = {column.name: str(column.type) for column in table.schema_arrow}
-    names = [text_field] if text_field else TEXT_FIELDS
-    name = next((name for name in names if STRING_TYPE.match(types.get(name, ""))), None)
+    names = [reader.text_field] if reader.text_field else TEXT_FIELDS
+    name = next((name for name in names if TEXT_TYPE.match(types.get(name, ""))), None)
     if name is None:
         columns = ", ".join(f"{name} ({kind})" for name, kind in types.items())
-        what = f"{file} has no column {text_field or 'text'} of strings; its columns are {columns}"
+        what = f"{file} has no column {reader.text_field or 'text'} of strings; its columns are {columns}"
         raise DataError(f"{what}.\n{NAME_FIELD}")
     for batch in table.iter_batches(batch_size=64, columns=[name]):
-        for text in batch.column(name).cast("string").to_pylist():
-            count += 1
-            yield f"row {count}", {name: text}
+        for content in batch.column(name).cast("binary").to_pylist():
+            row, count = {name: None}, count + 1
+            with suppress(AttributeError, UnicodeDecodeError):  # null, or bytes that are no text
+                row[name] = content.decode()
+            yield f"row {count}", row
 
 
 TABLES = {".jsonl": read_json_lines, ".ndjson": read_json_lines, ".json": read_json}
@@ -774,10 +909,39 @@ def open_bytes(file):
     """Open a file to read bytes; it is decompressed according to its suffix."""
     suffix = file.suffix.lower()
     if suffix == ".zst":
+        return io.BufferedReader(ZstdFile(file))
+    return {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(suffix, open)(file, "rb")
+
+
+class ZstdFile(io.RawIOBase):
+    """Reads a .zst file of any window size. EOFError if it is cut off; zstandard ignores that."""
+
+    def __init__(self, file):
+        self.file, self.frame, self.content = open(file, "rb"), None, b""
         import zstandard  # optional dependency
 
-        return zstandard.ZstdDecompressor().stream_reader(open(file, "rb"), read_across_frames=True)
-    return {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(suffix, open)(file, "rb")
+        self.decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)  # as `zstd --long=31` needs
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        while not self.content:
+            block = self.frame and self.frame.unused_data or self.file.read(2**14)
+            if not block:
+                if self.frame and not self.frame.eof:
+                    raise EOFError("it ends before its last frame does")
+                return 0
+            if not self.frame or self.frame.eof:
+                self.frame = self.decompressor.decompressobj()
+            self.content = memoryview(self.frame.decompress(block))
+        count = min(len(buffer), len(self.content))
+        buffer[:count], self.content = self.content[:count], self.content[count:]
+        return count
+
+    def close(self):
+        self.file.close()
+        super().close()
 
 
 def open_text(file, encoding):
@@ -785,19 +949,51 @@ def open_text(file, encoding):
     return io.TextIOWrapper(open_bytes(file), encoding, "replace", newline="")
 
 
-def guess_encoding(sample):
-    """The most likely encoding of bytes that are not valid UTF-8."""
-    text = sample.decode("utf-8", "replace")
-    if sum(letter > "\x7f" for letter in text) > 2 * text.count("\ufffd"):
-        return "utf-8"  # mostly valid, some bytes are damaged
-    import charset_normalizer  # slow to import and rarely needed
+def guess_utf16(sample):
+    """`utf-16-le` or `utf-16-be` if the bytes are UTF-16 without a byte order mark, otherwise None."""
+    letters, languages = min(1024, len(sample) // 2), " ".join(LETTERS.values())
+    orders = ("utf-16-le", "utf-16-be")
+    scores = [log_likelihood(sample[: 2 * letters].decode(order, "replace"), languages) for order in orders]
+    # in the wrong order of bytes most letters are rare ones, -9 each; in other texts they are so in both
+    is_utf16 = max(scores) > max(min(scores) + letters, -8.6 * letters)
+    return orders[scores.index(max(scores))] if is_utf16 else None
 
-    western, best = (
-        charset_normalizer.from_bytes(sample, cp_isolation=names).best() for names in (["cp1252"], ENCODINGS)
-    )
-    if not best or western and western.chaos <= best.chaos + 0.02:  # cp1252 is by far the most common
-        return "cp1252"
-    return best.encoding
+
+def guess_encoding(sample):
+    """
+    The most likely encoding of bytes that are not UTF-8, by the frequencies of letters in LETTERS. Right for
+    94% of 54 translations of Django (100 kB each, some with a damaged byte) and 99% of chardet's test files;
+    charset-normalizer: 61% and 76%.
+    """
+    scores = {}
+    for encodings, languages in LETTERS.items():
+        for encoding in encodings.split():
+            text = sample.decode(encoding, "replace")
+            odd = len(re.findall(ODD_PAIR, text))
+            scores[encoding] = log_likelihood(text, languages) - 5 * odd
+    scores["cp1252"] += 10  # by far the most common
+    return max(scores, key=scores.get)
+
+
+def log_likelihood(text, languages):
+    """
+    The logarithm of the probability of a text in the most likely of some languages of LETTERS. The frequency
+    of a letter falls as 1 / (rank + 2) in its language; the constants are logarithms of rough frequencies.
+    """
+    counts, best, common = Counter(text.lower()), -math.inf, 0
+    for letter in filter(str.isascii, list(counts)):
+        common += counts.pop(letter) * (-3 if letter.isprintable() or letter.isspace() else -12)
+    for language in languages.split():
+        is_asian, total = language > "\u3000", common
+        share = 0.1 if language < "ɐ" else 0.5 if is_asian else 1.0  # of these letters in a text
+        share /= sum(1 / (rank + 2) for rank in range(len(language)))
+        known = {letter: math.log(share / (rank + 2)) for rank, letter in enumerate(language)}
+        known = dict.fromkeys(MARKS, -7) | known
+        for letter, count in counts.items():
+            rare = -9 if is_asian and "\u3000" <= letter <= "\ud7a3" else -12
+            total += count * known.get(letter, rare)
+        best = max(best, total)
+    return best
 
 
 # -----------------------------------------------------------------------------
