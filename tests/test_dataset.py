@@ -19,6 +19,7 @@ import threading
 import time
 import tracemalloc
 import types
+import unicodedata
 from collections import Counter
 from pathlib import Path
 
@@ -210,12 +211,12 @@ def test_hard_documents_survive(tmp_path):
     lines = [json.dumps({"text": d}) for d in documents_in]
     lines[3:3] = ["", json.dumps({"text": ""}), "   "]  # empty documents are ignored
     data.write_text("\n".join(lines))
-    (tmp_path / "val.txt").write_text(prose(2, 100))
+    (tmp_path / "val.txt").write_text(prose(2, 1000))
     (tmp_path / "folder").mkdir()
     for file in (data, tmp_path / "val.txt"):
         shutil.move(file, tmp_path / "folder" / file.name)
     corpus = prepare(str(tmp_path / "folder"), 400)
-    assert documents(corpus, "train") == documents_in
+    assert sorted(documents(corpus, "train")) == sorted(documents_in)
     assert corpus.counts["train"]["documents"] == len(documents_in)
 
 
@@ -250,7 +251,7 @@ def test_a_document_longer_than_a_shard_runs_on(tmp_path, monkeypatch):
     corpus = prepare(str(tmp_path), 300)
     sizes = [len(tokens) for tokens in read(corpus, "train")]
     assert len(sizes) > 5 and set(sizes[:-1]) == {1000} and 0 < sizes[-1] <= 1000
-    assert documents(corpus, "train") == [prose(0, 2000), prose(1, 5)]
+    assert Counter(documents(corpus, "train")) == Counter([prose(0, 2000), prose(1, 5)])
 
 
 def test_parquet(tmp_path):
@@ -540,15 +541,17 @@ def test_parquet_columns_that_are_not_text_are_named(tmp_path):
 
 HELD_OUT_NAMES = """
     validation-00000-of-00001.jsonl  wiki-valid.txt  dev.tsv  test-00000-of-00002-2d5a14.jsonl.gz  eval_3.json
-    x.test.txt  heldout.txt  held-out/a.txt  Test/deep/a.jsonl  corpus_val_000001.txt  VAL.txt""".split()
+    x.test.txt  heldout.txt  held-out/a.txt  Test/deep/a.jsonl  corpus_val_000001.txt  VAL.txt  holdout.txt
+    hold_out/a.txt  testset.txt  my_test_set.txt  wiki.test.tokens.txt  wiki.valid.raw.txt
+    news.dev.en.txt""".split()
 OTHER_NAMES = """
     valéry.txt  val\u0301ka.txt  values.txt  interval.txt  contest.txt  developer.txt  latest.jsonl
-    testament.txt  my_test_set.txt  test.py  test/a.py  val/notes.md  tests/a.txt  evaluation.rs""".split()
+    testament.txt  my_test_case.txt  test.py  test/a.py  val/notes.md  tests/a.txt  evaluation.rs""".split()
 
 
 @pytest.mark.parametrize("name", HELD_OUT_NAMES)
 def test_held_out_files_are_never_trained_on(text, name):
-    file, secret = text / name, ["never to be trained on " * 30] * 3
+    file, secret = text / name, ["never to be trained on " * 90] * 3
     file.parent.mkdir(parents=True, exist_ok=True)
     content = {"jsonl": json_lines(secret), "json": json_lines(secret), "tsv": b"text\n" + secret[0].encode()}
     content = content.get(re.search("jsonl|json|tsv|txt", name)[0], secret[0].encode())
@@ -690,6 +693,144 @@ def test_memory_does_not_grow_with_the_file(tmp_path, name, monkeypatch):
     assert peak < 40e6
 
 
+def test_documents_are_shuffled_over_the_whole_corpus(tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset, "SHARD_TOKENS", 5000)
+    folder = tmp_path / "d"
+    folder.mkdir()
+    for kind in ("books", "code", "wiki"):
+        (folder / f"{kind}.jsonl").write_bytes(json_lines([f"{kind} {text}" for text in rows_of(300, 900)]))
+    corpus = prepare(str(folder), 300)
+    kinds = [document.split()[0] for document in documents(corpus, "train")]
+    assert len(corpus.shards["train"]) > 5
+    for part in np.array_split(kinds, 8):
+        assert min(Counter(part.tolist()).values()) > 20 and len(set(part)) == 3
+    monkeypatch.setenv("ONEDIAL_HOME", str(tmp_path / "fresh"))
+    assert documents(prepare(str(folder), 300), "train") == documents(corpus, "train")
+
+
+def test_long_documents_are_shuffled_in_parts(tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset, "PART_BYTES", 10_000)
+    (tmp_path / "d").mkdir()
+    texts = [prose(n, 2000) for n in range(3)]
+    for name, text in zip(("a.txt", "b.txt", "c.txt", "test.txt"), [*texts, "🎉" * 20_000]):
+        (tmp_path / "d" / name).write_text(text)
+    corpus = prepare(str(tmp_path / "d"), 300)
+    parts = documents(corpus, "train")
+    assert corpus.counts["train"]["documents"] == 3 and max(map(len, parts)) < 15_000
+    joined = "\0".join(texts)
+    ordered = sorted(parts, key=joined.index)
+    assert "".join(ordered) == "".join(texts) and ordered != parts
+
+
+def test_a_held_out_name_with_almost_no_text_is_no_validation_split(text):
+    (text / "requirements-dev.txt").write_text("pytest\nruff\n")
+    for name in ("dev", "val"):
+        (text / name).mkdir()
+        (text / name / "test.json").write_text('{"a": "secret"}')
+    corpus = prepare(str(text))
+    assert corpus.split == "hash"
+    assert not any("pytest" in document or "secret" in document for document in everything(corpus))
+    held_out = corpus.notes[0]
+    assert (
+        "5% of the documents" in held_out and "1 file (1 .json) by name, too small to validate on" in held_out
+    )
+    assert "not used" in held_out  # the other kind
+
+
+def test_a_folder_of_test_files_only_says_so(tmp_path):
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "test.txt").write_text(prose(1, 200))
+    assert any(
+        "all files are named as held out (test)" in note for note in prepare(str(tmp_path / "d")).notes
+    )
+
+
+def test_what_onedial_writes_is_no_text(text, monkeypatch):
+    expected = prepare(str(text)).fingerprint
+    monkeypatch.setenv("ONEDIAL_HOME", str(text / "cache"))
+    config = {"settings": {}, "corpus": {}, "versions": {}}
+    for name in ("out/a", "elsewhere/b", "elsewhere/c"):
+        (text / name).mkdir(parents=True)
+    for name in ("out/a", "elsewhere/b"):
+        (text / name / "config.json").write_text(json.dumps(config))
+        (text / name / "log.jsonl").write_text('{"kind": "step", "text": "a log"}')
+    for name in ("lock", "lock.json"):  # a run that has just been claimed
+        (text / "elsewhere" / "c" / name).write_text("{}")
+    (text / "out" / "compare.md").write_text("a report")
+    for _ in range(2):
+        corpus = prepare(str(text), out_dir=text / "out")
+        assert corpus.fingerprint == expected
+        reasons = {str(Path(path).relative_to(text)): why for path, why in corpus.left_out}
+        assert reasons.pop("cache", None) in (None, "a folder that onedial writes")
+        runs = {"elsewhere/b": "a run of onedial", "elsewhere/c": "a run of onedial"}
+        assert reasons == {"out": "a folder that onedial writes"} | runs
+    assert (text / "cache" / "corpora").exists()
+    monkeypatch.setenv("ONEDIAL_HOME", str(text.parent / "another"))  # and another cache than the current one
+    assert prepare(str(text), out_dir=text / "out").fingerprint == expected
+    (text / "mine").mkdir()
+    (text / "mine" / "config.json").write_text('{"text": "a file of the user"}')
+    (text / "mine" / "log.jsonl").write_text('{"text": "rows of the user"}')
+    assert "rows of the user" in everything(prepare(str(text), out_dir=text / "out"))
+
+
+def test_a_folder_in_the_manner_of_nanogpt_says_what_is_read(tmp_path):
+    (tmp_path / "prepare.py").write_text("import tiktoken\n" * 200)
+    (tmp_path / "train.bin").write_bytes(np.arange(5000, dtype="<u2").tobytes())
+    corpus = prepare(str(tmp_path), 300)
+    what = "train.bin has no header of a token shard and cannot be read"
+    assert f"{what}; text files beside it are, such as prepare.py" in corpus.notes
+    assert [Path(path).name for path, _ in corpus.left_out] == ["train.bin"]
+
+
+def test_an_unreadable_folder_is_left_out(text, monkeypatch):
+    (text / "locked").mkdir()
+    stat = os.stat
+
+    def refused(path, *arguments, **options):
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, *arguments, **options)
+
+    monkeypatch.setattr(dataset.os, "stat", refused)
+    assert [(Path(path).name, why) for path, why in prepare(str(text)).left_out] == [
+        ("locked", "Permission denied")
+    ]
+
+
+def test_names_in_nfd_and_nfc_are_the_same(tmp_path):
+    made = []
+    for form in ("NFC", "NFD"):
+        folder = tmp_path / form / "d"
+        folder.mkdir(parents=True)
+        for n, name in enumerate(("é", "z", "ê", "f")):
+            (folder / (unicodedata.normalize(form, name) + ".txt")).write_text(prose(n, 40))
+        made.append(prepare(str(folder), 300).fingerprint)
+    assert made[0] == made[1]
+
+
+def test_a_file_that_changes_while_it_is_read_is_an_error(text, monkeypatch):
+    read = dataset.TextReader.read
+
+    def changing(self, file, *arguments):
+        if file.name == "30.txt" and "more" not in file.read_text():
+            file.write_text(file.read_text() + "more")
+        read(self, file, *arguments)
+
+    monkeypatch.setattr(dataset.TextReader, "read", changing)
+    with pytest.raises(DataError, match="has changed while it was read") as error:
+        prepare(str(text))
+    two_lines(error)
+    assert any("more" in document for document in everything(prepare(str(text))))
+
+
+def test_a_folder_named_like_a_public_set_is_mentioned(hub_files, monkeypatch, tmp_path):
+    hub_files(parts(["a.jsonl", "b.jsonl"]))
+    monkeypatch.setitem(dataset.SHORT_NAMES, "stories", "hf:some/set")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "stories").mkdir()
+    assert any("--data ./stories" in note for note in prepare("stories").notes)
+
+
 # -----------------------------------------------------------------------------
 # The tokenizer
 
@@ -745,7 +886,9 @@ def test_tokenizer_reads_a_limited_amount_from_all_over_the_corpus(text, monkeyp
     train = documents(prepare(str(text), 400, said.append), "train")
     size = len("".join(train))
     assert 30_000 <= len("".join(seen)) < 34_000 < size / 2 and "400 tokens on 0.0 MB" in "".join(said)
-    places = [train.index(document) / len(train) for document in seen]
+    in_files = [document for document in everything(prepare(str(text), 400)) if document in train]
+    in_files.sort(key=[file.read_text() for file in sorted(text.iterdir())].index)
+    places = [in_files.index(document) / len(train) for document in seen]
     assert places == sorted(places) and max(np.diff([0.0, *places, 1.0])) < 0.1
 
 
@@ -1128,7 +1271,7 @@ def climbmix(hub, tmp_path):
 def test_climbmix_is_tokenized_file_by_file(hub, climbmix, home):
     corpus = prepare("climbmix", 500)
     assert hub.log == ["shard_00000.parquet", "shard_06542.parquet"]
-    assert documents(corpus, "train") == climbmix["shard_00000.parquet"]
+    assert Counter(documents(corpus, "train")) == Counter(climbmix["shard_00000.parquet"])
     assert documents(corpus, "val") == climbmix["shard_06542.parquet"]
     only_first = dataset.train_tokenizer(climbmix["shard_00000.parquet"], 500)
     assert corpus.tokenizer._mergeable_ranks == only_first._mergeable_ranks
@@ -1136,7 +1279,10 @@ def test_climbmix_is_tokenized_file_by_file(hub, climbmix, home):
     first, have = corpus.fingerprint, sum(corpus.rows_per_shard("train", 32))
     dataset.fetch_more(corpus, have + 1, 32)
     assert corpus.fingerprint == first and corpus.counts["train"]["documents"] == 40
-    assert documents(corpus, "train") == climbmix["shard_00000.parquet"] + climbmix["shard_00001.parquet"]
+    found = documents(corpus, "train")
+    assert Counter(found[:20]) == Counter(climbmix["shard_00000.parquet"])  # shuffled within each file
+    assert Counter(found[20:]) == Counter(climbmix["shard_00001.parquet"])
+    assert found[:20] != climbmix["shard_00000.parquet"]
     assert np.array_equal(take(DataLoader(corpus, 32, 4, 0, "cpu"), 20), rows)
     for path in (home / "climbmix").glob("*.parquet"):  # the text is not needed any more
         path.unlink()
