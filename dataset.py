@@ -109,7 +109,9 @@ class PublicSet:
     train: dict  # {file: size in MB}, in the order of epoch 0
     val: str | None  # None: the only training file is split like local text
     revision: str = "main"
-    inside: str = ""  # the folder or file of the repository that was asked for
+    inside: str = ""  # the folder, file or configuration of the repository that was asked for
+    unused: list = field(default_factory=list)  # held-out files besides `val`
+    left_out: list = field(default_factory=list)  # [(file, reason)]
 
 
 PUBLIC = {
@@ -149,7 +151,7 @@ class Corpus:
     spread_val: bool = False  # evaluations read from all over the validation split, not its beginning
     more: list | None = None  # training files of `public` that are not used yet; None for other corpora
     public: PublicSet | None = None
-    reader: "TextReader | None" = None  # reads the files of `public`
+    reading: dict = field(default_factory=dict)  # options of the TextReader for the files of `public`
     digests: dict = field(default_factory=dict)  # {file: sha256}
     notes: list = field(default_factory=list)  # lines that a user should see
     left_out: list = field(default_factory=list)  # [(path, reason)]
@@ -198,7 +200,9 @@ class Corpus:
     def add(self, root, split, entry):
         """Add a manifest's entry for a split: its counts, and its shards, which are in the folder `root`."""
         self.shards[split] += [(root / shard["file"], shard["sha256"]) for shard in entry["shards"]]
-        self.counts[split].update({key: count for key, count in entry.items() if key != "shards"})
+        self.counts[split].update(
+            {key: n for key, n in entry.items() if key in ("documents", "bytes", "tokens")}
+        )
 
 
 def prepare(
@@ -225,10 +229,11 @@ def prepare(
         if (folder / "manifest.json").exists() and (folder / "tokenizer").exists():
             corpus = load_corpus(folder)
         elif public and public.val:
-            corpus = prepare_public(public, reader, vocab_size, say, tokenizer)
+            corpus = prepare_public(public, reading, *options)
         elif public:
-            file = fetch_file(public, *public.train, say)
-            corpus = prepare_files(data, FoundFiles(file.parent, [file]), *options)
+            file, unused = fetch_file(public, *public.train, say), [Path(name) for name in public.unused]
+            found = FoundFiles(file.parent, [file], unused=unused, left_out=public.left_out)
+            corpus = prepare_files(data, found, *options)
             corpus.public = public
         else:
             corpus = prepare_files(data, find_files(data, out_dir), *options)
@@ -384,7 +389,8 @@ def check_same(corpus, expected):
             advice = f"Resume with the old text, --data {path.parent}, or start a new run with --init-from"
             raise DataError(f"{corpus.name} has changed since the checkpoint: {what}.\n{advice}.")
     what = f"the checkpoint's corpus has fingerprint {expected}, and {corpus.name} has {corpus.fingerprint}"
-    raise DataError(f"{what}.\nPass the --data of that run, or restore its files.")
+    advice = "Pass the --data of that run, restore its files, or use the version of onedial that began it"
+    raise DataError(f"{what}.\n{advice}.")
 
 
 def describe_changes(before, now):
@@ -400,15 +406,12 @@ def describe_changes(before, now):
 
 def describe_split(found, corpus):
     """Lines that say how the split was made and what was left out."""
-    such_as = lambda files, what: f"{summarize(files)} {what}, such as {files[0].name}"  # noqa: E731
     how = {"hash": "5% of the documents, chosen by content", "tail": "the last 5% of each document"}
     if corpus.split == "files":
-        parts = [such_as(found.val, "by name")] if found.val else ["nothing"]
+        parts = such_as(found.val, "by name") or ["nothing"]
     else:
-        parts = [how[corpus.split]]
-        parts += [such_as(found.val, "by name, too small to validate on")] if found.val else []
-    parts += [such_as(found.unused, "not used")] if found.unused else []
-    yield f"held out: {'; '.join(parts)}"
+        parts = [how[corpus.split], *such_as(found.val, "by name, too small to validate on")]
+    yield f"held out: {'; '.join(parts + such_as(found.unused, 'not used'))}"
     yield from found.notes
     if corpus.left_out:
         yield f"left out: {describe_left_out(corpus.left_out)}"
@@ -418,6 +421,11 @@ def describe_left_out(left_out):
     """How many files of which types, with the reason of one: `2 files (1 .pdf, 1 .zip), such as a.pdf: …`."""
     path, reason = min(left_out, key=lambda entry: entry[1] == "hidden")
     return f"{summarize([path for path, _ in left_out])}, such as {Path(path).name}: {reason}"
+
+
+def such_as(paths, what):
+    """`3 files (3 .txt) not used, such as a.txt`; an empty list for no files."""
+    return [f"{summarize(paths)} {what}, such as {Path(paths[0]).name}"] if paths else []
 
 
 def summarize(paths):
@@ -551,14 +559,14 @@ def is_run(folder):
         return False
 
 
-def split_by_name(data, root, files):
+def split_by_name(data, root, files, word_of=None):
     """
     Split files below root by the words of HELD_OUT in their names -> (train, val, unused), three lists.
     The lowest kind present is the validation split. DataError if no file is left to train on.
     """
-    kinds = {}  # {kind of HELD_OUT, or -1 for training: files}
-    for file in files:
-        kinds.setdefault(HELD_OUT.get(held_out_word(root, file), -1), []).append(file)
+    kinds, word_of = {}, word_of or partial(held_out_word, root)
+    for file in files:  # {kind of HELD_OUT, or -1 for training: files}
+        kinds.setdefault(HELD_OUT.get(word_of(file), -1), []).append(file)
     if len(kinds) > 1 and -1 not in kinds:
         what = f"--data {data}: all files are held out by their names, such as {kinds[min(kinds)][0].name}"
         raise DataError(f"{what}.\nPass the path of the file to train on, or rename it.")
@@ -1143,67 +1151,143 @@ def find_public(data):
             advice = f"Check its name, log in with `hf auth login` if it is private, {OTHER_TEXT}"
             raise DataError(f"{data} cannot be listed: {hub_reason(error)}.\n{advice}") from None
         sizes = {file.rfilename: (file.size or 0) / 1e6 for file in info.siblings}
-        train, val = choose_files(data, inside, sizes)
-        return {"commit": info.sha, "train": {name: sizes[name] for name in train}, "val": val}
+        configs = (getattr(info, "card_data", None) or {}).get("configs") or []
+        return {"commit": info.sha, **choose_files(data, inside, sizes, configs)}
 
     def listed(commit, make):
-        folder = cache_folder() / "listed" / f"{name}-{fingerprint(repository, commit, inside)}"
+        folder = cache_folder() / "listed" / f"{name}-{fingerprint(LAYOUT, repository, commit, inside)}"
         return make_once(folder, make)
 
     found = listed(commit, make)
     commit = found["commit"]
     listed(commit, lambda temporary: found)  # a resumed run asks for this commit
-    return PublicSet(f"{name}-{commit[:12]}", repository, found["train"], found["val"], commit, inside)
+    rest = {key: found[key] for key in ("train", "val", "unused", "left_out")}
+    return PublicSet(f"{name}-{commit[:12]}", repository, revision=commit, inside=inside, **rest)
 
 
-def choose_files(data, inside, sizes):
-    """Choose files of a hub data set, {file: MB} -> (training files, validation file or None)."""
+def choose_files(data, inside, sizes, configs=()):
+    """
+    Choose files of a hub data set, {file: MB} -> the fields train, val, unused and left_out of a PublicSet.
+    `configs` of its data card come first, then the names of files. The format with most text is taken.
+    """
+    safe = [name for name in sorted(sizes) if not {"..", "/"} & set(Path(name).parts)]
+    left_out = [(name, "its path leads out of the data set") for name in sizes.keys() - safe]
+    splits, config = choose_config(data, inside, safe, configs)
+    below = f"{inside}/" if inside and not config else ""
+    asked = [name for name in safe if name in splits or not splits and f"{name}/".startswith(below)]
     kinds = {}  # {suffix: files}
-    for name in sorted(sizes):
-        if f"{name}/".startswith(f"{inside}/" if inside else "") and suffix_of(Path(name)) in DATA_FILES:
-            kinds.setdefault(suffix_of(Path(name)), []).append(Path(name))
-    kinds.pop(".bin", None)
-    if not kinds:
-        what = f"{data} contains no parquet, JSONL or text files, only {summarize(sizes)}"
+    for name in asked:
+        kinds.setdefault(suffix_of(Path(name)), []).append(Path(name))
+    amount = lambda suffix: sum(  # noqa: E731  compressed text is about 4 times as long as its file
+        sizes[str(file)] * (4 if file.suffix in (".parquet", *COMPRESSED) else 1) for file in kinds[suffix]
+    )
+    formats = sorted(kinds.keys() & {*DATA_FILES} - {".bin"}, key=amount)
+    if not formats:
+        what = f"{data} contains no parquet, JSONL or text files, only {summarize(asked or sizes)}"
         raise DataError(f"{what}.\nChoose another data set, or another folder of it.")
-    total_size = lambda files: sum(sizes[str(file)] for file in files)  # noqa: E731
-    files = kinds.get(".parquet") or max(kinds.values(), key=total_size)
-    folders = {file.parts[0] for file in files if len(file.parts) > 1} - {"train", *HELD_OUT}
-    if len(folders) > 1:
-        what = f"{data} contains several data sets: {', '.join(sorted(folders)[:9])}"
-        raise DataError(f"{what}.\nChoose one of them, for example {data}/{min(folders)}.")
-    root = Path(inside).parent if inside in sizes else Path(inside)
-    train, val, _ = split_by_name(data, root, files)
+    files = kinds.pop(formats[-1])
+    others = sorted(str(file) for group in kinds.values() for file in group if not file.name.startswith("."))
+    left_out += [(name, f"not {formats[-1]}, the format with most text") for name in others]
+    root = Path(below).parent if inside in sizes else Path(below)
+    if not splits:
+        check_one_set(data, root, files)
+        train, val, unused = split_by_name(data, root, files)
+    else:
+        train, val, unused = split_by_name(data, Path(), files, lambda file: splits[str(file)])
+    megabytes = lambda files: sum(sizes[str(file)] for file in files)  # noqa: E731
+    if is_too_small(1e6 * megabytes(val), 1e6 * megabytes(train + val)):
+        val, unused = [], val + unused
     if not val and len(train) > 1:
         val = [train.pop()]
-    return [str(file) for file in train], str(val[0]) if val else None
+    unused = [str(file) for file in val[1:] + unused]
+    train = {str(file): sizes[str(file)] for file in train}
+    return {"train": train, "val": str(val[0]) if val else None, "unused": unused, "left_out": left_out}
 
 
-def prepare_public(public, reader, vocab_size, say, tokenizer):
+def choose_config(data, inside, names, configs):
+    """
+    The configuration of a data card that `inside` names, or its default one -> ({file: word of HELD_OUT or
+    None}, name), or ({}, None) if there is none. DataError if the card has several and no default.
+    """
+    configs = {
+        str(config.get("config_name", "default")): config for config in configs if isinstance(config, dict)
+    }
+    files = {name: config_files(config, names) for name, config in configs.items()}
+    files = {name: found for name, found in files.items() if found}
+    default = next((name for name in files if configs[name].get("default")), "default")
+    name = inside or (default if default in files else next(iter(files), None))
+    if not inside and len(files) > 1 and default not in files:
+        raise several_sets(data, files)
+    return (files[name], name) if name in files else ({}, None)
+
+
+def config_files(config, names):
+    """The files of a configuration of a data card, with the word of HELD_OUT of their split or name."""
+    folder, entries, found = config.get("data_dir") or "", config.get("data_files") or "**", {}
+    for entry in entries if isinstance(entries, list) else [entries]:
+        entry = entry if isinstance(entry, dict) else {"path": entry}
+        paths, split = entry.get("path") or [], str(entry.get("split") or "")
+        for path in paths if isinstance(paths, list) else [paths]:
+            pattern = glob_pattern(f"{folder}/{path}".strip("/"))
+            for name in filter(pattern.fullmatch, names):
+                word = held_out_word(Path(), Path(f"{split}.txt") if split else Path(name))
+                found.setdefault(name, word)
+    return found if config.get("data_files") or folder else {}
+
+
+def glob_pattern(pattern):
+    """The regular expression of a pattern of file names: * and ? stay in one folder, ** does not."""
+    wild = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    parts = re.findall(r"\*\*/|\*\*|\[[^]]+\]|.", pattern)
+    return re.compile("".join(wild.get(part) or (part if part[1:] else re.escape(part)) for part in parts))
+
+
+def check_one_set(data, root, files):
+    """DataError if training files are in folders, on any level, whose names differ by more than a number."""
+    folders = {}
+    for file in files:
+        parts = [
+            part for part in file.relative_to(root).parts[:-1] if part.casefold() not in ("train", *HELD_OUT)
+        ]
+        folders.setdefault(tuple(re.sub(r"[\W\d_]+", "", part) for part in parts), "/".join(parts))
+    folders.pop((), None)
+    if len(folders) > 1:
+        raise several_sets(data, folders.values())
+
+
+def several_sets(data, names):
+    """The DataError for a repository of several data sets."""
+    what = f"{data} contains several data sets: {', '.join(sorted(names)[:9])}"
+    return DataError(f"{what}.\nChoose one of them, for example {data}/{min(names)}.")
+
+
+def prepare_public(public, reading, reader, vocab_size, say, largest_vocab, tokenizer):
     """The corpus of a public data set, with its validation file and its first training file."""
     first, *more = public.train
+    options = [LAYOUT, reader.text_field, reader.separator]
     if first.endswith(".bin"):
-        encoding, identity = gpt2_tokenizer(vocab_size), "gpt2"
+        encoding, identity, options = gpt2_tokenizer(vocab_size), "gpt2", []
     elif tokenizer:
         encoding, identity = tokenizer, tokenizer_fingerprint(tokenizer)
     else:
-        vocab_size = vocab_size or min(32_768, default_vocab_size(1e6 * sum(public.train.values())))
+        vocab_size = vocab_size or min(largest_vocab, default_vocab_size(1e6 * sum(public.train.values())))
 
         def make(temporary):
             text = Text(temporary)
             reader.read(fetch_file(public, first, say), text)
-            say(f"training a BPE of {vocab_size:,} tokens on {first}")
-            pieces = (piece for _, piece in cut_into_pieces(text, text.documents()))
-            return save_tokenizer(train_tokenizer(pieces, vocab_size), temporary)
+            return save_tokenizer(train_on_split(text, text.documents(), vocab_size, say), temporary)
 
-        name = f"{public.name}-tokenizer-{vocab_size}{reader.text_field or ''}"
-        identity = make_once(cache_folder() / "tokens" / name, make)
-        encoding = load_tokenizer(cache_folder() / "tokens" / name, identity)
-    content = fingerprint(public.name, public.repository, public.revision, identity)
-    corpus = Corpus(public.name, content, encoding, more=more, public=public, reader=reader)
+        folder = cache_folder() / "tokens" / f"{public.name}-tokenizer-{vocab_size}-{fingerprint(options)}"
+        identity = make_once(folder, make)
+        encoding = load_tokenizer(folder, identity)
+    content = fingerprint(public.name, public.repository, public.revision, identity, *options)
+    corpus = Corpus(public.name, content, encoding, more=more, public=public, reading=reading)
+    corpus.notes.append(f"held out: {'; '.join([public.val, *such_as(public.unused, 'not used')])}")
+    corpus.left_out += public.left_out
     add_file(corpus, "val", cache_folder() / public.name / public.val, say)
     add_file(corpus, "train", cache_folder() / public.name / first, say)
-    corpus.notes = [f"held out: {public.val}", *reader.note_lines()]
+    if corpus.left_out:
+        corpus.notes.append(f"left out: {describe_left_out(corpus.left_out)}")
     return corpus
 
 
@@ -1218,8 +1302,13 @@ def fetch_more(corpus, rows, T, say=lambda line: None):
         count = min(len(corpus.more), math.ceil(missing))
         size = sum(corpus.public.train[name] for name in corpus.more[:count]) / 1000
         say(f"this run needs {plural(count, 'more file')} of {corpus.name}, {size:.1f} GB in total")
-    while corpus.more and sum(corpus.rows_per_shard("train", T)) < rows:
+    available, notes = sum(available), len(corpus.notes)
+    while corpus.more and available < rows:
+        before = len(corpus.shards["train"])
         add_file(corpus, "train", cache_folder() / corpus.name / corpus.more.pop(0), say)
+        available += sum(len(open_shard(path)) // T for path, _ in corpus.shards["train"][before:])
+    for note in corpus.notes[notes:]:
+        say(note)
 
 
 def add_file(corpus, split, path, say):
@@ -1241,11 +1330,15 @@ def add_file(corpus, split, path, say):
             say(f"checking {path.name}")
             return check_shard(path, corpus.bos)
         say(f"tokenizing {path.name}")
-        text = Text(temporary)
-        corpus.reader.read(path, text)
-        return encode_texts(corpus.tokenizer, text, text.documents(), temporary, split, say)
+        text, reader = Text(temporary), TextReader(**corpus.reading)
+        reader.read(path, text)
+        entry = encode_texts(corpus.tokenizer, text, text.documents(), temporary, split, say)
+        return entry | {"left_out": reader.left_out, "notes": list(reader.note_lines())}
 
-    corpus.add(path.parent if is_shard else folder, split, make_once(folder, make))
+    entry = make_once(folder, make)
+    corpus.add(path.parent if is_shard else folder, split, entry)
+    corpus.left_out += map(tuple, entry.get("left_out", []))
+    corpus.notes += [note for note in entry.get("notes", []) if note not in corpus.notes]
 
 
 def check_shard(path, bos):

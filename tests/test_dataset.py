@@ -1314,6 +1314,8 @@ def hub_files(hub, monkeypatch):
     )
     asked = []
 
+    hub.card = None
+
     def dataset_info(self, repository, revision=None, timeout=None, files_metadata=False):
         asked.append(revision)
         if hub.mode[:3].isdigit():
@@ -1322,7 +1324,7 @@ def hub_files(hub, monkeypatch):
             error.response = response
             raise error
         files = [types.SimpleNamespace(rfilename=name, size=len(content)) for name, content in listed.items()]
-        return types.SimpleNamespace(sha=COMMIT, siblings=files)
+        return types.SimpleNamespace(sha=COMMIT, siblings=files, card_data=hub.card)
 
     monkeypatch.setattr(HfApi, "dataset_info", dataset_info)
     listed = {}
@@ -1409,6 +1411,113 @@ def test_a_data_set_that_cannot_be_used_is_an_error_of_two_lines(hub_files, hub,
     monkeypatch.setattr(dataset.shutil, "disk_usage", lambda path: usage)
     refused("hf:some/set", "are free", "ONEDIAL_HOME")
     assert not hub.log
+
+
+def test_the_vocabulary_of_a_hub_data_set_follows_the_time(hub_files, monkeypatch):
+    hub_files(parts(["a.jsonl", "b.jsonl", "c.jsonl"], 4000))  # 2.7 MB: 2,048 by its size
+    said = []
+    assert prepare("hf:some/set", None, said.append, 1024).tokenizer.n_vocab == 1024
+    assert prepare("hf:some/set").tokenizer.n_vocab == 2048
+    monkeypatch.setattr(dataset, "TOKENIZER_BYTES", 100_000)
+    prepare("hf:some/set", 700, said.append)
+    assert "training a BPE of 700 tokens on 0.1 MB" in said
+
+
+def test_other_options_do_not_return_the_old_tokens_of_a_public_set(hub_files, text, monkeypatch):
+    rows = [{"text": f"{n} one %% {n} two", "other": f"{n} other"} for n in range(300)]
+    content = "\n".join(map(json.dumps, rows)).encode()
+    hub_files({"a.jsonl": content, "b.jsonl": content})
+    tokenizer = prepare(str(text), 300).tokenizer
+    first = prepare("hf:some/set", tokenizer=tokenizer)
+    assert "%%" in documents(first, "val")[0]
+    other = prepare("hf:some/set", tokenizer=tokenizer, text_field="other")
+    assert documents(other, "val")[0] == "0 other" and other.fingerprint != first.fingerprint
+    hub_files({name: f"{prose(n, 9)}%%\n{prose(n, 8)}".encode() for n, name in enumerate(("a.txt", "b.txt"))})
+    assert len(documents(prepare("hf:some/texts", 300), "val")) == 1
+    assert len(documents(prepare("hf:some/texts", 300, separator="%%"), "val")) == 2
+    monkeypatch.setattr(dataset, "LAYOUT", dataset.LAYOUT + 1)
+    assert prepare("hf:some/set", tokenizer=tokenizer).fingerprint != first.fingerprint
+
+
+def test_what_a_public_set_leaves_out_is_reported(hub_files):
+    names = ["train-0.jsonl", "train-1.jsonl", "test.jsonl", "validation.jsonl", "dev.jsonl"]
+    pdf_and_more = {
+        "a.pdf": b"x",
+        "other.csv": b"text\na\n" * 50,
+        "small.parquet": b"PAR1",
+        "../up.jsonl": b"{}",
+    }
+    hub_files(parts(names) | pdf_and_more)
+    corpus = prepare("hf:some/set")
+    assert first_words(corpus, "train") == ["train-0.jsonl"] and first_words(corpus, "val") == [
+        "validation.jsonl"
+    ]
+    held_out, left_out = corpus.notes
+    assert held_out == "held out: validation.jsonl; 2 files (2 .jsonl) not used, such as dev.jsonl"
+    assert left_out.startswith("left out: 4 files") and len(corpus.left_out) == 4
+    assert dict(corpus.left_out)["../up.jsonl"] == "its path leads out of the data set"
+    assert dict(corpus.left_out)["other.csv"] == "not .jsonl, the format with most text"
+    hub_files({"train-0.txt": b"a text " * 900, "train-1.txt": b"\0" * 900, "val.txt": prose(1, 99).encode()})
+    corpus, said = prepare("hf:some/texts", 300), []
+    dataset.fetch_more(corpus, 10**6, 16, said.append)
+    for again in (corpus, prepare("hf:some/texts", 300)):  # and again from the cache
+        dataset.fetch_more(again, 10**6, 16)
+        assert [Path(path).name for path, _ in again.left_out] == ["train-1.txt"]
+
+
+def test_several_sets_on_any_level_are_not_mixed(hub_files):
+    hub_files(parts([f"data/{language}/{n}.jsonl" for language in ("de", "en") for n in range(3)]))
+    with pytest.raises(DataError, match="several data sets: data/de, data/en") as error:
+        prepare("hf:some/set")
+    assert "hf:some/set/data/de" in two_lines(error)
+    assert first_words(prepare("hf:some/set/data/en"), "train") == ["data/en/0.jsonl"]
+    hub_files(parts([f"data/{kind}/dump-{n}/0.jsonl" for kind in ("train", "test") for n in (2023, 2024)]))
+    corpus = prepare("hf:some/dumps")  # folders that differ by a number are one set
+    assert list(corpus.public.train) == ["data/train/dump-2023/0.jsonl", "data/train/dump-2024/0.jsonl"]
+
+
+def test_the_configurations_of_a_data_card_are_used(hub_files, hub):
+    names = [
+        "de/x-train.jsonl",
+        "de/y.jsonl",
+        "en/x-train.jsonl",
+        "en/deep/more.jsonl",
+        "en/y.jsonl",
+        "z.jsonl",
+    ]
+    hub_files(parts(names))
+    hub.card = {
+        "configs": [
+            {"config_name": "german", "data_files": "de/*.jsonl"},
+            {
+                "config_name": "english",
+                "data_files": [
+                    {"split": "train", "path": ["en/*-train.jsonl", "en/**/m[a-o]re.jsonl"]},
+                    {"split": "validation", "path": "en/y.jsonl"},
+                ],
+            },
+        ]
+    }
+    with pytest.raises(DataError, match="several data sets: english, german") as error:
+        prepare("hf:some/set")
+    assert "hf:some/set/english" in two_lines(error)
+    english = prepare("hf:some/set/english").public
+    assert list(english.train) == ["en/deep/more.jsonl", "en/x-train.jsonl"] and english.val == "en/y.jsonl"
+    assert list(prepare("hf:some/set/german").public.train) == ["de/x-train.jsonl"]
+    hub.card["configs"][1]["default"] = True
+    assert prepare("hf:some/other").public.train == english.train
+    hub.card["configs"] = [{"config_name": "gone", "data_files": "gone/*"}, {"config_name": "default"}, "odd"]
+    assert list(prepare("hf:some/third/de").public.train) == ["de/x-train.jsonl"]
+
+
+def test_fetching_more_opens_each_shard_a_few_times(hub, monkeypatch):
+    for n in range(1, 31):
+        hub.files[f"fineweb_train_{n:06}.bin"] = hub.files["fineweb_train_000001.bin"]
+    opened, open_shard = [], dataset.open_shard
+    monkeypatch.setattr(dataset, "open_shard", lambda *place: opened.append(place) or open_shard(*place))
+    corpus = prepare("fineweb")
+    dataset.fetch_more(corpus, 30 * 80, 50)
+    assert sum(corpus.rows_per_shard("train", 50)) == 30 * 80 and len(opened) < 30 * 5
 
 
 # -----------------------------------------------------------------------------
