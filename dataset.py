@@ -27,11 +27,13 @@ import shutil
 import sys
 import sysconfig
 import tempfile
+import threading
 import time
 import unicodedata
 from array import array
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import chain, islice
@@ -49,7 +51,7 @@ SHARD_TOKENS = 100_000_000
 # Limits
 BLOCK = 2**20  # characters or bytes read at a time, so that memory does not grow with a file
 PIECE_CHARS = 2**16  # longer documents are encoded in pieces: the regex engines fail on a million spaces
-VAL_PIECE_CHARS = 2**12  # validation text is cut into documents of this size; evaluations read some
+VAL_PIECE_CHARS = 2**14  # longer validation documents are cut into documents: evaluations read some of them
 TOKENIZER_BYTES = 200_000_000  # a BPE is trained on at most this much text, taken evenly from the corpus
 VAL_FRACTION = 0.05  # of a text that has no validation files
 THREADS = min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
@@ -185,12 +187,20 @@ class Corpus:
         fetched = total - sum(self.public.train[name] for name in self.more)
         return round(tokens * total / fetched) if fetched > 0 else math.inf  # inf: no sizes are known
 
+    def row_length(self, longest):
+        """The number of tokens of a row: `longest`, or less where that gives fewer than 16 training rows."""
+        sizes = [len(open_shard(path)) for path, _ in self.shards["train"]]
+        while longest > 32 and sum(size // longest for size in sizes) < 16:
+            longest //= 2
+        return longest
+
     def rows_per_shard(self, split, T):
         """The number of rows of T tokens in each shard of a split, a list. DataError if there are no rows."""
         rows = [len(open_shard(path)) // T for path, _ in self.shards[split]]
         if not any(rows):
             what = f"{self.name}: the {split} split is shorter than one row of {T} tokens"
-            raise DataError(f"{what}.\nProvide more text, or a smaller --max-seq-len.")
+            advice = "Provide more text, or a smaller --max-seq-len (from 32 on) and --total-batch-size."
+            raise DataError(f"{what}.\n{advice}")
         return rows
 
     def open_shard(self, split, index):
@@ -277,7 +287,7 @@ def prepare_text(data, found, reader, vocab_size, say, largest_vocab, tokenizer)
     """The corpus of local text files. It is built again when the content of a file or an option changes."""
     name = Path(data).resolve().stem
     stats = stat_files(found)
-    sources = hash_files(name, found, stats)
+    sources = hash_files(name, found, stats, say)
     if tokenizer:
         vocab_size = tokenizer.n_vocab
     elif not vocab_size:  # compressed text is about 4 times as long as its file
@@ -285,11 +295,16 @@ def prepare_text(data, found, reader, vocab_size, say, largest_vocab, tokenizer)
         vocab_size = min(largest_vocab, default_vocab_size(sum(sizes)))
 
     def make(temporary):
-        text, places, num_train = read_files(data, found, reader, temporary)
-        if stat_files(found) != stats:
-            what = f"--data {data} has changed while it was read"
-            raise DataError(f"{what}.\nStart again when no program writes into it.")
-        split, train, val = choose_split(text, places, num_train)
+        with still_running(say, "reading the text"):
+            text, places, num_train = read_files(data, found, reader, temporary)
+            if stat_files(found) != stats:
+                what = f"--data {data} has changed while it was read"
+                raise DataError(f"{what}.\nStart again when no program writes into it.")
+            split, train, val = choose_split(text, places, num_train)
+            shared, notes = share_in_training(text, train, val), []
+            if shared >= 0.01:
+                what = f"{shared:.0%} of the held-out text also occurs in the training text"
+                notes.append(f"{what}: val_bpb will be lower than on new text")
         files = plural(len(sources) - len(reader.left_out), "file")
         empty = f" ({reader.empty_files:,} empty)" if reader.empty_files else ""
         say(f"{files}{empty} with {plural(len(places), 'document')}, {text.size / 1e6:,.1f} MB")
@@ -301,7 +316,7 @@ def prepare_text(data, found, reader, vocab_size, say, largest_vocab, tokenizer)
         manifest["val"] = encode_texts(encoding, text, val, temporary, "val", say)
         manifest["fingerprint"] = fingerprint(manifest)
         manifest["digests"] = {path: digest for path, _, digest in sources}
-        return manifest | {"left_out": reader.left_out, "notes": list(reader.note_lines())}
+        return manifest | {"left_out": reader.left_out, "notes": [*reader.note_lines(), *notes]}
 
     options = [LAYOUT, vocab_size, SPLIT_PATTERN, reader.plain, reader.text_field, reader.separator]
     options += [tokenizer_fingerprint(tokenizer)] if tokenizer else []
@@ -324,12 +339,29 @@ def composed(path):
     return unicodedata.normalize("NFC", path.as_posix())
 
 
-def hash_files(name, found, stats):
+@contextmanager
+def still_running(say, what):
+    """While the `with` block runs, say every 5 seconds for how long it has been running."""
+    done, start = threading.Event(), time.monotonic()
+
+    def repeat():
+        while not done.wait(5):
+            say(f"{what}: {time.monotonic() - start:.0f} s so far")
+
+    threading.Thread(target=repeat, daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
+
+
+def hash_files(name, found, stats, say):
     """[[path below root, size in bytes, sha256], ...]. The hashes are kept until a file is written again."""
 
     def make(temporary):
         try:
-            return [[path, size, file_sha256(file)] for path, size, *_, file in stats]
+            with still_running(say, "hashing the files"):
+                return [[path, size, file_sha256(file)] for path, size, *_, file in stats]
         except OSError as error:
             raise DataError(f"{error.filename} cannot be read: {error.strerror}.\n{FIX_FILE}") from None
 
@@ -363,8 +395,8 @@ def is_too_small(held_out, total):
 
 
 def default_vocab_size(num_bytes):
-    """√bytes, rounded to a power of two: 4,096 for 20 MB of text, 32,768 for 1 GB."""
-    return int(2 ** max(9, round(np.log2(max(1, num_bytes)) / 2)))
+    """√bytes, rounded to a power of two: 4,096 for 20 MB of text, 32,768 for 1 GB, 320 for 4 kB."""
+    return max(min(512, 257 + num_bytes // 64), int(2 ** round(np.log2(max(1, num_bytes)) / 2)))
 
 
 def load_corpus(folder):
@@ -386,6 +418,8 @@ def check_same(corpus, expected):
         manifest = json.loads(path.read_bytes())
         if manifest.get("fingerprint") == expected:
             what = describe_changes(manifest["digests"], corpus.digests)
+            if manifest.get("layout") != LAYOUT:
+                what = "it was prepared by another version of onedial"
             advice = f"Resume with the old text, --data {path.parent}, or start a new run with --init-from"
             raise DataError(f"{corpus.name} has changed since the checkpoint: {what}.\n{advice}.")
     what = f"the checkpoint's corpus has fingerprint {expected}, and {corpus.name} has {corpus.fingerprint}"
@@ -926,6 +960,41 @@ def find_cut(text, first, cut):
     return cut
 
 
+def share_in_training(text, train, val):
+    """The share of held-out bytes in pieces that also occur in the training text."""
+    sizes = Counter()
+    for piece in similar_pieces(text, val):
+        sizes[hash(piece)] += len(piece)
+    total = sizes.total()
+    return sum(sizes.pop(hash(piece), 0) for piece in similar_pieces(text, train)) / max(1, total)
+
+
+def similar_pieces(text, places):
+    """
+    Yield the bytes of documents, given in the order of the text, in pieces of about 1 kB. A piece ends with
+    its document, or where a hash of 8 bytes is 0: equal text is cut in equal places wherever it occurs.
+    """
+    begins, ends = np.ascontiguousarray(places.T)
+    for start in range(0, text.size, BLOCK):
+        some = slice(np.searchsorted(ends, start, "right"), np.searchsorted(begins, start + BLOCK))
+        if some.start == some.stop:
+            continue
+        content = text[start : start + BLOCK]
+        cuts = [np.zeros(1, dtype=np.int64)]
+        for first in range(8):
+            words = np.frombuffer(content + bytes(8), "<u8", len(content) // 8, first)
+            hashes = words * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(54)  # 10 bits: 0 once in 1,024
+            cuts.append(8 * np.flatnonzero(hashes == 0) + first)
+        cuts = np.unique(np.concatenate(cuts))
+        cuts = cuts[np.diff(cuts, prepend=-100) > 32]  # one cut for a run of the same byte
+        cuts = np.concatenate([cuts, begins[some] - start, ends[some] - start])
+        cuts = np.unique(np.clip(cuts, 0, len(content)))
+        document = np.searchsorted(begins[some], cuts[:-1] + start, "right") - 1  # -1: between documents
+        inside = (document >= 0) & (cuts[:-1] + start < ends[some][document])
+        for at, end in zip(cuts[:-1][inside].tolist(), cuts[1:][inside].tolist()):
+            yield content[at:end]
+
+
 def shuffle_documents(text, places):
     """
     Shuffle training documents over the whole corpus, always in the same way: a corpus of books, then code
@@ -976,7 +1045,8 @@ def train_on_split(text, train, vocab_size, say):
     fraction = min(1.0, TOKENIZER_BYTES / max(1, size))
     say(f"training a BPE of {vocab_size:,} tokens on {fraction * size / 1e6:,.1f} MB")
     pieces = (piece for _, piece in cut_into_pieces(text, train))
-    return train_tokenizer(pieces, vocab_size, fraction)
+    with still_running(say, "training the BPE"):
+        return train_tokenizer(pieces, vocab_size, fraction)
 
 
 def train_tokenizer(pieces, vocab_size, fraction=1.0):
@@ -1487,18 +1557,30 @@ def fingerprint(*values):
 
 def describe(data, **reading):
     """Prepare a corpus and print what it contains."""
-    corpus = prepare(data, say=lambda line: print(line, file=sys.stderr), **reading)
+
+    def say(line):
+        with suppress(OSError):  # stderr is full or closed
+            print(printable(line), file=sys.stderr, flush=True)
+
+    corpus = prepare(data, say=say, **reading)
     for split, count in corpus.counts.items():
         facts = [f"{value:,} {key}" for key, value in count.items()]
-        facts.append(f"{sum(corpus.rows_per_shard(split, 128)):,} rows of 128")
-        if "bytes" in count:
+        T = min(128, corpus.row_length(128))
+        rows = sum(len(open_shard(path)) // T for path, _ in corpus.shards[split])
+        facts.append(f"{plural(rows, 'row')} of {T}")
+        if "bytes" in count and count["tokens"]:
             facts.append(f"{count['bytes'] / count['tokens']:.2f} bytes per token")
-        print(f"{split:6}{' · '.join(facts)}")
+        print(f"{split:6}{'; '.join(facts)}")
     for line in [*corpus.notes, *(f"left out: {path}: {reason}" for path, reason in corpus.left_out)]:
-        print(line)
-    print(f"split by {corpus.split} · vocabulary of {corpus.tokenizer.n_vocab:,} · {corpus.fingerprint}")
+        print(printable(line))
+    print(f"split by {corpus.split}; vocabulary of {corpus.tokenizer.n_vocab:,}; {corpus.fingerprint}")
     tokens = corpus.open_shard("train", 0)[:129].tolist()
-    print(f"the first tokens:\n{corpus.tokenizer.decode(tokens)}", flush=True)
+    print(f"the first tokens:\n{printable(corpus.tokenizer.decode(tokens))}", flush=True)
+
+
+def printable(text):
+    """Text without characters that control a terminal."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda match: f"\\x{ord(match[0]):02x}", text)
 
 
 def list_cache():
@@ -1510,7 +1592,7 @@ def list_cache():
             day = time.strftime("%Y-%m-%d", time.localtime(folder.stat().st_mtime))
             entries.append((sum(file.st_size for file in files), day, folder))
     for size, day, folder in sorted(entries, reverse=True):
-        print(f"{size / 1e6:10,.1f} MB  {day}  {folder}")
+        print(printable(f"{size / 1e6:10,.1f} MB  {day}  {folder}"))
     total = sum(size for size, *_ in entries) / 1e6
     print(f"{total:10,.1f} MB in total; you can delete any of it", flush=True)
 
@@ -1524,10 +1606,16 @@ if __name__ == "__main__":
     parser.add_argument("--document-separator", dest="separator", help=text)
     parser.add_argument("--cache", action="store_true", help="list what the cache folder contains instead")
     options = vars(parser.parse_args())
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed
+            setattr(sys, name, open(os.devnull, "w"))
+        getattr(sys, name).reconfigure(errors="replace")  # for a terminal that knows only ASCII
     try:
         list_cache() if options.pop("cache") else describe(**options)
     except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(error.exit_status)
-    except BrokenPipeError:  # as in `python dataset.py | head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else flushing it fails at the end
+        if not isinstance(error, BrokenPipeError):  # as in `python dataset.py | head -1`
+            sys.exit(f"error: the output cannot be written: {error.strerror}.\nWrite it to another place.")

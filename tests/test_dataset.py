@@ -601,7 +601,7 @@ def test_the_standard_library_is_read_as_before(tmp_path, monkeypatch):
     (library / "link").symlink_to(library / "test")
     monkeypatch.setattr(dataset.sysconfig, "get_path", lambda name: str(library))
     corpus = prepare("stdlib", 300)
-    assert corpus.split == "hash" and corpus.fingerprint == "0b3b5feb9585"  # as of commit b6158f1
+    assert corpus.split == "hash" and corpus.fingerprint == "c96c14e7b245"  # of layout 4
 
 
 def test_links_are_followed_without_loops_and_nothing_is_read_twice(tmp_path):
@@ -782,6 +782,38 @@ def test_a_folder_in_the_manner_of_nanogpt_says_what_is_read(tmp_path):
     assert [Path(path).name for path, _ in corpus.left_out] == ["train.bin"]
 
 
+def test_held_out_text_that_is_also_trained_on_is_reported(tmp_path):
+    texts = rows_of(400)
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "train.jsonl").write_bytes(json_lines(texts))
+    (tmp_path / "d" / "test.jsonl").write_bytes(json_lines(texts[:40]))
+    what = "of the held-out text also occurs in the training text"
+    assert any(note.startswith(f"100% {what}") for note in prepare(str(tmp_path / "d"), 300).notes)
+    (tmp_path / "d" / "test.jsonl").write_bytes(json_lines(texts[:40] + rows_of(40, 900)))
+    assert any(re.match(rf"(4\d|5\d)% {what}", note) for note in prepare(str(tmp_path / "d"), 300).notes)
+    # long texts: pieces of about 1 kB are found wherever they stand
+    half = prose(50, 1000) + prose(51, 1000)
+    (tmp_path / "d" / "train.jsonl").write_bytes(
+        json_lines([prose(7, 501) + prose(51, 1000) + prose(8, 99)] * 3)
+    )
+    (tmp_path / "d" / "test.jsonl").write_bytes(json_lines([half]))
+    assert any(re.match(rf"(4[5-9]|5\d)% {what}", note) for note in prepare(str(tmp_path / "d"), 300).notes)
+    (tmp_path / "d" / "test.jsonl").write_bytes(json_lines([prose(50, 1000)]))
+    assert not any(what in note for note in prepare(str(tmp_path / "d"), 300).notes)
+
+
+@pytest.mark.parametrize("size", [300, 1000, 4000])
+def test_a_short_text_is_enough(tmp_path, size):
+    (tmp_path / "a.txt").write_text(prose(3, 300)[:size])
+    corpus = prepare(str(tmp_path / "a.txt"))
+    T, tokens = corpus.row_length(512), corpus.counts["train"]["tokens"]
+    rows = corpus.rows_per_shard("train", T)
+    assert 32 <= T < 512 and sum(rows) * T > (0.75 if size == 300 else 0.93) * tokens
+    next(DataLoader(corpus, T, 4, 0, "cpu"))
+    assert len(ValidationRows(corpus, 10**6, T)) >= 1
+    assert corpus.row_length(32) == 32
+
+
 def test_an_unreadable_folder_is_left_out(text, monkeypatch):
     (text / "locked").mkdir()
     stat = os.stat
@@ -869,6 +901,25 @@ def test_vocabulary_follows_the_size(text, tmp_path):
     (text / "big.txt.gz").write_bytes(gzip.compress((text / "big.txt").read_bytes()))
     (text / "big.txt").unlink()
     assert prepare(str(text)).tokenizer.n_vocab == 2048  # the size of the text, not of the file
+
+
+def test_slow_work_is_not_silent(text, monkeypatch):
+    said, train = [], dataset.train_tokenizer
+
+    def slow(*arguments):
+        while not any("so far" in line for line in said):
+            time.sleep(0.01)
+        return train(*arguments)
+
+    class Impatient(threading.Event):
+        def wait(self, seconds=None):
+            return super().wait(seconds and seconds / 100)
+
+    monkeypatch.setattr(dataset.threading, "Event", Impatient)
+    monkeypatch.setattr(dataset, "train_tokenizer", slow)
+    prepare(str(text), 300, said.append)
+    assert "training the BPE: 0 s so far" in said
+    assert "so far" not in said[-1]
 
 
 def test_tokenizer_reads_a_limited_amount_from_all_over_the_corpus(text, monkeypatch):
@@ -993,6 +1044,23 @@ def test_a_damaged_shard_is_found_without_its_sha256(tmp_path):
             dataset.open_shard(path)
     shard(path, [])
     assert len(dataset.open_shard(path)) == 0
+
+
+def test_a_corpus_of_the_layout_before_is_used_by_its_folder(text, home):
+    first = prepare(str(text), 400)
+    (folder,) = home.glob("corpora/text-*")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["layout"]  # as version 0.1.0 wrote it
+    manifest["fingerprint"] = "of before"
+    old = folder.with_name("text-0123456789ab")
+    shutil.copytree(folder, old)
+    (old / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match="prepared by another version of onedial") as error:
+        dataset.check_same(first, "of before")
+    assert f"--data {old}" in two_lines(error)
+    again = prepare(str(old), 400)
+    dataset.check_same(again, "of before")
+    assert again.name == "text" and documents(again, "train") == documents(first, "train")
 
 
 def test_a_damaged_manifest_is_named(text, home):
@@ -1562,6 +1630,28 @@ def test_command_line_errors_have_two_lines(tmp_path, text):
     reader = f"{sys.executable} {REPO / 'dataset.py'} {text} | true"
     result = subprocess.run(["bash", "-c", reader], capture_output=True, text=True)
     assert result.stderr == ""
+
+
+def test_command_line_prints_into_any_output(text, tmp_path):
+    (text / "00.txt").write_text("ü \x1b[2J \x07 " * 90)
+    (text / "a\x1b[2Jü.pdf").write_text("left out")
+    command(text)
+    name = f"{sys.executable} {REPO / 'dataset.py'} {text}"
+    for where, code, message in (
+        ("", 0, ""),
+        ("> /dev/full", 1, "error: the output cannot be written: No space left on device.\n"),
+        (">&-", 0, ""),
+        ("2>&- >&-", 0, ""),
+        ("2> /dev/full > /dev/null", 0, ""),
+    ):
+        env = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+        result = subprocess.run(["bash", "-c", f"{name} {where}"], capture_output=True, text=True, env=env)
+        assert result.returncode == code and result.stderr.startswith(message), (where, result.stderr)
+        assert "Traceback" not in result.stderr and "Exception" not in result.stderr
+        assert "\x1b" not in result.stdout and "\x07" not in result.stdout
+    (tmp_path / "line.txt").write_text("x")
+    result = command(tmp_path / "line.txt")  # too short for anything, but described
+    assert result.returncode == 0 and "1 bytes" in result.stdout, result.stderr
 
 
 @pytest.mark.slow
