@@ -972,7 +972,7 @@ def share_in_training(text, train, val):
 def similar_pieces(text, places):
     """
     Yield the bytes of documents, given in the order of the text, in pieces of about 1 kB. A piece ends with
-    its document, or where a hash of 8 bytes is 0: equal text is cut in equal places wherever it occurs.
+    its document, or where a hash of 4 bytes is small: equal text is cut in equal places wherever it occurs.
     """
     begins, ends = np.ascontiguousarray(places.T)
     for start in range(0, text.size, BLOCK):
@@ -980,14 +980,13 @@ def similar_pieces(text, places):
         if some.start == some.stop:
             continue
         content = text[start : start + BLOCK]
-        cuts = [np.zeros(1, dtype=np.int64)]
-        for first in range(8):
-            words = np.frombuffer(content + bytes(8), "<u8", len(content) // 8, first)
-            hashes = words * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(54)  # 10 bits: 0 once in 1,024
-            cuts.append(8 * np.flatnonzero(hashes == 0) + first)
-        cuts = np.unique(np.concatenate(cuts))
+        padded, cuts = content + bytes(4), []
+        for first in range(4):
+            words = np.frombuffer(padded, "<u4", len(content) // 4, first)
+            cuts.append(4 * np.flatnonzero(words * np.uint32(0x9E3779B1) < 2**22) + first)  # 2^22: 1 in 1,024
+        cuts = np.sort(np.concatenate(cuts))
         cuts = cuts[np.diff(cuts, prepend=-100) > 32]  # one cut for a run of the same byte
-        cuts = np.concatenate([cuts, begins[some] - start, ends[some] - start])
+        cuts = np.concatenate([[0], cuts, begins[some] - start, ends[some] - start])
         cuts = np.unique(np.clip(cuts, 0, len(content)))
         document = np.searchsorted(begins[some], cuts[:-1] + start, "right") - 1  # -1: between documents
         inside = (document >= 0) & (cuts[:-1] + start < ends[some][document])
