@@ -30,6 +30,7 @@ import tempfile
 import threading
 import time
 import unicodedata
+import zlib
 from array import array
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -154,6 +155,7 @@ class Corpus:
     more: list | None = None  # training files of `public` that are not used yet; None for other corpora
     public: PublicSet | None = None
     reading: dict = field(default_factory=dict)  # options of the TextReader for the files of `public`
+    held_out: Counter = field(default_factory=Counter)  # some of sum_pieces of the held-out text of `public`
     digests: dict = field(default_factory=dict)  # {file: sha256}
     notes: list = field(default_factory=list)  # lines that a user should see
     left_out: list = field(default_factory=list)  # [(path, reason)]
@@ -252,9 +254,8 @@ def prepare(
     except MemoryError:
         advice = "Split its largest files or rows into smaller ones."
         raise DataError(f"there is not enough memory to prepare {data}.\n{advice}") from None
-    if is_public(data) and folder.exists():
-        what = f"{data} is the public data set. For the text in the working directory pass --data ./{data}"
-        corpus.notes.append(what)
+    if corpus.public and folder.exists():
+        corpus.notes.append(f"{data} is the public data set; the folder of this name is --data ./{data}")
     if tokenizer and tokenizer_fingerprint(corpus.tokenizer) != tokenizer_fingerprint(tokenizer):
         what = f"{corpus.name} is already tokenized, with another tokenizer than that of --init-from"
         raise DataError(f"{what}.\nPass its text as --data, or remove --init-from.")
@@ -301,10 +302,7 @@ def prepare_text(data, found, reader, vocab_size, say, largest_vocab, tokenizer)
                 what = f"--data {data} has changed while it was read"
                 raise DataError(f"{what}.\nStart again when no program writes into it.")
             split, train, val = choose_split(text, places, num_train)
-            shared, notes = share_in_training(text, train, val), []
-            if shared >= 0.01:
-                what = f"{shared:.0%} of the held-out text also occurs in the training text"
-                notes.append(f"{what}: val_bpb will be lower than on new text")
+            shared = list(describe_shared(text, train, sum_pieces(text, val), "the training text"))
         files = plural(len(sources) - len(reader.left_out), "file")
         empty = f" ({reader.empty_files:,} empty)" if reader.empty_files else ""
         say(f"{files}{empty} with {plural(len(places), 'document')}, {text.size / 1e6:,.1f} MB")
@@ -316,7 +314,7 @@ def prepare_text(data, found, reader, vocab_size, say, largest_vocab, tokenizer)
         manifest["val"] = encode_texts(encoding, text, val, temporary, "val", say)
         manifest["fingerprint"] = fingerprint(manifest)
         manifest["digests"] = {path: digest for path, _, digest in sources}
-        return manifest | {"left_out": reader.left_out, "notes": [*reader.note_lines(), *notes]}
+        return manifest | {"left_out": reader.left_out, "notes": [*reader.note_lines(), *shared]}
 
     options = [LAYOUT, vocab_size, SPLIT_PATTERN, reader.plain, reader.text_field, reader.separator]
     options += [tokenizer_fingerprint(tokenizer)] if tokenizer else []
@@ -329,7 +327,11 @@ def stat_files(found):
     """[[path below root, size in bytes, mtime, ctime, file], ...] of all files to read, sorted."""
     stats = []
     for file in found.train + found.val:
-        status, name = file.stat(), composed(file.relative_to(found.root))
+        try:
+            status = file.stat()
+        except OSError as error:
+            raise DataError(f"{file} cannot be read: {error.strerror}.\n{FIX_FILE}") from None
+        name = composed(file.relative_to(found.root))
         stats.append([name, status.st_size, status.st_mtime_ns, status.st_ctime_ns, str(file)])
     return sorted(stats)
 
@@ -960,13 +962,21 @@ def find_cut(text, first, cut):
     return cut
 
 
-def share_in_training(text, train, val):
-    """The share of held-out bytes in pieces that also occur in the training text."""
+def sum_pieces(text, places):
+    """{checksum of a piece of similar_pieces: its bytes, in all places}"""
     sizes = Counter()
-    for piece in similar_pieces(text, val):
-        sizes[hash(piece)] += len(piece)
-    total = sizes.total()
-    return sum(sizes.pop(hash(piece), 0) for piece in similar_pieces(text, train)) / max(1, total)
+    for piece in similar_pieces(text, places):
+        sizes[zlib.crc32(piece)] += len(piece)
+    return sizes
+
+
+def describe_shared(text, train, held_out, where):
+    """Lines that say which share of held-out text, given by sum_pieces, also occurs in training documents."""
+    checksums = map(zlib.crc32, similar_pieces(text, train))
+    found = {checksum for checksum in checksums if checksum in held_out}
+    shared = sum(held_out[checksum] for checksum in found) / max(1, held_out.total())
+    if shared >= 0.01:
+        yield f"{shared:.0%} of the held-out text also occurs in {where}: val_bpb is lower than on new text"
 
 
 def similar_pieces(text, places):
@@ -1297,7 +1307,7 @@ def config_files(config, names):
         entry = entry if isinstance(entry, dict) else {"path": entry}
         paths, split = entry.get("path") or [], str(entry.get("split") or "")
         for path in paths if isinstance(paths, list) else [paths]:
-            pattern = glob_pattern(f"{folder}/{path}".strip("/"))
+            pattern = glob_pattern(os.path.normpath(f"{folder}/{path}").lstrip("/"))
             for name in filter(pattern.fullmatch, names):
                 word = held_out_word(Path(), Path(f"{split}.txt") if split else Path(name))
                 found.setdefault(name, word)
@@ -1308,7 +1318,11 @@ def glob_pattern(pattern):
     """The regular expression of a pattern of file names: * and ? stay in one folder, ** does not."""
     wild = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
     parts = re.findall(r"\*\*/|\*\*|\[[^]]+\]|.", pattern)
-    return re.compile("".join(wild.get(part) or (part if part[1:] else re.escape(part)) for part in parts))
+    return re.compile(
+        "".join(
+            wild.get(part) or (part.replace("[!", "[^") if part[1:] else re.escape(part)) for part in parts
+        )
+    )
 
 
 def check_one_set(data, root, files):
@@ -1371,12 +1385,14 @@ def fetch_more(corpus, rows, T, say=lambda line: None):
         count = min(len(corpus.more), math.ceil(missing))
         size = sum(corpus.public.train[name] for name in corpus.more[:count]) / 1000
         say(f"this run needs {plural(count, 'more file')} of {corpus.name}, {size:.1f} GB in total")
-    available, notes = sum(available), len(corpus.notes)
+    available, notes, left_out = sum(available), len(corpus.notes), len(corpus.left_out)
     while corpus.more and available < rows:
         before = len(corpus.shards["train"])
         add_file(corpus, "train", cache_folder() / corpus.name / corpus.more.pop(0), say)
         available += sum(len(open_shard(path)) // T for path, _ in corpus.shards["train"][before:])
-    for note in corpus.notes[notes:]:
+    for note in corpus.notes[notes:] + [
+        f"left out: {path}: {why}" for path, why in corpus.left_out[left_out:]
+    ]:
         say(note)
 
 
@@ -1401,11 +1417,16 @@ def add_file(corpus, split, path, say):
         say(f"tokenizing {path.name}")
         text, reader = Text(temporary), TextReader(**corpus.reading)
         reader.read(path, text)
-        entry = encode_texts(corpus.tokenizer, text, text.documents(), temporary, split, say)
-        return entry | {"left_out": reader.left_out, "notes": list(reader.note_lines())}
+        places = text.documents()
+        entry = encode_texts(corpus.tokenizer, text, places, temporary, split, say)
+        if split == "val":  # the smallest checksums are a random sample
+            entry["pieces"] = sorted(sum_pieces(text, places).items())[:10_000]
+        shared = describe_shared(text, places, corpus.held_out, path.name)
+        return entry | {"left_out": reader.left_out, "notes": [*reader.note_lines(), *shared]}
 
     entry = make_once(folder, make)
     corpus.add(path.parent if is_shard else folder, split, entry)
+    corpus.held_out.update({checksum: size for checksum, size in entry.get("pieces", [])})
     corpus.left_out += map(tuple, entry.get("left_out", []))
     corpus.notes += [note for note in entry.get("notes", []) if note not in corpus.notes]
 
@@ -1573,7 +1594,7 @@ def describe(data, **reading):
     for line in [*corpus.notes, *(f"left out: {path}: {reason}" for path, reason in corpus.left_out)]:
         print(printable(line))
     print(f"split by {corpus.split}; vocabulary of {corpus.tokenizer.n_vocab:,}; {corpus.fingerprint}")
-    tokens = corpus.open_shard("train", 0)[:129].tolist()
+    tokens = corpus.open_shard("train", 0)[:129].tolist() if corpus.shards["train"] else []
     print(f"the first tokens:\n{printable(corpus.tokenizer.decode(tokens))}", flush=True)
 
 
