@@ -522,9 +522,9 @@ def find_files(data, out_dir=None):
         found.left_out += [(file, "a .bin file without the header of a token shard") for file in binary]
         what = f"{binary[0].name} has no header of a token shard and cannot be read"
         found.notes.append(f"{what}; text files beside it are, such as {texts[0].name}" if texts else what)
-    files = [file for file in files if file in known]
-    found.train, found.val, found.unused = split_by_name(data, root, files)
-    if found.train and (word := held_out_word(root, found.train[0])):
+    words = {file: held_out_word(root, file) for file in files if file in known}
+    found.train, found.val, found.unused = split_by_word(data, words)
+    if found.train and (word := words[found.train[0]]):
         found.notes.append(f"all files are named as held out ({word}), and are split like any other text")
     return found
 
@@ -595,14 +595,14 @@ def is_run(folder):
         return False
 
 
-def split_by_name(data, root, files, word_of=None):
+def split_by_word(data, words):
     """
-    Split files below root by the words of HELD_OUT in their names -> (train, val, unused), three lists.
-    The lowest kind present is the validation split. DataError if no file is left to train on.
+    Split files by their words of HELD_OUT, {file: word or None} -> (train, val, unused), three lists. The
+    lowest kind present is the validation split. DataError if no file is left to train on.
     """
-    kinds, word_of = {}, word_of or partial(held_out_word, root)
-    for file in files:  # {kind of HELD_OUT, or -1 for training: files}
-        kinds.setdefault(HELD_OUT.get(word_of(file), -1), []).append(file)
+    kinds = {}  # {kind of HELD_OUT, or -1 for training: files}
+    for file, word in words.items():
+        kinds.setdefault(HELD_OUT.get(word, -1), []).append(file)
     if len(kinds) > 1 and -1 not in kinds:
         what = f"--data {data}: all files are held out by their names, such as {kinds[min(kinds)][0].name}"
         raise DataError(f"{what}.\nPass the path of the file to train on, or rename it.")
@@ -1251,28 +1251,27 @@ def choose_files(data, inside, sizes, configs=()):
     """
     safe = [name for name in sorted(sizes) if not {"..", "/"} & set(Path(name).parts)]
     left_out = [(name, "its path leads out of the data set") for name in sizes.keys() - safe]
-    splits, config = choose_config(data, inside, safe, configs)
-    below = f"{inside}/" if inside and not config else ""
-    asked = [name for name in safe if name in splits or not splits and f"{name}/".startswith(below)]
+    words, root = choose_config(data, inside, safe, configs), None
+    if not words:
+        root, below = Path(inside).parent if inside in sizes else Path(inside), f"{inside}/" if inside else ""
+        names = [name for name in safe if f"{name}/".startswith(below)]
+        words = {name: held_out_word(root, Path(name)) for name in names}
     kinds = {}  # {suffix: files}
-    for name in asked:
+    for name in sorted(words):
         kinds.setdefault(suffix_of(Path(name)), []).append(Path(name))
     amount = lambda suffix: sum(  # noqa: E731  compressed text is about 4 times as long as its file
         sizes[str(file)] * (4 if file.suffix in (".parquet", *COMPRESSED) else 1) for file in kinds[suffix]
     )
     formats = sorted(kinds.keys() & {*DATA_FILES} - {".bin"}, key=amount)
     if not formats:
-        what = f"{data} contains no parquet, JSONL or text files, only {summarize(asked or sizes)}"
+        what = f"{data} contains no parquet, JSONL or text files, only {summarize(words or sizes)}"
         raise DataError(f"{what}.\nChoose another data set, or another folder of it.")
     files = kinds.pop(formats[-1])
     others = sorted(str(file) for group in kinds.values() for file in group if not file.name.startswith("."))
     left_out += [(name, f"not {formats[-1]}, the format with most text") for name in others]
-    root = Path(below).parent if inside in sizes else Path(below)
-    if not splits:
+    if root is not None:
         check_one_set(data, root, files)
-        train, val, unused = split_by_name(data, root, files)
-    else:
-        train, val, unused = split_by_name(data, Path(), files, lambda file: splits[str(file)])
+    train, val, unused = split_by_word(data, {file: words[str(file)] for file in files})
     megabytes = lambda files: sum(sizes[str(file)] for file in files)  # noqa: E731
     if is_too_small(1e6 * megabytes(val), 1e6 * megabytes(train + val)):
         val, unused = [], val + unused
@@ -1285,8 +1284,8 @@ def choose_files(data, inside, sizes, configs=()):
 
 def choose_config(data, inside, names, configs):
     """
-    The configuration of a data card that `inside` names, or its default one -> ({file: word of HELD_OUT or
-    None}, name), or ({}, None) if there is none. DataError if the card has several and no default.
+    The files of the configuration of a data card that `inside` names, or of its default one -> {file: word of
+    HELD_OUT or None}, empty if there is none. DataError if the card has several and no default.
     """
     configs = {
         str(config.get("config_name", "default")): config for config in configs if isinstance(config, dict)
@@ -1297,7 +1296,7 @@ def choose_config(data, inside, names, configs):
     name = inside or (default if default in files else next(iter(files), None))
     if not inside and len(files) > 1 and default not in files:
         raise several_sets(data, files)
-    return (files[name], name) if name in files else ({}, None)
+    return files.get(name, {})
 
 
 def config_files(config, names):

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+import tomllib
 import tracemalloc
 import types
 import unicodedata
@@ -1599,6 +1600,12 @@ def test_fetching_more_opens_each_shard_a_few_times(hub, monkeypatch):
     corpus = prepare("fineweb")
     dataset.fetch_more(corpus, 30 * 80, 50)
     assert sum(corpus.rows_per_shard("train", 50)) == 30 * 80 and len(opened) < 30 * 5
+
+
+def test_pyarrow_that_runs_pickles_of_a_parquet_file_is_not_accepted():
+    extras = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    needed = [entry for entries in extras.values() for entry in entries if entry.startswith("pyarrow")]
+    assert needed == ["pyarrow>=14.0.1"] * 2
 
 
 # -----------------------------------------------------------------------------
