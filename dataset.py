@@ -94,9 +94,6 @@ FREE_SPACE = "Free some space there, or set ONEDIAL_HOME to another folder."
 OTHER_TEXT = "or train on other text: --data stdlib or --data PATH."
 
 
-UNKNOWN = "unknown type of file"  # a reason to leave a file out
-
-
 class DataError(Exception):
     """A problem with the data that the user can fix. The message has two lines: what is wrong, what to do."""
 
@@ -512,16 +509,20 @@ def find_files(data, out_dir=None):
     found = FoundFiles(root, [])
     files = list_files(root, found.left_out, out_dir)
     binary = [file for file in files if file.suffix == ".bin"]
-    shards = binary if any(MAGIC in np.fromfile(file, dtype="<i4", count=1) for file in binary) else []
     texts = [file for file in files if suffix_of(file) in SUFFIXES]
-    known, why = set(shards or texts), "not a token shard, and there are token shards" if shards else UNKNOWN
-    found.left_out += [(file, why) for file in files if file not in known and file not in binary]
-    if shards and texts:
+    has_shards = any(MAGIC in np.fromfile(file, dtype="<i4", count=1) for file in binary)
+    known, why = (
+        set(binary if has_shards else texts),
+        "not a token shard" if has_shards else "unknown type of file",
+    )
+    no_header = "has no header of a token shard"  # nanoGPT's .bin files have none
+    found.left_out += [
+        (file, no_header if file.suffix == ".bin" else why) for file in files if file not in known
+    ]
+    if has_shards and texts:
         found.notes.append(f"token shards are read, and no text beside them, such as {texts[0].name}")
-    if binary and not shards:  # nanoGPT's: uint16 tokens without a header
-        found.left_out += [(file, "a .bin file without the header of a token shard") for file in binary]
-        what = f"{binary[0].name} has no header of a token shard and cannot be read"
-        found.notes.append(f"{what}; text files beside it are, such as {texts[0].name}" if texts else what)
+    elif binary and texts:
+        found.notes.append(f"{binary[0].name} {no_header}; text beside it is read, such as {texts[0].name}")
     words = {file: held_out_word(root, file) for file in files if file in known}
     found.train, found.val, found.unused = split_by_word(data, words)
     if found.train and (word := words[found.train[0]]):
@@ -1262,7 +1263,7 @@ def choose_files(data, inside, sizes, configs=()):
     amount = lambda suffix: sum(  # noqa: E731  compressed text is about 4 times as long as its file
         sizes[str(file)] * (4 if file.suffix in (".parquet", *COMPRESSED) else 1) for file in kinds[suffix]
     )
-    formats = sorted(kinds.keys() & {*DATA_FILES} - {".bin"}, key=amount)
+    formats = sorted(sorted(kinds.keys() & {*DATA_FILES} - {".bin"}), key=amount)
     if not formats:
         what = f"{data} contains no parquet, JSONL or text files, only {summarize(words or sizes)}"
         raise DataError(f"{what}.\nChoose another data set, or another folder of it.")
@@ -1317,20 +1318,15 @@ def glob_pattern(pattern):
     """The regular expression of a pattern of file names: * and ? stay in one folder, ** does not."""
     wild = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
     parts = re.findall(r"\*\*/|\*\*|\[[^]]+\]|.", pattern)
-    return re.compile(
-        "".join(
-            wild.get(part) or (part.replace("[!", "[^") if part[1:] else re.escape(part)) for part in parts
-        )
-    )
+    translate = lambda part: wild.get(part) or (part.replace("[!", "[^") if part[1:] else re.escape(part))  # noqa: E731
+    return re.compile("".join(map(translate, parts)))
 
 
 def check_one_set(data, root, files):
     """DataError if training files are in folders, on any level, whose names differ by more than a number."""
-    folders = {}
+    folders, splits = {}, {"train", *HELD_OUT}
     for file in files:
-        parts = [
-            part for part in file.relative_to(root).parts[:-1] if part.casefold() not in ("train", *HELD_OUT)
-        ]
+        parts = [part for part in file.relative_to(root).parts[:-1] if part.casefold() not in splits]
         folders.setdefault(tuple(re.sub(r"[\W\d_]+", "", part) for part in parts), "/".join(parts))
     folders.pop((), None)
     if len(folders) > 1:
@@ -1637,4 +1633,7 @@ if __name__ == "__main__":
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else flushing it fails at the end
         if not isinstance(error, BrokenPipeError):  # as in `python dataset.py | head -1`
-            sys.exit(f"error: the output cannot be written: {error.strerror}.\nWrite it to another place.")
+            what = error.filename or "the output"
+            sys.exit(f"error: {what} cannot be read or written: {error.strerror}.\nFix this and start again.")
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -778,8 +778,8 @@ def test_a_folder_in_the_manner_of_nanogpt_says_what_is_read(tmp_path):
     (tmp_path / "prepare.py").write_text("import tiktoken\n" * 200)
     (tmp_path / "train.bin").write_bytes(np.arange(5000, dtype="<u2").tobytes())
     corpus = prepare(str(tmp_path), 300)
-    what = "train.bin has no header of a token shard and cannot be read"
-    assert f"{what}; text files beside it are, such as prepare.py" in corpus.notes
+    what = "train.bin has no header of a token shard"
+    assert f"{what}; text beside it is read, such as prepare.py" in corpus.notes
     assert [Path(path).name for path, _ in corpus.left_out] == ["train.bin"]
 
 
@@ -1547,6 +1547,15 @@ def test_held_out_text_of_a_public_set_that_is_also_trained_on_is_reported(hub_f
         assert any(re.match(r"(4|5)\d% of the held-out text also occurs in b.jsonl", line) for line in said)
 
 
+def test_a_tiny_held_out_file_of_a_public_set_is_no_validation_split(hub_files):
+    hub_files(
+        parts(["a.jsonl", "b.jsonl", "c.jsonl"])
+        | {"requirements-dev.txt": b"x", "dev.jsonl": b'{"text": "x"}'}
+    )
+    corpus = prepare("hf:some/set", 300)
+    assert corpus.public.val == "c.jsonl" and corpus.public.unused == ["dev.jsonl"]
+
+
 def test_several_sets_on_any_level_are_not_mixed(hub_files):
     hub_files(parts([f"data/{language}/{n}.jsonl" for language in ("de", "en") for n in range(3)]))
     with pytest.raises(DataError, match="several data sets: data/de, data/en") as error:
@@ -1659,7 +1668,7 @@ def test_command_line_prints_into_any_output(text, tmp_path):
     name = f"{sys.executable} {REPO / 'dataset.py'} {text}"
     for where, code, message in (
         ("", 0, ""),
-        ("> /dev/full", 1, "error: the output cannot be written: No space left on device.\n"),
+        ("> /dev/full", 1, "error: the output cannot be read or written: No space left on device.\n"),
         (">&-", 0, ""),
         ("2>&- >&-", 0, ""),
         ("2> /dev/full > /dev/null", 0, ""),
