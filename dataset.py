@@ -13,6 +13,7 @@ import argparse
 import base64
 import bz2
 import codecs
+import contextlib
 import csv
 import errno
 import gzip
@@ -34,7 +35,6 @@ import zlib
 from array import array
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import chain, islice
@@ -338,7 +338,7 @@ def composed(path):
     return unicodedata.normalize("NFC", path.as_posix())
 
 
-@contextmanager
+@contextlib.contextmanager
 def still_running(say, what):
     """While the `with` block runs, say every 5 seconds for how long it has been running."""
     done, start = threading.Event(), time.monotonic()
@@ -947,8 +947,8 @@ def choose_split(text, places, num_train):
     sizes = places[:, 1] - places[:, 0]
     if 0.01 <= sizes[held_out].sum() / sizes.sum() <= 0.20:
         return "hash", places[~held_out], places[held_out]
-    firsts = np.maximum(places[:, 1] - BLOCK, places[:, 0] + (0.8 * sizes).astype(np.int64))
     lasts = places[:, 1] - (VAL_FRACTION * sizes).astype(np.int64)
+    firsts = np.maximum(lasts - BLOCK, places[:, 0] + (0.8 * sizes).astype(np.int64))
     cuts = [find_cut(text, first, last) for first, last in zip(firsts.tolist(), lasts.tolist())]
     train, val = np.stack([places[:, 0], cuts], axis=1), np.stack([cuts, places[:, 1]], axis=1)
     return "tail", train[train[:, 0] < train[:, 1]], val[val[:, 0] < val[:, 1]]
@@ -1574,7 +1574,7 @@ def describe(data, **reading):
     """Prepare a corpus and print what it contains."""
 
     def say(line):
-        with suppress(OSError):  # stderr is full or closed
+        with contextlib.suppress(OSError):  # stderr is full or closed
             print(printable(line), file=sys.stderr, flush=True)
 
     corpus = prepare(data, say=say, **reading)

@@ -188,7 +188,9 @@ def test_the_end_of_one_long_file_is_held_out(tmp_path, lines):
     assert train.endswith("\n") and 0.04 < len(val) / len(content) < 0.12
 
 
-def test_a_text_without_line_ends_is_cut_too(tmp_path):
+@pytest.mark.parametrize("block", [2**20, 200])
+def test_a_text_without_line_ends_is_cut_too(tmp_path, monkeypatch, block):
+    monkeypatch.setattr(dataset, "BLOCK", block)
     (tmp_path / "line.txt").write_text("title\n" + "a b" * 5000)
     corpus = prepare(str(tmp_path / "line.txt"))
     assert 0.04 < corpus.counts["val"]["bytes"] / 15_006 < 0.06
