@@ -1056,20 +1056,23 @@ def train_on_split(text, train, vocab_size, say):
     say(f"training a BPE of {vocab_size:,} tokens on {fraction * size / 1e6:,.1f} MB")
     pieces = (piece for _, piece in cut_into_pieces(text, train))
     with still_running(say, "training the BPE"):
-        return train_tokenizer(pieces, vocab_size, fraction)
+        return train_tokenizer(pieces, vocab_size, fraction, say)
 
 
-def train_tokenizer(pieces, vocab_size, fraction=1.0):
+def train_tokenizer(pieces, vocab_size, fraction=1.0, say=lambda line: None):
     """Train a byte-level BPE of at most vocab_size tokens, <|bos|> included, on a fraction of the pieces."""
     assert vocab_size <= 2**16, "tokens are stored as uint16"
 
     def some_pieces():
-        seen = used = 0
+        seen = used = blanks = 0
         for piece in pieces:
             seen += len(piece)
             if used < fraction * seen:
                 used += len(piece)
+                blanks += piece.count(" ") + piece.count("\n")
                 yield piece
+        if used > max(2.5e6, 50 * blanks):  # rustbpe holds the GIL now: no thread could print
+            say(f"the text has hardly any blanks: its BPE may take {used / 5e5:.0f} s")
 
     trainer = rustbpe.Tokenizer()
     trainer.train_from_iterator(some_pieces(), vocab_size - 1, buffer_size=64, pattern=SPLIT_PATTERN)

@@ -925,6 +925,11 @@ def test_slow_work_is_not_silent(text, monkeypatch):
     prepare(str(text), 300, said.append)
     assert "training the BPE: 0 s so far" in said
     assert "so far" not in said[-1]
+    said.clear()
+    for blank in ("", " "):  # a text without blanks takes minutes, and rustbpe lets no thread print
+        pieces = (("abcdefghi" + blank) * 1000 for _ in range(300))
+        train(pieces, 260, 1.0, said.append)
+    assert said == ["the text has hardly any blanks: its BPE may take 5 s"]
 
 
 def test_tokenizer_reads_a_limited_amount_from_all_over_the_corpus(text, monkeypatch):
