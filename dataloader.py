@@ -50,7 +50,7 @@ class DataLoader:
         self.rows_per_epoch = sum(self.rows_per_shard)
         if self.rows_per_epoch < rows_per_batch:
             what = f"the training split has {self.rows_per_epoch} rows, and a batch has {rows_per_batch}"
-            advice = "Provide more text, or a smaller --total-batch-size or --max-seq-len."
+            advice = "Provide more text, or a smaller --total-batch-size and --max-seq-len (from 32 on)."
             raise NotEnoughText(f"{what}.\n{advice}")
         self.cursor, self.wait_time = 0, 0.0
         self.stream, self.ahead = self.batches(), deque()
@@ -181,15 +181,34 @@ def validation_tokens(corpus, eval_bytes):
     Which bytes depends only on the corpus, so that models with any vocabulary and row length can be compared:
     documents from all over the split, or its beginning (.bin shards, public data sets). Raises NotEnoughText.
     """
-    shards = [corpus.open_shard("val", index) for index in range(len(corpus.shards["val"]))]
-    tokens = np.concatenate([np.empty(0, dtype="<u2"), *shards])
-    if not len(tokens):
+    parts, size, num_documents = [], 0, 0
+    for tokens in validation_blocks(corpus):
+        if corpus.spread_val:
+            size += int(corpus.token_bytes[tokens].sum(dtype=np.int64))
+            num_documents += np.count_nonzero(tokens == corpus.bos)
+        else:
+            ends = size + np.cumsum(corpus.token_bytes[tokens], dtype=np.int64)
+            parts.append(tokens[: np.searchsorted(ends, eval_bytes) + 1])
+            size = ends[-1]
+            if size >= eval_bytes:
+                break
+    if num_documents:
+        count = min(num_documents, math.ceil(eval_bytes * num_documents / size))
+        chosen, seen = np.zeros(num_documents, dtype=bool), 0
+        chosen[np.arange(count) * num_documents // count] = True
+        for tokens in validation_blocks(corpus):
+            document = seen + np.cumsum(tokens == corpus.bos) - 1  # of each token
+            parts.append(tokens[chosen[document]])
+            seen = document[-1] + 1
+    if not parts:
         advice = 'Provide more text, or a file with "val" in its name.'
         raise NotEnoughText(f"{corpus.name} has no validation text.\n{advice}")
-    lengths = corpus.token_bytes[tokens]
-    if not corpus.spread_val:
-        return tokens[: np.searchsorted(np.cumsum(lengths, dtype=np.uint32), eval_bytes) + 1]
-    starts = np.flatnonzero(tokens == corpus.bos)
-    count = min(len(starts), math.ceil(eval_bytes * len(starts) / lengths.sum(dtype=np.int64)))
-    documents = np.split(tokens, starts[1:])
-    return np.concatenate([documents[i * len(starts) // count] for i in range(count)])
+    return np.concatenate(parts)
+
+
+def validation_blocks(corpus, block=2**20):
+    """Yield the tokens of the validation split in blocks, uint16 (at most `block`,)."""
+    for index in range(len(corpus.shards["val"])):
+        tokens = corpus.open_shard("val", index)
+        for start in range(0, len(tokens), block):
+            yield tokens[start : start + block]

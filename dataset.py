@@ -13,6 +13,7 @@ import argparse
 import base64
 import bz2
 import codecs
+import contextlib
 import csv
 import errno
 import gzip
@@ -27,8 +28,10 @@ import shutil
 import sys
 import sysconfig
 import tempfile
+import threading
 import time
 import unicodedata
+import zlib
 from array import array
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -50,11 +53,12 @@ SHARD_TOKENS = 100_000_000
 # Limits
 BLOCK = 2**20  # characters or bytes read at a time, so that memory does not grow with a file
 PIECE_CHARS = 2**16  # longer documents are encoded in pieces: the regex engines fail on a million spaces
-VAL_PIECE_CHARS = 2**12  # validation text is cut into documents of this size; evaluations read some
+VAL_PIECE_CHARS = 2**14  # longer validation documents are cut into documents: evaluations read some of them
 TOKENIZER_BYTES = 200_000_000  # a BPE is trained on at most this much text, taken evenly from the corpus
 VAL_FRACTION = 0.05  # of a text that has no validation files
 THREADS = min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-LAYOUT = 3  # version of the cache's content; with another number every corpus is built again
+PART_BYTES = 2**22  # longer documents are shuffled in parts of this size
+LAYOUT = 4  # version of the cache's content; with another number every corpus is built again
 
 # GPT-4's split pattern, but numbers have at most 2 digits: better for vocabularies below 100,000 (nanochat)
 SPLIT_PATTERN = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}|"
@@ -70,7 +74,9 @@ SUFFIXES = """
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")  # may follow another suffix
 DATA_FILES = (".txt", ".text", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".bin")
 # Words in a data file's name that mark it as held out. The lowest number present is the validation split.
-HELD_OUT = {"val": 0, "valid": 0, "validation": 0, "dev": 1, "test": 2, "eval": 3, "heldout": 4}
+HELD_OUT = {"val": 0, "valid": 0, "validation": 0, "dev": 1, "test": 2, "eval": 3, "heldout": 4, "holdout": 4}
+HELD_OUT |= {f"{word}set": kind for word, kind in HELD_OUT.items()}
+FILLERS = "set split data dataset text texts tokens raw clean full small part shard".split()  # say nothing
 TEXT_FIELDS = "text content story document body article passage page_content raw_content contents".split()
 TEXT_TYPE = re.compile(r"(dictionary<values=)?(large_)?(string|binary)\b")  # pyarrow's names of types
 BYTE_ORDER_MARKS = {  # UTF-32 first: its little-endian mark begins with UTF-16's
@@ -124,7 +130,9 @@ class PublicSet:
     train: dict  # {file: size in MB}, in the order of epoch 0
     val: str | None  # None: the only training file is split like local text
     revision: str = "main"
-    inside: str = ""  # the folder or file of the repository that was asked for
+    inside: str = ""  # the folder, file or configuration of the repository that was asked for
+    unused: list = field(default_factory=list)  # held-out files besides `val`
+    left_out: list = field(default_factory=list)  # [(file, reason)]
 
 
 PUBLIC = {
@@ -164,7 +172,8 @@ class Corpus:
     spread_val: bool = False  # evaluations read from all over the validation split, not its beginning
     more: list | None = None  # training files of `public` that are not used yet; None for other corpora
     public: PublicSet | None = None
-    reader: "TextReader | None" = None  # reads the files of `public`
+    reading: dict = field(default_factory=dict)  # options of the TextReader for the files of `public`
+    held_out: Counter = field(default_factory=Counter)  # some of sum_pieces of the held-out text of `public`
     digests: dict = field(default_factory=dict)  # {file: sha256}
     notes: list = field(default_factory=list)  # lines that a user should see
     left_out: list = field(default_factory=list)  # [(path, reason)]
@@ -198,12 +207,20 @@ class Corpus:
         fetched = total - sum(self.public.train[name] for name in self.more)
         return round(tokens * total / fetched) if fetched > 0 else math.inf  # inf: no sizes are known
 
+    def row_length(self, longest):
+        """The number of tokens of a row: `longest`, or less where that gives fewer than 16 training rows."""
+        sizes = [len(open_shard(path)) for path, _ in self.shards["train"]]
+        while longest > 32 and sum(size // longest for size in sizes) < 16:
+            longest //= 2
+        return longest
+
     def rows_per_shard(self, split, T):
         """The number of rows of T tokens in each shard of a split, a list. DataError if there are no rows."""
         rows = [len(open_shard(path)) // T for path, _ in self.shards[split]]
         if not any(rows):
             what = f"{self.name}: the {split} split is shorter than one row of {T} tokens"
-            raise DataError(f"{what}.\nProvide more text, or a smaller --max-seq-len.")
+            advice = "Provide more text, or a smaller --max-seq-len (from 32 on) and --total-batch-size."
+            raise DataError(f"{what}.\n{advice}")
         return rows
 
     def open_shard(self, split, index):
@@ -213,10 +230,14 @@ class Corpus:
     def add(self, root, split, entry):
         """Add a manifest's entry for a split: its counts, and its shards, which are in the folder `root`."""
         self.shards[split] += [(root / shard["file"], shard["sha256"]) for shard in entry["shards"]]
-        self.counts[split].update({key: count for key, count in entry.items() if key != "shards"})
+        self.counts[split].update(
+            {key: n for key, n in entry.items() if key in ("documents", "bytes", "tokens")}
+        )
 
 
-def prepare(data, vocab_size=None, say=lambda line: None, largest_vocab=2**15, tokenizer=None, **reading):
+def prepare(
+    data, vocab_size=None, say=lambda line: None, largest_vocab=2**15, tokenizer=None, out_dir=None, **reading
+):
     """
     Find, split, tokenize and cache the text of `data` -> Corpus. Raises DataError.
 
@@ -224,6 +245,7 @@ def prepare(data, vocab_size=None, say=lambda line: None, largest_vocab=2**15, t
     vocab_size: size of the BPE; None: chosen by the size of the text, at most largest_vocab
     say: called with each line about the progress
     tokenizer: an existing tokenizer to use instead of training one
+    out_dir: folder of the runs, left out of any data folder
     reading: text_field and separator of TextReader
 
     One process does the work and the others wait. Of a public data set only the validation file and the
@@ -237,18 +259,21 @@ def prepare(data, vocab_size=None, say=lambda line: None, largest_vocab=2**15, t
         if (folder / "manifest.json").exists() and (folder / "tokenizer").exists():
             corpus = load_corpus(folder)
         elif public and public.val:
-            corpus = prepare_public(public, reader, vocab_size, say, tokenizer)
+            corpus = prepare_public(public, reading, *options)
         elif public:
-            file = fetch_file(public, *public.train, say)
-            corpus = prepare_files(data, FoundFiles(file.parent, [file]), *options)
+            file, unused = fetch_file(public, *public.train, say), [Path(name) for name in public.unused]
+            found = FoundFiles(file.parent, [file], unused=unused, left_out=public.left_out)
+            corpus = prepare_files(data, found, *options)
             corpus.public = public
         else:
-            corpus = prepare_files(data, find_files(data), *options)
+            corpus = prepare_files(data, find_files(data, out_dir), *options)
     except OSError as error:
         raise DataError(f"{error.filename or data}: {error.strerror}.\nFix this and start again.") from None
     except MemoryError:
         advice = "Split its largest files or rows into smaller ones."
         raise DataError(f"there is not enough memory to prepare {data}.\n{advice}") from None
+    if corpus.public and folder.exists():
+        corpus.notes.append(f"{data} is the public data set; the folder of this name is --data ./{data}")
     if tokenizer and tokenizer_fingerprint(corpus.tokenizer) != tokenizer_fingerprint(tokenizer):
         what = f"{corpus.name} is already tokenized, with another tokenizer than that of --init-from"
         raise DataError(f"{what}.\nPass its text as --data, or remove --init-from.")
@@ -280,7 +305,8 @@ def prepare_shards(data, found, vocab_size, say):
 def prepare_text(data, found, reader, vocab_size, say, largest_vocab, tokenizer):
     """The corpus of local text files. It is built again when the content of a file or an option changes."""
     name = Path(data).resolve().stem
-    sources = hash_files(name, found)
+    stats = stat_files(found)
+    sources = hash_files(name, found, stats, say)
     if tokenizer:
         vocab_size = tokenizer.n_vocab
     elif not vocab_size:  # compressed text is about 4 times as long as its file
@@ -288,22 +314,25 @@ def prepare_text(data, found, reader, vocab_size, say, largest_vocab, tokenizer)
         vocab_size = min(largest_vocab, default_vocab_size(sum(sizes)))
 
     def make(temporary):
-        text, num_train = read_files(data, found, reader, temporary)
-        places = text.documents()
-        split, cuts = choose_split(text, places, num_train)
-        train, val = np.stack([places[:, 0], cuts], axis=1), np.stack([cuts, places[:, 1]], axis=1)
+        with still_running(say, "reading the text"):
+            text, places, num_train = read_files(data, found, reader, temporary)
+            if stat_files(found) != stats:
+                what = f"--data {data} has changed while it was read"
+                raise DataError(f"{what}.\nStart again when no program writes into it.")
+            split, train, val = choose_split(text, places, num_train)
+            shared = list(describe_shared(text, train, sum_pieces(text, val), "the training text"))
         files = plural(len(sources) - len(reader.left_out), "file")
         empty = f" ({reader.empty_files:,} empty)" if reader.empty_files else ""
         say(f"{files}{empty} with {plural(len(places), 'document')}, {text.size / 1e6:,.1f} MB")
         encoding = tokenizer or train_on_split(text, train, vocab_size, say)
-        manifest = {"split": split, "sources": [[path, size] for path, size, _ in sources]}
+        manifest = {"layout": LAYOUT, "split": split, "sources": [[path, size] for path, size, _ in sources]}
         manifest["tokenizer"] = save_tokenizer(encoding, temporary / "tokenizer")
         say(f"tokenizing {text.size / 1e6:,.1f} MB")
         manifest["train"] = encode_texts(encoding, text, train, temporary, "train", say)
         manifest["val"] = encode_texts(encoding, text, val, temporary, "val", say)
         manifest["fingerprint"] = fingerprint(manifest)
         manifest["digests"] = {path: digest for path, _, digest in sources}
-        return manifest | {"left_out": reader.left_out, "notes": list(reader.note_lines())}
+        return manifest | {"left_out": reader.left_out, "notes": [*reader.note_lines(), *shared]}
 
     options = [LAYOUT, vocab_size, SPLIT_PATTERN, reader.plain, reader.text_field, reader.separator]
     options += [tokenizer_fingerprint(tokenizer)] if tokenizer else []
@@ -312,16 +341,47 @@ def prepare_text(data, found, reader, vocab_size, say, largest_vocab, tokenizer)
     return load_corpus(folder)
 
 
-def hash_files(name, found):
-    """[[path below root, size in bytes, sha256], ...]. The hashes are kept until a file is written again."""
+def stat_files(found):
+    """[[path below root, size in bytes, mtime, ctime, file], ...] of all files to read, sorted."""
     stats = []
-    for file in sorted(found.train + found.val):
-        path, status = str(file.relative_to(found.root)), file.stat()
-        stats.append([path, status.st_size, status.st_mtime_ns, status.st_ctime_ns])
+    for file in found.train + found.val:
+        try:
+            status = file.stat()
+        except OSError as error:
+            raise DataError(f"{file} cannot be read: {error.strerror}.\n{FIX_FILE}") from None
+        name = composed(file.relative_to(found.root))
+        stats.append([name, status.st_size, status.st_mtime_ns, status.st_ctime_ns, str(file)])
+    return sorted(stats)
+
+
+def composed(path):
+    """A path with / and composed letters: file systems differ in how they write é (NFC or NFD)."""
+    return unicodedata.normalize("NFC", path.as_posix())
+
+
+@contextlib.contextmanager
+def still_running(say, what):
+    """While the `with` block runs, say every 5 seconds for how long it has been running."""
+    done, start = threading.Event(), time.monotonic()
+
+    def repeat():
+        while not done.wait(5):
+            say(f"{what}: {time.monotonic() - start:.0f} s so far")
+
+    threading.Thread(target=repeat, daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
+
+
+def hash_files(name, found, stats, say):
+    """[[path below root, size in bytes, sha256], ...]. The hashes are kept until a file is written again."""
 
     def make(temporary):
         try:
-            return [[path, size, file_sha256(found.root / path)] for path, size, *_ in stats]
+            with still_running(say, "hashing the files"):
+                return [[path, size, file_sha256(file)] for path, size, *_, file in stats]
         except OSError as error:
             raise DataError(f"{error.filename} cannot be read: {error.strerror}.\n{FIX_FILE}") from None
 
@@ -330,11 +390,14 @@ def hash_files(name, found):
 
 
 def read_files(data, found, reader, folder):
-    """Read all files -> (Text, number of documents to train on, which come first). DataError if that is 0."""
+    """
+    Read all files -> (Text, the places of its documents, number of documents to train on, which come first).
+    Held-out text that is too small to validate on has no places. DataError if there is nothing to train on.
+    """
     text = Text(folder)
     for file in found.train:
         reader.read(file, text)
-    num_train = text.num_documents
+    num_train, train_size = text.num_documents, text.size
     for file in found.val:
         reader.read(file, text)
     if not num_train:
@@ -342,12 +405,18 @@ def read_files(data, found, reader, folder):
         reasons = f" (left out: {describe_left_out(left_out)})" if left_out else ""
         known = ".txt, .md, .py and other sources, .jsonl, .json, .csv, .tsv, .parquet, .bin shards"
         raise DataError(f"--data {data} has no text to train on{reasons}.\nSupported files: {known}.")
-    return text, num_train
+    too_small = is_too_small(text.size - train_size, text.size)
+    return text, text.documents()[: num_train if too_small else None], num_train
+
+
+def is_too_small(held_out, total):
+    """Whether so many held-out bytes are no validation split: `requirements-dev.txt` between sources."""
+    return held_out < min(128_000, 0.005 * total)
 
 
 def default_vocab_size(num_bytes):
-    """√bytes, rounded to a power of two: 4,096 for 20 MB of text, 32,768 for 1 GB."""
-    return int(2 ** max(9, round(np.log2(max(1, num_bytes)) / 2)))
+    """√bytes, rounded to a power of two: 4,096 for 20 MB of text, 32,768 for 1 GB, 320 for 4 kB."""
+    return max(min(512, 257 + num_bytes // 64), int(2 ** round(np.log2(max(1, num_bytes)) / 2)))
 
 
 def load_corpus(folder):
@@ -369,10 +438,13 @@ def check_same(corpus, expected):
         manifest = json.loads(path.read_bytes())
         if manifest.get("fingerprint") == expected:
             what = describe_changes(manifest["digests"], corpus.digests)
+            if manifest.get("layout") != LAYOUT:
+                what = "it was prepared by another version of onedial"
             advice = f"Resume with the old text, --data {path.parent}, or start a new run with --init-from"
             raise DataError(f"{corpus.name} has changed since the checkpoint: {what}.\n{advice}.")
     what = f"the checkpoint's corpus has fingerprint {expected}, and {corpus.name} has {corpus.fingerprint}"
-    raise DataError(f"{what}.\nPass the --data of that run, or restore its files.")
+    advice = "Pass the --data of that run, restore its files, or use the version of onedial that began it"
+    raise DataError(f"{what}.\n{advice}.")
 
 
 def describe_changes(before, now):
@@ -389,9 +461,12 @@ def describe_changes(before, now):
 def describe_split(found, corpus):
     """Lines that say how the split was made and what was left out."""
     how = {"hash": "5% of the documents, chosen by content", "tail": "the last 5% of each document"}
-    how["files"] = f"{summarize(found.val)} by name, such as {found.val[0].name}" if found.val else "nothing"
-    unused = f"; {summarize(found.unused)} not used, such as {found.unused[0].name}" if found.unused else ""
-    yield f"held out: {how[corpus.split]}{unused}"
+    if corpus.split == "files":
+        parts = such_as(found.val, "by name") or ["nothing"]
+    else:
+        parts = [how[corpus.split], *such_as(found.val, "by name, too small to validate on")]
+    yield f"held out: {'; '.join(parts + such_as(found.unused, 'not used'))}"
+    yield from found.notes
     if corpus.left_out:
         yield f"left out: {describe_left_out(corpus.left_out)}"
 
@@ -400,6 +475,11 @@ def describe_left_out(left_out):
     """How many files of which types, with the reason of one: `2 files (1 .pdf, 1 .zip), such as a.pdf: …`."""
     path, reason = min(left_out, key=lambda entry: entry[1] == "hidden")
     return f"{summarize([path for path, _ in left_out])}, such as {Path(path).name}: {reason}"
+
+
+def such_as(paths, what):
+    """`3 files (3 .txt) not used, such as a.txt`; an empty list for no files."""
+    return [f"{summarize(paths)} {what}, such as {Path(paths[0]).name}"] if paths else []
 
 
 def summarize(paths):
@@ -428,12 +508,14 @@ class FoundFiles:
     val: list = field(default_factory=list)
     unused: list = field(default_factory=list)
     left_out: list = field(default_factory=list)
+    notes: list = field(default_factory=list)  # lines that a user should see
 
 
-def find_files(data):
+def find_files(data, out_dir=None):
     """
     The text files of `stdlib` or of a path; if a folder has .bin shards, only those -> FoundFiles. Data files
-    whose names mark them as held out are never trained on. Raises DataError.
+    whose names mark them as held out are never trained on, and what onedial has written (runs in `out_dir` or
+    elsewhere, its cache) is left out. Raises DataError.
     """
     if data == "stdlib":
         root = Path(sysconfig.get_path("stdlib"))
@@ -446,14 +528,26 @@ def find_files(data):
     if root.is_file():
         return FoundFiles(root.parent, [root])
     found = FoundFiles(root, [])
-    files = list_files(root, found.left_out)
-    shards = [file for file in files if file.suffix == ".bin"]
-    if not any(MAGIC in np.fromfile(file, dtype="<i4", count=1) for file in shards):
-        shards = []
-    known = set(shards or [file for file in files if suffix_of(file) in SUFFIXES])
-    found.left_out += [(file, "unknown type of file") for file in files if file not in known]
-    files = [file for file in files if file in known]
-    found.train, found.val, found.unused = split_by_name(data, root, files)
+    files = list_files(root, found.left_out, out_dir)
+    binary = [file for file in files if file.suffix == ".bin"]
+    texts = [file for file in files if suffix_of(file) in SUFFIXES]
+    has_shards = any(MAGIC in np.fromfile(file, dtype="<i4", count=1) for file in binary)
+    known, why = (
+        set(binary if has_shards else texts),
+        "not a token shard" if has_shards else "unknown type of file",
+    )
+    no_header = "has no header of a token shard"  # nanoGPT's .bin files have none
+    found.left_out += [
+        (file, no_header if file.suffix == ".bin" else why) for file in files if file not in known
+    ]
+    if has_shards and texts:
+        found.notes.append(f"token shards are read, and no text beside them, such as {texts[0].name}")
+    elif binary and texts:
+        found.notes.append(f"{binary[0].name} {no_header}; text beside it is read, such as {texts[0].name}")
+    words = {file: held_out_word(root, file) for file in files if file in known}
+    found.train, found.val, found.unused = split_by_word(data, words)
+    if found.train and (word := words[found.train[0]]):
+        found.notes.append(f"all files are named as held out ({word}), and are split like any other text")
     return found
 
 
@@ -466,12 +560,17 @@ def list_stdlib(root):
     return sorted(file for file in files if file.suffix.lower() == ".py" and file.is_file())
 
 
-def list_files(root, left_out):
+def list_files(root, left_out, out_dir=None):
     """All files below root, sorted; links are followed, no file is listed twice. Others go to left_out."""
-    files, seen = [], set()
+    files, seen, ours = [], set(), {cache_folder().resolve()}
+    if out_dir and Path(out_dir).resolve() != root.resolve():
+        ours.add(Path(out_dir).resolve())
 
     def is_new(path):
-        status = os.stat(path)  # of the target of a link
+        try:
+            status = os.stat(path)  # of the target of a link
+        except OSError as error:
+            return failed(error)
         identity = (status.st_dev, status.st_ino)
         return identity not in seen and not seen.add(identity)
 
@@ -481,29 +580,51 @@ def list_files(root, left_out):
     for folder in (root.resolve(), *root.resolve().parents):
         is_new(folder)  # a link to one of these is a loop
     for folder, subfolders, names in os.walk(root, onerror=failed, followlinks=True):
+        if why := written_by_us(Path(folder), {*subfolders, *names}, ours):
+            left_out.append((Path(folder), why))
+            subfolders.clear()
+            continue
         left_out += [(Path(folder, name), "hidden") for name in subfolders + names if name.startswith(".")]
         files += [Path(folder, name) for name in names if not name.startswith(".")]
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         subfolders[:] = [name for name in subfolders if is_new(Path(folder, name))]
     kept = []
     for file in sorted(files, key=lambda file: (file.is_symlink(), file)):  # files before links to them
-        if not file.is_file():
-            left_out.append((file, "not a file, or a broken link"))
+        if not os.path.isfile(file):
+            left_out.append((file, "not a file, a broken link, or not readable"))
         elif not is_new(file):
             left_out.append((file, "a link to a file that is already read"))
         else:
             kept.append(file)
-    return sorted(kept)
+    return sorted(kept, key=composed)
 
 
-def split_by_name(data, root, files):
+def written_by_us(folder, names, ours):
+    """Why a folder with these names in it is left out, if onedial has written it; `ours` are such folders."""
+    if folder.resolve() in ours or {"corpora", "seen"} <= names:
+        return "a folder that onedial writes"
+    if {"manifest.json", "tokenizer"} <= names:
+        return "a corpus of onedial"
+    if {"lock", "lock.json"} <= names or {"config.json", "log.jsonl"} <= names and is_run(folder):
+        return "a run of onedial"
+
+
+def is_run(folder):
+    """Whether a folder's config.json is that of a run."""
+    try:
+        return {"settings", "corpus", "versions"} <= json.loads((folder / "config.json").read_bytes()).keys()
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def split_by_word(data, words):
     """
-    Split files below root by the words of HELD_OUT in their names -> (train, val, unused), three lists.
-    The lowest kind present is the validation split. DataError if no file is left to train on.
+    Split files by their words of HELD_OUT, {file: word or None} -> (train, val, unused), three lists. The
+    lowest kind present is the validation split. DataError if no file is left to train on.
     """
     kinds = {}  # {kind of HELD_OUT, or -1 for training: files}
-    for file in files:
-        kinds.setdefault(HELD_OUT.get(held_out_word(root, file), -1), []).append(file)
+    for file, word in words.items():
+        kinds.setdefault(HELD_OUT.get(word, -1), []).append(file)
     if len(kinds) > 1 and -1 not in kinds:
         what = f"--data {data}: all files are held out by their names, such as {kinds[min(kinds)][0].name}"
         raise DataError(f"{what}.\nPass the path of the file to train on, or rename it.")
@@ -513,17 +634,20 @@ def split_by_name(data, root, files):
 
 def held_out_word(root, file):
     """
-    The word of HELD_OUT that marks a data file, or None. It is the name of a folder below root, or the first
-    or last word of the file name before its numbers (test-00000-of-00007.parquet, wiki_val_000.txt.gz).
+    The word of HELD_OUT that marks a data file, or None. It is the name of a folder below root, a part of the
+    file name between dots (wiki.test.tokens.txt), or its first or last word without numbers and FILLERS
+    (test-00000-of-00007.parquet, wiki_val_000.txt.gz, my_test_set.txt).
     """
     suffix = suffix_of(file)
     if suffix not in DATA_FILES:
         return None
     path = unicodedata.normalize("NFC", str(file.relative_to(root)).casefold())
-    *folders, name = re.sub(r"held[-_ ]out", "heldout", path).split(os.sep)
+    *folders, name = re.sub(r"(held|hold)[-_ ]out", r"\1out", path).split(os.sep)
     stem = re.sub(r"\W\d+-of-\d+.*", "", name[: name.rindex(suffix)])
-    words = re.findall(r"[^\W_]+", re.sub(r"[\W\d_]+$", "", stem) or stem)
-    return next((word for word in (*folders, *words[:1], *words[-1:]) if word in HELD_OUT), None)
+    words = [re.sub(r"\d+$", "", word) for word in re.findall(r"[^\W_]+", stem)]
+    words = [word for word in words if word and word not in FILLERS]
+    words = [*folders, *words[:1], *words[-1:], *stem.split(".")]
+    return next((word for word in words if word in HELD_OUT), None)
 
 
 def suffix_of(file):
@@ -1002,35 +1126,95 @@ def log_likelihood(text, languages):
 
 def choose_split(text, places, num_train):
     """
-    Choose the validation text -> (how, the byte in each document where its validation part begins).
+    Choose the validation text -> (how, places of the training documents, places of the validation documents).
 
     "files": the documents from number num_train on, which come from files held out by their names
     "hash": 5% of the documents, chosen by a hash of the content, so that adding files moves no other document
     "tail": the last 5% of each document, if there are too few documents for "hash"
     """
-    begins, ends = places.T
     if num_train < len(places):
-        return "files", np.where(np.arange(len(places)) < num_train, ends, begins)
+        return "files", places[:num_train], places[num_train:]
     held_out = np.empty(len(places), dtype=bool)
     for number, (begin, end) in enumerate(places):
         digest = hashlib.sha256()
         for at in range(begin, end, BLOCK):
             digest.update(text[at : min(end, at + BLOCK)])
         held_out[number] = int.from_bytes(digest.digest()[:4], "big") < VAL_FRACTION * 2**32
-    if 0.01 <= (ends - begins)[held_out].sum() / (ends - begins).sum() <= 0.20:
-        return "hash", np.where(held_out, begins, ends)
-    return "tail", np.array([find_cut(text, begin, end) for begin, end in places])
+    sizes = places[:, 1] - places[:, 0]
+    if 0.01 <= sizes[held_out].sum() / sizes.sum() <= 0.20:
+        return "hash", places[~held_out], places[held_out]
+    lasts = places[:, 1] - (VAL_FRACTION * sizes).astype(np.int64)
+    firsts = np.maximum(lasts - BLOCK, places[:, 0] + (0.8 * sizes).astype(np.int64))
+    cuts = [find_cut(text, first, last) for first, last in zip(firsts.tolist(), lasts.tolist())]
+    train, val = np.stack([places[:, 0], cuts], axis=1), np.stack([cuts, places[:, 1]], axis=1)
+    return "tail", train[train[:, 0] < train[:, 1]], val[val[:, 0] < val[:, 1]]
 
 
-def find_cut(text, begin, end):
-    """The byte where the last 5% of a document begin, moved to the start of a near line or a character."""
-    cut = begin + int((1 - VAL_FRACTION) * (end - begin))
-    first = max(cut - BLOCK, begin + int(0.8 * (end - begin)))
+def find_cut(text, first, cut):
+    """Where to cut a document: after the last line end from byte `first` to `cut`, else at a character."""
     if line := text[first:cut].rfind(b"\n") + 1:
         return first + line
-    while cut < end and text[cut : cut + 1][0] & 0xC0 == 0x80:  # inside a UTF-8 character
-        cut += 1
+    while first < cut and (text[cut : cut + 1] or b"a")[0] & 0xC0 == 0x80:  # inside a UTF-8 character
+        cut -= 1
     return cut
+
+
+def sum_pieces(text, places):
+    """{checksum of a piece of similar_pieces: its bytes, in all places}"""
+    sizes = Counter()
+    for piece in similar_pieces(text, places):
+        sizes[zlib.crc32(piece)] += len(piece)
+    return sizes
+
+
+def describe_shared(text, train, held_out, where):
+    """Lines that say which share of held-out text, given by sum_pieces, also occurs in training documents."""
+    checksums = map(zlib.crc32, similar_pieces(text, train))
+    found = {checksum for checksum in checksums if checksum in held_out}
+    shared = sum(held_out[checksum] for checksum in found) / max(1, held_out.total())
+    if shared >= 0.01:
+        yield f"{shared:.0%} of the held-out text also occurs in {where}: val_bpb is lower than on new text"
+
+
+def similar_pieces(text, places):
+    """
+    Yield the bytes of documents, given in the order of the text, in pieces of about 1 kB. A piece ends with
+    its document, or where a hash of 4 bytes is small: equal text is cut in equal places wherever it occurs.
+    """
+    begins, ends = np.ascontiguousarray(places.T)
+    for start in range(0, text.size, BLOCK):
+        some = slice(np.searchsorted(ends, start, "right"), np.searchsorted(begins, start + BLOCK))
+        if some.start == some.stop:
+            continue
+        content = text[start : start + BLOCK]
+        padded, cuts = content + bytes(4), []
+        for first in range(4):
+            words = np.frombuffer(padded, "<u4", len(content) // 4, first)
+            cuts.append(4 * np.flatnonzero(words * np.uint32(0x9E3779B1) < 2**22) + first)  # 2^22: 1 in 1,024
+        cuts = np.sort(np.concatenate(cuts))
+        cuts = cuts[np.diff(cuts, prepend=-100) > 32]  # one cut for a run of the same byte
+        cuts = np.concatenate([[0], cuts, begins[some] - start, ends[some] - start])
+        cuts = np.unique(np.clip(cuts, 0, len(content)))
+        document = np.searchsorted(begins[some], cuts[:-1] + start, "right") - 1  # -1: between documents
+        inside = (document >= 0) & (cuts[:-1] + start < ends[some][document])
+        for at, end in zip(cuts[:-1][inside].tolist(), cuts[1:][inside].tolist()):
+            yield content[at:end]
+
+
+def shuffle_documents(text, places):
+    """
+    Shuffle training documents over the whole corpus, always in the same way: a corpus of books, then code
+    would train in phases. Documents of more than PART_BYTES are shuffled in parts. Ten million documents take
+    0.8 GB of memory here, 80 bytes each.
+    """
+    is_long = places[:, 1] - places[:, 0] > PART_BYTES
+    parts = [places[~is_long]]
+    for begin, end in places[is_long].tolist():
+        ends = range(begin + PART_BYTES, end, PART_BYTES)
+        cuts = [begin, *(find_cut(text, cut - PART_BYTES // 2, cut) for cut in ends), end]
+        parts.append(np.stack([cuts[:-1], cuts[1:]], axis=1))
+    places = np.concatenate(parts) if len(parts) > 1 else places
+    return places[np.random.RandomState(0).permutation(len(places))]
 
 
 def cut_into_pieces(text, places, size=PIECE_CHARS):
@@ -1067,20 +1251,24 @@ def train_on_split(text, train, vocab_size, say):
     fraction = min(1.0, TOKENIZER_BYTES / max(1, size))
     say(f"training a BPE of {vocab_size:,} tokens on {fraction * size / 1e6:,.1f} MB")
     pieces = (piece for _, piece in cut_into_pieces(text, train))
-    return train_tokenizer(pieces, vocab_size, fraction)
+    with still_running(say, "training the BPE"):
+        return train_tokenizer(pieces, vocab_size, fraction, say)
 
 
-def train_tokenizer(pieces, vocab_size, fraction=1.0):
+def train_tokenizer(pieces, vocab_size, fraction=1.0, say=lambda line: None):
     """Train a byte-level BPE of at most vocab_size tokens, <|bos|> included, on a fraction of the pieces."""
     assert vocab_size <= 2**16, "tokens are stored as uint16"
 
     def some_pieces():
-        seen = used = 0
+        seen = used = blanks = 0
         for piece in pieces:
             seen += len(piece)
             if used < fraction * seen:
                 used += len(piece)
+                blanks += piece.count(" ") + piece.count("\n")
                 yield piece
+        if used > max(2.5e6, 50 * blanks):  # rustbpe holds the GIL now: no thread could print
+            say(f"the text has hardly any blanks: its BPE may take {used / 5e5:.0f} s")
 
     trainer = rustbpe.Tokenizer()
     trainer.train_from_iterator(some_pieces(), vocab_size - 1, buffer_size=64, pattern=SPLIT_PATTERN)
@@ -1155,7 +1343,8 @@ def token_bytes(encoding):
 
 def encode_texts(encoding, text, places, folder, split, say):
     """Encode documents of a Text on all cores into folder/SPLIT_000000.bin … -> the manifest's entry."""
-    pieces = cut_into_pieces(text, places, PIECE_CHARS if split == "train" else VAL_PIECE_CHARS)
+    in_order = shuffle_documents(text, places) if split == "train" else places
+    pieces = cut_into_pieces(text, in_order, PIECE_CHARS if split == "train" else VAL_PIECE_CHARS)
     groups = iter(lambda: list(islice(pieces, 16)), [])  # each is encoded by one thread
     waiting, count, shards, last_line = [], 0, [], time.monotonic()
 
@@ -1178,7 +1367,7 @@ def encode_texts(encoding, text, places, folder, split, say):
     if count:
         write_shard(waiting, count)
     sizes = places[:, 1] - places[:, 0]
-    counts = {"documents": int(np.count_nonzero(sizes)), "bytes": int(sizes.sum())}
+    counts = {"documents": len(places), "bytes": int(sizes.sum())}
     return {**counts, "tokens": sum(shard["tokens"] for shard in shards), "shards": shards}
 
 
@@ -1241,67 +1430,141 @@ def find_public(data):
             advice = f"Check its name, log in with `hf auth login` if it is private, {OTHER_TEXT}"
             raise DataError(f"{data} cannot be listed: {hub_reason(error)}.\n{advice}") from None
         sizes = {file.rfilename: (file.size or 0) / 1e6 for file in info.siblings}
-        train, val = choose_files(data, inside, sizes)
-        return {"commit": info.sha, "train": {name: sizes[name] for name in train}, "val": val}
+        configs = (getattr(info, "card_data", None) or {}).get("configs") or []
+        return {"commit": info.sha, **choose_files(data, inside, sizes, configs)}
 
     def listed(commit, make):
-        folder = cache_folder() / "listed" / f"{name}-{fingerprint(repository, commit, inside)}"
+        folder = cache_folder() / "listed" / f"{name}-{fingerprint(LAYOUT, repository, commit, inside)}"
         return make_once(folder, make)
 
     found = listed(commit, make)
     commit = found["commit"]
     listed(commit, lambda temporary: found)  # a resumed run asks for this commit
-    return PublicSet(f"{name}-{commit[:12]}", repository, found["train"], found["val"], commit, inside)
+    rest = {key: found[key] for key in ("train", "val", "unused", "left_out")}
+    return PublicSet(f"{name}-{commit[:12]}", repository, revision=commit, inside=inside, **rest)
 
 
-def choose_files(data, inside, sizes):
-    """Choose files of a hub data set, {file: MB} -> (training files, validation file or None)."""
+def choose_files(data, inside, sizes, configs=()):
+    """
+    Choose files of a hub data set, {file: MB} -> the fields train, val, unused and left_out of a PublicSet.
+    `configs` of its data card come first, then the names of files. The format with most text is taken.
+    """
+    safe = [name for name in sorted(sizes) if not {"..", "/"} & set(Path(name).parts)]
+    left_out = [(name, "its path leads out of the data set") for name in sizes.keys() - safe]
+    words, root = choose_config(data, inside, safe, configs), None
+    if not words:
+        root, below = Path(inside).parent if inside in sizes else Path(inside), f"{inside}/" if inside else ""
+        names = [name for name in safe if f"{name}/".startswith(below)]
+        words = {name: held_out_word(root, Path(name)) for name in names}
     kinds = {}  # {suffix: files}
-    for name in sorted(sizes):
-        if f"{name}/".startswith(f"{inside}/" if inside else "") and suffix_of(Path(name)) in DATA_FILES:
-            kinds.setdefault(suffix_of(Path(name)), []).append(Path(name))
-    kinds.pop(".bin", None)
-    if not kinds:
-        what = f"{data} contains no parquet, JSONL or text files, only {summarize(sizes)}"
+    for name in sorted(words):
+        kinds.setdefault(suffix_of(Path(name)), []).append(Path(name))
+    amount = lambda suffix: sum(  # noqa: E731  compressed text is about 4 times as long as its file
+        sizes[str(file)] * (4 if file.suffix in (".parquet", *COMPRESSED) else 1) for file in kinds[suffix]
+    )
+    formats = sorted(sorted(kinds.keys() & {*DATA_FILES} - {".bin"}), key=amount)
+    if not formats:
+        what = f"{data} contains no parquet, JSONL or text files, only {summarize(words or sizes)}"
         raise DataError(f"{what}.\nChoose another data set, or another folder of it.")
-    total_size = lambda files: sum(sizes[str(file)] for file in files)  # noqa: E731
-    files = kinds.get(".parquet") or max(kinds.values(), key=total_size)
-    folders = {file.parts[0] for file in files if len(file.parts) > 1} - {"train", *HELD_OUT}
-    if len(folders) > 1:
-        what = f"{data} contains several data sets: {', '.join(sorted(folders)[:9])}"
-        raise DataError(f"{what}.\nChoose one of them, for example {data}/{min(folders)}.")
-    root = Path(inside).parent if inside in sizes else Path(inside)
-    train, val, _ = split_by_name(data, root, files)
+    files = kinds.pop(formats[-1])
+    others = sorted(str(file) for group in kinds.values() for file in group if not file.name.startswith("."))
+    left_out += [(name, f"not {formats[-1]}, the format with most text") for name in others]
+    if root is not None:
+        check_one_set(data, root, files)
+    train, val, unused = split_by_word(data, {file: words[str(file)] for file in files})
+    megabytes = lambda files: sum(sizes[str(file)] for file in files)  # noqa: E731
+    if is_too_small(1e6 * megabytes(val), 1e6 * megabytes(train + val)):
+        val, unused = [], val + unused
     if not val and len(train) > 1:
         val = [train.pop()]
-    return [str(file) for file in train], str(val[0]) if val else None
+    unused = [str(file) for file in val[1:] + unused]
+    train = {str(file): sizes[str(file)] for file in train}
+    return {"train": train, "val": str(val[0]) if val else None, "unused": unused, "left_out": left_out}
 
 
-def prepare_public(public, reader, vocab_size, say, tokenizer):
+def choose_config(data, inside, names, configs):
+    """
+    The files of the configuration of a data card that `inside` names, or of its default one -> {file: word of
+    HELD_OUT or None}, empty if there is none. DataError if the card has several and no default.
+    """
+    configs = {
+        str(config.get("config_name", "default")): config for config in configs if isinstance(config, dict)
+    }
+    files = {name: config_files(config, names) for name, config in configs.items()}
+    files = {name: found for name, found in files.items() if found}
+    default = next((name for name in files if configs[name].get("default")), "default")
+    name = inside or (default if default in files else next(iter(files), None))
+    if not inside and len(files) > 1 and default not in files:
+        raise several_sets(data, files)
+    return files.get(name, {})
+
+
+def config_files(config, names):
+    """The files of a configuration of a data card, with the word of HELD_OUT of their split or name."""
+    folder, entries, found = config.get("data_dir") or "", config.get("data_files") or "**", {}
+    for entry in entries if isinstance(entries, list) else [entries]:
+        entry = entry if isinstance(entry, dict) else {"path": entry}
+        paths, split = entry.get("path") or [], str(entry.get("split") or "")
+        for path in paths if isinstance(paths, list) else [paths]:
+            pattern = glob_pattern(os.path.normpath(f"{folder}/{path}").lstrip("/"))
+            for name in filter(pattern.fullmatch, names):
+                word = held_out_word(Path(), Path(f"{split}.txt") if split else Path(name))
+                found.setdefault(name, word)
+    return found if config.get("data_files") or folder else {}
+
+
+def glob_pattern(pattern):
+    """The regular expression of a pattern of file names: * and ? stay in one folder, ** does not."""
+    wild = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    parts = re.findall(r"\*\*/|\*\*|\[[^]]+\]|.", pattern)
+    translate = lambda part: wild.get(part) or (part.replace("[!", "[^") if part[1:] else re.escape(part))  # noqa: E731
+    return re.compile("".join(map(translate, parts)))
+
+
+def check_one_set(data, root, files):
+    """DataError if training files are in folders, on any level, whose names differ by more than a number."""
+    folders, splits = {}, {"train", *HELD_OUT}
+    for file in files:
+        parts = [part for part in file.relative_to(root).parts[:-1] if part.casefold() not in splits]
+        folders.setdefault(tuple(re.sub(r"[\W\d_]+", "", part) for part in parts), "/".join(parts))
+    folders.pop((), None)
+    if len(folders) > 1:
+        raise several_sets(data, folders.values())
+
+
+def several_sets(data, names):
+    """The DataError for a repository of several data sets."""
+    what = f"{data} contains several data sets: {', '.join(sorted(names)[:9])}"
+    return DataError(f"{what}.\nChoose one of them, for example {data}/{min(names)}.")
+
+
+def prepare_public(public, reading, reader, vocab_size, say, largest_vocab, tokenizer):
     """The corpus of a public data set, with its validation file and its first training file."""
     first, *more = public.train
+    options = [LAYOUT, reader.text_field, reader.separator]
     if first.endswith(".bin"):
-        encoding, identity = gpt2_tokenizer(vocab_size), "gpt2"
+        encoding, identity, options = gpt2_tokenizer(vocab_size), "gpt2", []
     elif tokenizer:
         encoding, identity = tokenizer, tokenizer_fingerprint(tokenizer)
     else:
-        vocab_size = vocab_size or min(32_768, default_vocab_size(1e6 * sum(public.train.values())))
+        vocab_size = vocab_size or min(largest_vocab, default_vocab_size(1e6 * sum(public.train.values())))
 
         def make(temporary):
             text = Text(temporary)
             reader.read(fetch_file(public, first, say), text)
-            say(f"training a BPE of {vocab_size:,} tokens on {first}")
-            pieces = (piece for _, piece in cut_into_pieces(text, text.documents()))
-            return save_tokenizer(train_tokenizer(pieces, vocab_size), temporary)
+            return save_tokenizer(train_on_split(text, text.documents(), vocab_size, say), temporary)
 
-        name = f"{public.name}-tokenizer-{vocab_size}{reader.text_field or ''}"
-        identity = make_once(cache_folder() / "tokens" / name, make)
-        encoding = load_tokenizer(cache_folder() / "tokens" / name, identity)
-    content = fingerprint(public.name, public.repository, public.revision, identity)
-    corpus = Corpus(public.name, content, encoding, more=more, public=public, reader=reader)
+        folder = cache_folder() / "tokens" / f"{public.name}-tokenizer-{vocab_size}-{fingerprint(options)}"
+        identity = make_once(folder, make)
+        encoding = load_tokenizer(folder, identity)
+    content = fingerprint(public.name, public.repository, public.revision, identity, *options)
+    corpus = Corpus(public.name, content, encoding, more=more, public=public, reading=reading)
+    corpus.notes.append(f"held out: {'; '.join([public.val, *such_as(public.unused, 'not used')])}")
+    corpus.left_out += public.left_out
     add_file(corpus, "val", cache_folder() / public.name / public.val, say)
     add_file(corpus, "train", cache_folder() / public.name / first, say)
-    corpus.notes = [f"held out: {public.val}", *reader.note_lines()]
+    if corpus.left_out:
+        corpus.notes.append(f"left out: {describe_left_out(corpus.left_out)}")
     return corpus
 
 
@@ -1316,8 +1579,15 @@ def fetch_more(corpus, rows, T, say=lambda line: None):
         count = min(len(corpus.more), math.ceil(missing))
         size = sum(corpus.public.train[name] for name in corpus.more[:count]) / 1000
         say(f"this run needs {plural(count, 'more file')} of {corpus.name}, {size:.1f} GB in total")
-    while corpus.more and sum(corpus.rows_per_shard("train", T)) < rows:
+    available, notes, left_out = sum(available), len(corpus.notes), len(corpus.left_out)
+    while corpus.more and available < rows:
+        before = len(corpus.shards["train"])
         add_file(corpus, "train", cache_folder() / corpus.name / corpus.more.pop(0), say)
+        available += sum(len(open_shard(path)) // T for path, _ in corpus.shards["train"][before:])
+    for note in corpus.notes[notes:] + [
+        f"left out: {path}: {why}" for path, why in corpus.left_out[left_out:]
+    ]:
+        say(note)
 
 
 def add_file(corpus, split, path, say):
@@ -1339,11 +1609,20 @@ def add_file(corpus, split, path, say):
             say(f"checking {path.name}")
             return check_shard(path, corpus.bos)
         say(f"tokenizing {path.name}")
-        text = Text(temporary)
-        corpus.reader.read(path, text)
-        return encode_texts(corpus.tokenizer, text, text.documents(), temporary, split, say)
+        text, reader = Text(temporary), TextReader(**corpus.reading)
+        reader.read(path, text)
+        places = text.documents()
+        entry = encode_texts(corpus.tokenizer, text, places, temporary, split, say)
+        if split == "val":  # the smallest checksums are a random sample
+            entry["pieces"] = sorted(sum_pieces(text, places).items())[:10_000]
+        shared = describe_shared(text, places, corpus.held_out, path.name)
+        return entry | {"left_out": reader.left_out, "notes": [*reader.note_lines(), *shared]}
 
-    corpus.add(path.parent if is_shard else folder, split, make_once(folder, make))
+    entry = make_once(folder, make)
+    corpus.add(path.parent if is_shard else folder, split, entry)
+    corpus.held_out.update({checksum: size for checksum, size in entry.get("pieces", [])})
+    corpus.left_out += map(tuple, entry.get("left_out", []))
+    corpus.notes += [note for note in entry.get("notes", []) if note not in corpus.notes]
 
 
 def check_shard(path, bos):
@@ -1492,18 +1771,30 @@ def fingerprint(*values):
 
 def describe(data, **reading):
     """Prepare a corpus and print what it contains."""
-    corpus = prepare(data, say=lambda line: print(line, file=sys.stderr), **reading)
+
+    def say(line):
+        with contextlib.suppress(OSError):  # stderr is full or closed
+            print(printable(line), file=sys.stderr, flush=True)
+
+    corpus = prepare(data, say=say, **reading)
     for split, count in corpus.counts.items():
         facts = [f"{value:,} {key}" for key, value in count.items()]
-        facts.append(f"{sum(corpus.rows_per_shard(split, 128)):,} rows of 128")
-        if "bytes" in count:
+        T = min(128, corpus.row_length(128))
+        rows = sum(len(open_shard(path)) // T for path, _ in corpus.shards[split])
+        facts.append(f"{plural(rows, 'row')} of {T}")
+        if "bytes" in count and count["tokens"]:
             facts.append(f"{count['bytes'] / count['tokens']:.2f} bytes per token")
-        print(f"{split:6}{' · '.join(facts)}")
+        print(f"{split:6}{'; '.join(facts)}")
     for line in [*corpus.notes, *(f"left out: {path}: {reason}" for path, reason in corpus.left_out)]:
-        print(line)
-    print(f"split by {corpus.split} · vocabulary of {corpus.tokenizer.n_vocab:,} · {corpus.fingerprint}")
-    tokens = corpus.open_shard("train", 0)[:129].tolist()
-    print(f"the first tokens:\n{corpus.tokenizer.decode(tokens)}", flush=True)
+        print(printable(line))
+    print(f"split by {corpus.split}; vocabulary of {corpus.tokenizer.n_vocab:,}; {corpus.fingerprint}")
+    tokens = corpus.open_shard("train", 0)[:129].tolist() if corpus.shards["train"] else []
+    print(f"the first tokens:\n{printable(corpus.tokenizer.decode(tokens))}", flush=True)
+
+
+def printable(text):
+    """Text without characters that control a terminal."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda match: f"\\x{ord(match[0]):02x}", text)
 
 
 def list_cache():
@@ -1515,7 +1806,7 @@ def list_cache():
             day = time.strftime("%Y-%m-%d", time.localtime(folder.stat().st_mtime))
             entries.append((sum(file.st_size for file in files), day, folder))
     for size, day, folder in sorted(entries, reverse=True):
-        print(f"{size / 1e6:10,.1f} MB  {day}  {folder}")
+        print(printable(f"{size / 1e6:10,.1f} MB  {day}  {folder}"))
     total = sum(size for size, *_ in entries) / 1e6
     print(f"{total:10,.1f} MB in total; you can delete any of it", flush=True)
 
@@ -1529,10 +1820,19 @@ if __name__ == "__main__":
     parser.add_argument("--document-separator", dest="separator", help=text)
     parser.add_argument("--cache", action="store_true", help="list what the cache folder contains instead")
     options = vars(parser.parse_args())
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed
+            setattr(sys, name, open(os.devnull, "w"))
+        getattr(sys, name).reconfigure(errors="replace")  # for a terminal that knows only ASCII
     try:
         list_cache() if options.pop("cache") else describe(**options)
     except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(error.exit_status)
-    except BrokenPipeError:  # as in `python dataset.py | head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else flushing it fails at the end
+        if not isinstance(error, BrokenPipeError):  # as in `python dataset.py | head -1`
+            what = error.filename or "the output"
+            sys.exit(f"error: {what} cannot be read or written: {error.strerror}.\nFix this and start again.")
+    except KeyboardInterrupt:
+        sys.exit(130)

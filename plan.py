@@ -258,12 +258,13 @@ def best_batch_size(tokens):
     return max(2**11, min(2**19 * (tokens / 1.5e9) ** 0.383, tokens / 800))
 
 
-def whole_rows(batch_size, T):
+def whole_rows(batch_size, T, num_rows=math.inf):
     """
-    Round a batch, in tokens, to a power of two of rows of T tokens -> tokens. Most numbers of ranks can share
-    it, and it splits into micro-steps. 2^19 and T = 2,048 -> 256 rows.
+    Round a batch, in tokens, to a power of two of rows of T tokens, at most the num_rows of the corpus ->
+    tokens. Most numbers of ranks can share it, and it splits into micro-steps. 2^19, T = 2,048 -> 256 rows.
     """
-    return T * 2 ** round(math.log2(max(1, batch_size / T)))
+    rows = 2 ** round(math.log2(max(1, batch_size / T)))
+    return T * (rows if rows <= num_rows else 2 ** int(math.log2(num_rows)))
 
 
 def largest_divisor(number, limit):

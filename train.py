@@ -62,7 +62,7 @@ init_from: str | None = None  # start with weights, shape and tokenizer of anoth
 depth: int | None = None  # layers; width, heads and batch follow (auto: from the time, or 12 on CUDA, or 4)
 aspect_ratio: int | None = None  # width / depth, rounded up to whole heads (auto: 64; 128 for depth 1)
 head_dim: int | None = None  # width of an attention head (auto: 64; 128 from depth 8 on)
-max_seq_len: int | None = None  # T, tokens in a row (auto: 2048 on CUDA, else 512)
+max_seq_len: int | None = None  # T, tokens in a row (auto: 2048 on CUDA, else 512; less for a short text)
 # horizon: at most one of these four (auto: compute-optimal on CUDA, else five minutes)
 num_iterations: int | None = None  # steps
 minutes: float | None = None  # wall time from start to report, without preparing the corpus
@@ -177,15 +177,16 @@ if init_from and not has_begun:  # shape and tokenizer of the other run; its wei
     print0("init", f"from {initial}")
 if init_from:
     tokenizer = dataset.load_tokenizer((run.path if has_begun else Path(init_from)) / "tokenizer")
-max_seq_len = max_seq_len or (2048 if on_gpu else 512)
 eval_bytes = eval_bytes or (50_000_000 if on_gpu else 131_072)
 print_data = partial(console.print, "data")  # on the rank that prepares the corpus
 largest_vocab = plan.largest_vocab(minutes) if minutes and not on_gpu else 2**15
-reading = {"text_field": text_field, "separator": document_separator}
+reading = {"text_field": text_field, "separator": document_separator, "out_dir": out_folder}
 corpus = dataset.prepare(data, vocab_size, print_data, largest_vocab, tokenizer, **reading)
 for note in corpus.notes:
     print0("data", note)
 vocab_size, data = corpus.tokenizer.n_vocab, corpus.data or data  # a hub data set with its commit
+max_seq_len = max_seq_len or corpus.row_length(2048 if on_gpu else 512)
+num_rows = math.inf if corpus.more else sum(corpus.rows_per_shard("train", max_seq_len))
 validation = dataloader.ValidationRows(corpus, eval_bytes, max_seq_len)
 clock.lap("corpus")
 ranks.connect(device)
@@ -348,7 +349,7 @@ if resumed_from:
 # The plan, 1) horizon: tokens to train on. A timed run knows them once a step has been measured
 
 if num_iterations:
-    total_batch_size = total_batch_size or plan.whole_rows(2**19 if on_gpu else 2**12, max_seq_len)
+    total_batch_size = total_batch_size or plan.whole_rows(2**19 if on_gpu else 2**12, max_seq_len, num_rows)
     planned_tokens = num_iterations * total_batch_size
 elif target_flops:  # 1.5e18 FLOPs at depth 12, 1e9 per token -> 1.5e9 tokens
     planned_tokens = target_flops / num_flops_per_token
@@ -407,7 +408,7 @@ def benchmark(sizes, compile):
 
 # H100, depth 12: 131,072 tokens at a time are 3% faster than 65,536; eight ranks have only 65,536 of 2^19
 tokens_at_once = (131_072 if world_size <= 4 else 65_536) if on_gpu else 2_048
-largest = device_batch_size or plan.whole_rows(tokens_at_once, max_seq_len) // max_seq_len
+largest = device_batch_size or plan.whole_rows(tokens_at_once, max_seq_len, num_rows) // max_seq_len
 batch_was_given = settings.requested.get("total_batch_size") is not None
 if total_batch_size:
     rows_per_rank = plan.share_batch(total_batch_size, max_seq_len, world_size, batch_was_given)
@@ -443,7 +444,8 @@ max_tokens = plan.MAX_EPOCHS * corpus.unique_tokens if minutes else math.inf
 planned_tokens = min(planned_tokens, max_tokens)
 
 # 2) batch: 1.5e9 tokens -> 2^19; five minutes of a CPU, 4e6 tokens -> 2^12
-wanted_batch = total_batch_size or plan.whole_rows(plan.best_batch_size(planned_tokens), max_seq_len)
+best_batch = plan.whole_rows(plan.best_batch_size(planned_tokens), max_seq_len, num_rows)
+wanted_batch = total_batch_size or best_batch
 rows_per_rank = plan.share_batch(wanted_batch, max_seq_len, world_size, batch_was_given)
 rows_per_step = rows_per_rank * world_size
 total_batch_size = rows_per_step * max_seq_len

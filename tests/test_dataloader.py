@@ -2,10 +2,12 @@
 
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -281,8 +283,48 @@ def test_what_is_evaluated_does_not_depend_on_the_vocabulary(text, monkeypatch):
         ]
         assert found[0] == found[1] == found[2]
         size, whole = sum(map(len, found[0])), (text / "val.txt").stat().st_size
-        assert abs(size - min(eval_bytes, whole)) <= 2 * 4096
+        assert abs(size - min(eval_bytes, whole)) <= 2 * 2**14
     assert b"".join(found[0]) == (text / "val.txt").read_bytes()  # everything, nothing twice
+
+
+def test_evaluated_text_is_read_in_bounded_memory():
+    rng = np.random.RandomState(0)
+    tokens = rng.randint(1, 300, 12_000_000).astype(np.uint16)
+    tokens[rng.randint(0, len(tokens), 9000)] = tokens[0] = 0
+    lengths = np.array([0] + [1 + n % 5 for n in range(299)], dtype=np.uint16)
+    opened = []
+
+    def open_shard(split, index):
+        opened.append(index)
+        return tokens[index * 4_000_000 : (index + 1) * 4_000_000]
+
+    corpus = SimpleNamespace(
+        name="x", bos=0, token_bytes=lengths, shards={"val": [0, 1, 2]}, open_shard=open_shard
+    )
+    starts = np.flatnonzero(tokens == 0)
+    whole = np.split(tokens, starts[1:])
+    for corpus.spread_val, eval_bytes in ((True, 10**5), (True, 10**9), (False, 10**5), (False, 10**9)):
+        opened.clear()
+        tracemalloc.start()
+        found = dataloader.validation_tokens(corpus, eval_bytes)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        if corpus.spread_val:
+            count = min(
+                len(starts), math.ceil(eval_bytes * len(starts) / lengths[tokens].sum(dtype=np.int64))
+            )
+            expected = np.concatenate([whole[i * len(starts) // count] for i in range(count)])
+        else:
+            expected = tokens[: np.searchsorted(np.cumsum(lengths[tokens], dtype=np.int64), eval_bytes) + 1]
+        assert np.array_equal(found, expected)
+        if eval_bytes == 10**5:
+            assert peak < 30e6 and (corpus.spread_val or opened == [0])
+
+
+def test_documents_of_up_to_16_kb_stay_whole_in_an_evaluation(text):
+    (text / "val.txt").write_text(prose(5, 300))  # 14 kB
+    corpus = prepare(str(text), 300)
+    assert ValidationRows(corpus, 10**6, 64).tokens.tolist().count(corpus.bos) == 1
 
 
 BPB = """

@@ -17,8 +17,10 @@ import subprocess
 import sys
 import threading
 import time
+import tomllib
 import tracemalloc
 import types
+import unicodedata
 from collections import Counter
 from pathlib import Path
 
@@ -186,7 +188,9 @@ def test_the_end_of_one_long_file_is_held_out(tmp_path, lines):
     assert train.endswith("\n") and 0.04 < len(val) / len(content) < 0.12
 
 
-def test_a_text_without_line_ends_is_cut_too(tmp_path):
+@pytest.mark.parametrize("block", [2**20, 200])
+def test_a_text_without_line_ends_is_cut_too(tmp_path, monkeypatch, block):
+    monkeypatch.setattr(dataset, "BLOCK", block)
     (tmp_path / "line.txt").write_text("title\n" + "a b" * 5000)
     corpus = prepare(str(tmp_path / "line.txt"))
     assert 0.04 < corpus.counts["val"]["bytes"] / 15_006 < 0.06
@@ -210,12 +214,12 @@ def test_hard_documents_survive(tmp_path):
     lines = [json.dumps({"text": d}) for d in documents_in]
     lines[3:3] = ["", json.dumps({"text": ""}), "   "]  # empty documents are ignored
     data.write_text("\n".join(lines))
-    (tmp_path / "val.txt").write_text(prose(2, 100))
+    (tmp_path / "val.txt").write_text(prose(2, 1000))
     (tmp_path / "folder").mkdir()
     for file in (data, tmp_path / "val.txt"):
         shutil.move(file, tmp_path / "folder" / file.name)
     corpus = prepare(str(tmp_path / "folder"), 400)
-    assert documents(corpus, "train") == documents_in
+    assert sorted(documents(corpus, "train")) == sorted(documents_in)
     assert corpus.counts["train"]["documents"] == len(documents_in)
 
 
@@ -250,7 +254,7 @@ def test_a_document_longer_than_a_shard_runs_on(tmp_path, monkeypatch):
     corpus = prepare(str(tmp_path), 300)
     sizes = [len(tokens) for tokens in read(corpus, "train")]
     assert len(sizes) > 5 and set(sizes[:-1]) == {1000} and 0 < sizes[-1] <= 1000
-    assert documents(corpus, "train") == [prose(0, 2000), prose(1, 5)]
+    assert Counter(documents(corpus, "train")) == Counter([prose(0, 2000), prose(1, 5)])
 
 
 def test_parquet(tmp_path):
@@ -540,15 +544,17 @@ def test_parquet_columns_that_are_not_text_are_named(tmp_path):
 
 HELD_OUT_NAMES = """
     validation-00000-of-00001.jsonl  wiki-valid.txt  dev.tsv  test-00000-of-00002-2d5a14.jsonl.gz  eval_3.json
-    x.test.txt  heldout.txt  held-out/a.txt  Test/deep/a.jsonl  corpus_val_000001.txt  VAL.txt""".split()
+    x.test.txt  heldout.txt  held-out/a.txt  Test/deep/a.jsonl  corpus_val_000001.txt  VAL.txt  holdout.txt
+    hold_out/a.txt  testset.txt  my_test_set.txt  wiki.test.tokens.txt  wiki.valid.raw.txt
+    news.dev.en.txt""".split()
 OTHER_NAMES = """
     valéry.txt  val\u0301ka.txt  values.txt  interval.txt  contest.txt  developer.txt  latest.jsonl
-    testament.txt  my_test_set.txt  test.py  test/a.py  val/notes.md  tests/a.txt  evaluation.rs""".split()
+    testament.txt  my_test_case.txt  test.py  test/a.py  val/notes.md  tests/a.txt  evaluation.rs""".split()
 
 
 @pytest.mark.parametrize("name", HELD_OUT_NAMES)
 def test_held_out_files_are_never_trained_on(text, name):
-    file, secret = text / name, ["never to be trained on " * 30] * 3
+    file, secret = text / name, ["never to be trained on " * 90] * 3
     file.parent.mkdir(parents=True, exist_ok=True)
     content = {"jsonl": json_lines(secret), "json": json_lines(secret), "tsv": b"text\n" + secret[0].encode()}
     content = content.get(re.search("jsonl|json|tsv|txt", name)[0], secret[0].encode())
@@ -598,7 +604,7 @@ def test_the_standard_library_is_read_as_before(tmp_path, monkeypatch):
     (library / "link").symlink_to(library / "test")
     monkeypatch.setattr(dataset.sysconfig, "get_path", lambda name: str(library))
     corpus = prepare("stdlib", 300)
-    assert corpus.split == "hash" and corpus.fingerprint == "0b3b5feb9585"  # as of commit b6158f1
+    assert corpus.split == "hash" and corpus.fingerprint == "c96c14e7b245"  # of layout 4
 
 
 def test_links_are_followed_without_loops_and_nothing_is_read_twice(tmp_path):
@@ -690,6 +696,178 @@ def test_memory_does_not_grow_with_the_file(tmp_path, name, monkeypatch):
     assert peak < 40e6
 
 
+def test_documents_are_shuffled_over_the_whole_corpus(tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset, "SHARD_TOKENS", 5000)
+    folder = tmp_path / "d"
+    folder.mkdir()
+    for kind in ("books", "code", "wiki"):
+        (folder / f"{kind}.jsonl").write_bytes(json_lines([f"{kind} {text}" for text in rows_of(300, 900)]))
+    corpus = prepare(str(folder), 300)
+    kinds = [document.split()[0] for document in documents(corpus, "train")]
+    assert len(corpus.shards["train"]) > 5
+    for part in np.array_split(kinds, 8):
+        assert min(Counter(part.tolist()).values()) > 20 and len(set(part)) == 3
+    monkeypatch.setenv("ONEDIAL_HOME", str(tmp_path / "fresh"))
+    assert documents(prepare(str(folder), 300), "train") == documents(corpus, "train")
+
+
+def test_long_documents_are_shuffled_in_parts(tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset, "PART_BYTES", 10_000)
+    (tmp_path / "d").mkdir()
+    texts = [prose(n, 2000) for n in range(3)]
+    for name, text in zip(("a.txt", "b.txt", "c.txt", "test.txt"), [*texts, "🎉" * 20_000]):
+        (tmp_path / "d" / name).write_text(text)
+    corpus = prepare(str(tmp_path / "d"), 300)
+    parts = documents(corpus, "train")
+    assert corpus.counts["train"]["documents"] == 3 and max(map(len, parts)) < 15_000
+    joined = "\0".join(texts)
+    ordered = sorted(parts, key=joined.index)
+    assert "".join(ordered) == "".join(texts) and ordered != parts
+
+
+def test_a_held_out_name_with_almost_no_text_is_no_validation_split(text):
+    (text / "requirements-dev.txt").write_text("pytest\nruff\n")
+    for name in ("dev", "val"):
+        (text / name).mkdir()
+        (text / name / "test.json").write_text('{"a": "secret"}')
+    corpus = prepare(str(text))
+    assert corpus.split == "hash"
+    assert not any("pytest" in document or "secret" in document for document in everything(corpus))
+    held_out = corpus.notes[0]
+    assert (
+        "5% of the documents" in held_out and "1 file (1 .json) by name, too small to validate on" in held_out
+    )
+    assert "not used" in held_out  # the other kind
+
+
+def test_a_folder_of_test_files_only_says_so(tmp_path):
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "test.txt").write_text(prose(1, 200))
+    assert any(
+        "all files are named as held out (test)" in note for note in prepare(str(tmp_path / "d")).notes
+    )
+
+
+def test_what_onedial_writes_is_no_text(text, monkeypatch):
+    expected = prepare(str(text)).fingerprint
+    monkeypatch.setenv("ONEDIAL_HOME", str(text / "cache"))
+    config = {"settings": {}, "corpus": {}, "versions": {}}
+    for name in ("out/a", "elsewhere/b", "elsewhere/c"):
+        (text / name).mkdir(parents=True)
+    for name in ("out/a", "elsewhere/b"):
+        (text / name / "config.json").write_text(json.dumps(config))
+        (text / name / "log.jsonl").write_text('{"kind": "step", "text": "a log"}')
+    for name in ("lock", "lock.json"):  # a run that has just been claimed
+        (text / "elsewhere" / "c" / name).write_text("{}")
+    (text / "out" / "compare.md").write_text("a report")
+    for _ in range(2):
+        corpus = prepare(str(text), out_dir=text / "out")
+        assert corpus.fingerprint == expected
+        reasons = {str(Path(path).relative_to(text)): why for path, why in corpus.left_out}
+        assert reasons.pop("cache", None) in (None, "a folder that onedial writes")
+        runs = {"elsewhere/b": "a run of onedial", "elsewhere/c": "a run of onedial"}
+        assert reasons == {"out": "a folder that onedial writes"} | runs
+    assert (text / "cache" / "corpora").exists()
+    monkeypatch.setenv("ONEDIAL_HOME", str(text.parent / "another"))  # and another cache than the current one
+    assert prepare(str(text), out_dir=text / "out").fingerprint == expected
+    (text / "mine").mkdir()
+    (text / "mine" / "config.json").write_text('{"text": "a file of the user"}')
+    (text / "mine" / "log.jsonl").write_text('{"text": "rows of the user"}')
+    assert "rows of the user" in everything(prepare(str(text), out_dir=text / "out"))
+
+
+def test_a_folder_in_the_manner_of_nanogpt_says_what_is_read(tmp_path):
+    (tmp_path / "prepare.py").write_text("import tiktoken\n" * 200)
+    (tmp_path / "train.bin").write_bytes(np.arange(5000, dtype="<u2").tobytes())
+    corpus = prepare(str(tmp_path), 300)
+    what = "train.bin has no header of a token shard"
+    assert f"{what}; text beside it is read, such as prepare.py" in corpus.notes
+    assert [Path(path).name for path, _ in corpus.left_out] == ["train.bin"]
+
+
+def test_held_out_text_that_is_also_trained_on_is_reported(tmp_path):
+    texts = rows_of(400)
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "train.jsonl").write_bytes(json_lines(texts))
+    (tmp_path / "d" / "test.jsonl").write_bytes(json_lines(texts[:40]))
+    what = "of the held-out text also occurs in the training text"
+    assert any(note.startswith(f"100% {what}") for note in prepare(str(tmp_path / "d"), 300).notes)
+    (tmp_path / "d" / "test.jsonl").write_bytes(json_lines(texts[:40] + rows_of(40, 900)))
+    assert any(re.match(rf"(4\d|5\d)% {what}", note) for note in prepare(str(tmp_path / "d"), 300).notes)
+    # long texts: pieces of about 1 kB are found wherever they stand
+    half = prose(50, 1000) + prose(51, 1000)
+    (tmp_path / "d" / "train.jsonl").write_bytes(
+        json_lines([prose(7, 501) + prose(51, 1000) + prose(8, 99)] * 3)
+    )
+    (tmp_path / "d" / "test.jsonl").write_bytes(json_lines([half]))
+    assert any(
+        re.match(rf"(3[5-9]|4\d|5\d)% {what}", note) for note in prepare(str(tmp_path / "d"), 300).notes
+    )
+    (tmp_path / "d" / "test.jsonl").write_bytes(json_lines([prose(50, 1000)]))
+    assert not any(what in note for note in prepare(str(tmp_path / "d"), 300).notes)
+
+
+@pytest.mark.parametrize("size", [300, 1000, 4000])
+def test_a_short_text_is_enough(tmp_path, size):
+    (tmp_path / "a.txt").write_text(prose(3, 300)[:size])
+    corpus = prepare(str(tmp_path / "a.txt"))
+    T, tokens = corpus.row_length(512), corpus.counts["train"]["tokens"]
+    rows = corpus.rows_per_shard("train", T)
+    assert 32 <= T < 512 and sum(rows) * T > (0.75 if size == 300 else 0.93) * tokens
+    next(DataLoader(corpus, T, 4, 0, "cpu"))
+    assert len(ValidationRows(corpus, 10**6, T)) >= 1
+    assert corpus.row_length(32) == 32
+
+
+def test_an_unreadable_folder_is_left_out(text, monkeypatch):
+    (text / "locked").mkdir()
+    stat = os.stat
+
+    def refused(path, *arguments, **options):
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, *arguments, **options)
+
+    monkeypatch.setattr(dataset.os, "stat", refused)
+    assert [(Path(path).name, why) for path, why in prepare(str(text)).left_out] == [
+        ("locked", "Permission denied")
+    ]
+
+
+def test_names_in_nfd_and_nfc_are_the_same(tmp_path):
+    made = []
+    for form in ("NFC", "NFD"):
+        folder = tmp_path / form / "d"
+        folder.mkdir(parents=True)
+        for n, name in enumerate(("é", "z", "ê", "f")):
+            (folder / (unicodedata.normalize(form, name) + ".txt")).write_text(prose(n, 40))
+        made.append(prepare(str(folder), 300).fingerprint)
+    assert made[0] == made[1]
+
+
+def test_a_file_that_changes_while_it_is_read_is_an_error(text, monkeypatch):
+    read = dataset.TextReader.read
+
+    def changing(self, file, *arguments):
+        if file.name == "30.txt" and "more" not in file.read_text():
+            file.write_text(file.read_text() + "more")
+        read(self, file, *arguments)
+
+    monkeypatch.setattr(dataset.TextReader, "read", changing)
+    with pytest.raises(DataError, match="has changed while it was read") as error:
+        prepare(str(text))
+    two_lines(error)
+    assert any("more" in document for document in everything(prepare(str(text))))
+
+
+def test_a_folder_named_like_a_public_set_is_mentioned(hub_files, monkeypatch, tmp_path):
+    hub_files(parts(["a.jsonl", "b.jsonl"]))
+    monkeypatch.setitem(dataset.SHORT_NAMES, "stories", "hf:some/set")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "stories").mkdir()
+    assert any("--data ./stories" in note for note in prepare("stories").notes)
+
+
 # -----------------------------------------------------------------------------
 # The tokenizer
 
@@ -730,6 +908,30 @@ def test_vocabulary_follows_the_size(text, tmp_path):
     assert prepare(str(text)).tokenizer.n_vocab == 2048  # the size of the text, not of the file
 
 
+def test_slow_work_is_not_silent(text, monkeypatch):
+    said, train = [], dataset.train_tokenizer
+
+    def slow(*arguments):
+        while not any("so far" in line for line in said):
+            time.sleep(0.01)
+        return train(*arguments)
+
+    class Impatient(threading.Event):
+        def wait(self, seconds=None):
+            return super().wait(seconds and seconds / 100)
+
+    monkeypatch.setattr(dataset.threading, "Event", Impatient)
+    monkeypatch.setattr(dataset, "train_tokenizer", slow)
+    prepare(str(text), 300, said.append)
+    assert "training the BPE: 0 s so far" in said
+    assert "so far" not in said[-1]
+    said.clear()
+    for blank in ("", " "):  # a text without blanks takes minutes, and rustbpe lets no thread print
+        pieces = (("abcdefghi" + blank) * 1000 for _ in range(300))
+        train(pieces, 260, 1.0, said.append)
+    assert said == ["the text has hardly any blanks: its BPE may take 5 s"]
+
+
 def test_tokenizer_reads_a_limited_amount_from_all_over_the_corpus(text, monkeypatch):
     seen, said = [], []
 
@@ -745,7 +947,9 @@ def test_tokenizer_reads_a_limited_amount_from_all_over_the_corpus(text, monkeyp
     train = documents(prepare(str(text), 400, said.append), "train")
     size = len("".join(train))
     assert 30_000 <= len("".join(seen)) < 34_000 < size / 2 and "400 tokens on 0.0 MB" in "".join(said)
-    places = [train.index(document) / len(train) for document in seen]
+    in_files = [document for document in everything(prepare(str(text), 400)) if document in train]
+    in_files.sort(key=[file.read_text() for file in sorted(text.iterdir())].index)
+    places = [in_files.index(document) / len(train) for document in seen]
     assert places == sorted(places) and max(np.diff([0.0, *places, 1.0])) < 0.1
 
 
@@ -850,6 +1054,23 @@ def test_a_damaged_shard_is_found_without_its_sha256(tmp_path):
             dataset.open_shard(path)
     shard(path, [])
     assert len(dataset.open_shard(path)) == 0
+
+
+def test_a_corpus_of_the_layout_before_is_used_by_its_folder(text, home):
+    first = prepare(str(text), 400)
+    (folder,) = home.glob("corpora/text-*")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["layout"]  # as version 0.1.0 wrote it
+    manifest["fingerprint"] = "of before"
+    old = folder.with_name("text-0123456789ab")
+    shutil.copytree(folder, old)
+    (old / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match="prepared by another version of onedial") as error:
+        dataset.check_same(first, "of before")
+    assert f"--data {old}" in two_lines(error)
+    again = prepare(str(old), 400)
+    dataset.check_same(again, "of before")
+    assert again.name == "text" and documents(again, "train") == documents(first, "train")
 
 
 def test_a_damaged_manifest_is_named(text, home):
@@ -1128,7 +1349,7 @@ def climbmix(hub, tmp_path):
 def test_climbmix_is_tokenized_file_by_file(hub, climbmix, home):
     corpus = prepare("climbmix", 500)
     assert hub.log == ["shard_00000.parquet", "shard_06542.parquet"]
-    assert documents(corpus, "train") == climbmix["shard_00000.parquet"]
+    assert Counter(documents(corpus, "train")) == Counter(climbmix["shard_00000.parquet"])
     assert documents(corpus, "val") == climbmix["shard_06542.parquet"]
     only_first = dataset.train_tokenizer(climbmix["shard_00000.parquet"], 500)
     assert corpus.tokenizer._mergeable_ranks == only_first._mergeable_ranks
@@ -1136,7 +1357,10 @@ def test_climbmix_is_tokenized_file_by_file(hub, climbmix, home):
     first, have = corpus.fingerprint, sum(corpus.rows_per_shard("train", 32))
     dataset.fetch_more(corpus, have + 1, 32)
     assert corpus.fingerprint == first and corpus.counts["train"]["documents"] == 40
-    assert documents(corpus, "train") == climbmix["shard_00000.parquet"] + climbmix["shard_00001.parquet"]
+    found = documents(corpus, "train")
+    assert Counter(found[:20]) == Counter(climbmix["shard_00000.parquet"])  # shuffled within each file
+    assert Counter(found[20:]) == Counter(climbmix["shard_00001.parquet"])
+    assert found[:20] != climbmix["shard_00000.parquet"]
     assert np.array_equal(take(DataLoader(corpus, 32, 4, 0, "cpu"), 20), rows)
     for path in (home / "climbmix").glob("*.parquet"):  # the text is not needed any more
         path.unlink()
@@ -1168,6 +1392,8 @@ def hub_files(hub, monkeypatch):
     )
     asked = []
 
+    hub.card = None
+
     def dataset_info(self, repository, revision=None, timeout=None, files_metadata=False):
         asked.append(revision)
         if hub.mode[:3].isdigit():
@@ -1176,7 +1402,7 @@ def hub_files(hub, monkeypatch):
             error.response = response
             raise error
         files = [types.SimpleNamespace(rfilename=name, size=len(content)) for name, content in listed.items()]
-        return types.SimpleNamespace(sha=COMMIT, siblings=files)
+        return types.SimpleNamespace(sha=COMMIT, siblings=files, card_data=hub.card)
 
     monkeypatch.setattr(HfApi, "dataset_info", dataset_info)
     listed = {}
@@ -1265,6 +1491,139 @@ def test_a_data_set_that_cannot_be_used_is_an_error_of_two_lines(hub_files, hub,
     assert not hub.log
 
 
+def test_the_vocabulary_of_a_hub_data_set_follows_the_time(hub_files, monkeypatch):
+    hub_files(parts(["a.jsonl", "b.jsonl", "c.jsonl"], 4000))  # 2.7 MB: 2,048 by its size
+    said = []
+    assert prepare("hf:some/set", None, said.append, 1024).tokenizer.n_vocab == 1024
+    assert prepare("hf:some/set").tokenizer.n_vocab == 2048
+    monkeypatch.setattr(dataset, "TOKENIZER_BYTES", 100_000)
+    prepare("hf:some/set", 700, said.append)
+    assert "training a BPE of 700 tokens on 0.1 MB" in said
+
+
+def test_other_options_do_not_return_the_old_tokens_of_a_public_set(hub_files, text, monkeypatch):
+    rows = [{"text": f"{n} one %% {n} two", "other": f"{n} other"} for n in range(300)]
+    content = "\n".join(map(json.dumps, rows)).encode()
+    hub_files({"a.jsonl": content, "b.jsonl": content})
+    tokenizer = prepare(str(text), 300).tokenizer
+    first = prepare("hf:some/set", tokenizer=tokenizer)
+    assert "%%" in documents(first, "val")[0]
+    other = prepare("hf:some/set", tokenizer=tokenizer, text_field="other")
+    assert documents(other, "val")[0] == "0 other" and other.fingerprint != first.fingerprint
+    hub_files({name: f"{prose(n, 9)}%%\n{prose(n, 8)}".encode() for n, name in enumerate(("a.txt", "b.txt"))})
+    assert len(documents(prepare("hf:some/texts", 300), "val")) == 1
+    assert len(documents(prepare("hf:some/texts", 300, separator="%%"), "val")) == 2
+    monkeypatch.setattr(dataset, "LAYOUT", dataset.LAYOUT + 1)
+    assert prepare("hf:some/set", tokenizer=tokenizer).fingerprint != first.fingerprint
+
+
+def test_what_a_public_set_leaves_out_is_reported(hub_files):
+    names = ["train-0.jsonl", "train-1.jsonl", "test.jsonl", "validation.jsonl", "dev.jsonl"]
+    pdf_and_more = {
+        "a.pdf": b"x",
+        "other.csv": b"text\na\n" * 50,
+        "small.parquet": b"PAR1",
+        "../up.jsonl": b"{}",
+    }
+    hub_files(parts(names) | pdf_and_more)
+    corpus = prepare("hf:some/set")
+    assert first_words(corpus, "train") == ["train-0.jsonl"] and first_words(corpus, "val") == [
+        "validation.jsonl"
+    ]
+    held_out, *_, left_out = corpus.notes
+    assert held_out == "held out: validation.jsonl; 2 files (2 .jsonl) not used, such as dev.jsonl"
+    assert left_out.startswith("left out: 4 files") and len(corpus.left_out) == 4
+    assert dict(corpus.left_out)["../up.jsonl"] == "its path leads out of the data set"
+    assert dict(corpus.left_out)["other.csv"] == "not .jsonl, the format with most text"
+    hub_files({"train-0.txt": b"a text " * 900, "train-1.txt": b"\0" * 900, "val.txt": prose(1, 99).encode()})
+    corpus, said = prepare("hf:some/texts", 300), []
+    dataset.fetch_more(corpus, 10**6, 16, said.append)
+    for again in (corpus, prepare("hf:some/texts", 300)):  # and again from the cache
+        dataset.fetch_more(again, 10**6, 16)
+        assert [Path(path).name for path, _ in again.left_out] == ["train-1.txt"]
+
+
+def test_held_out_text_of_a_public_set_that_is_also_trained_on_is_reported(hub_files):
+    texts = rows_of(300)
+    files = [texts[:100], texts[100:200] + texts[250:], texts[200:]]
+    hub_files({name: json_lines(rows) for name, rows in zip(("a.jsonl", "b.jsonl", "val.jsonl"), files)})
+    for _ in range(2):  # and again from the cache
+        corpus, said = prepare("hf:some/set", 300), []
+        assert not any("also occurs" in note for note in corpus.notes)
+        dataset.fetch_more(corpus, 10**6, 16, said.append)
+        assert any(re.match(r"(4|5)\d% of the held-out text also occurs in b.jsonl", line) for line in said)
+
+
+def test_a_tiny_held_out_file_of_a_public_set_is_no_validation_split(hub_files):
+    hub_files(
+        parts(["a.jsonl", "b.jsonl", "c.jsonl"])
+        | {"requirements-dev.txt": b"x", "dev.jsonl": b'{"text": "x"}'}
+    )
+    corpus = prepare("hf:some/set", 300)
+    assert corpus.public.val == "c.jsonl" and corpus.public.unused == ["dev.jsonl"]
+
+
+def test_several_sets_on_any_level_are_not_mixed(hub_files):
+    hub_files(parts([f"data/{language}/{n}.jsonl" for language in ("de", "en") for n in range(3)]))
+    with pytest.raises(DataError, match="several data sets: data/de, data/en") as error:
+        prepare("hf:some/set")
+    assert "hf:some/set/data/de" in two_lines(error)
+    assert first_words(prepare("hf:some/set/data/en"), "train") == ["data/en/0.jsonl"]
+    hub_files(parts([f"data/{kind}/dump-{n}/0.jsonl" for kind in ("train", "test") for n in (2023, 2024)]))
+    corpus = prepare("hf:some/dumps")  # folders that differ by a number are one set
+    assert list(corpus.public.train) == ["data/train/dump-2023/0.jsonl", "data/train/dump-2024/0.jsonl"]
+
+
+def test_the_configurations_of_a_data_card_are_used(hub_files, hub):
+    names = [
+        "de/x-train.jsonl",
+        "de/y.jsonl",
+        "en/x-train.jsonl",
+        "en/deep/more.jsonl",
+        "en/y.jsonl",
+        "z.jsonl",
+    ]
+    hub_files(parts(names))
+    hub.card = {
+        "configs": [
+            {"config_name": "german", "data_files": "de/*.jsonl"},
+            {
+                "config_name": "english",
+                "data_files": [
+                    {"split": "train", "path": ["en/*-train.jsonl", "en/**/m[a-o]re.jsonl"]},
+                    {"split": "validation", "path": "en/y.jsonl"},
+                ],
+            },
+        ]
+    }
+    with pytest.raises(DataError, match="several data sets: english, german") as error:
+        prepare("hf:some/set")
+    assert "hf:some/set/english" in two_lines(error)
+    english = prepare("hf:some/set/english").public
+    assert list(english.train) == ["en/deep/more.jsonl", "en/x-train.jsonl"] and english.val == "en/y.jsonl"
+    assert list(prepare("hf:some/set/german").public.train) == ["de/x-train.jsonl"]
+    hub.card["configs"][1]["default"] = True
+    assert prepare("hf:some/other").public.train == english.train
+    hub.card["configs"] = [{"config_name": "gone", "data_files": "gone/*"}, {"config_name": "default"}, "odd"]
+    assert list(prepare("hf:some/third/de").public.train) == ["de/x-train.jsonl"]
+
+
+def test_fetching_more_opens_each_shard_a_few_times(hub, monkeypatch):
+    for n in range(1, 31):
+        hub.files[f"fineweb_train_{n:06}.bin"] = hub.files["fineweb_train_000001.bin"]
+    opened, open_shard = [], dataset.open_shard
+    monkeypatch.setattr(dataset, "open_shard", lambda *place: opened.append(place) or open_shard(*place))
+    corpus = prepare("fineweb")
+    dataset.fetch_more(corpus, 30 * 80, 50)
+    assert sum(corpus.rows_per_shard("train", 50)) == 30 * 80 and len(opened) < 30 * 5
+
+
+def test_pyarrow_that_runs_pickles_of_a_parquet_file_is_not_accepted():
+    extras = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    needed = [entry for entries in extras.values() for entry in entries if entry.startswith("pyarrow")]
+    assert needed == ["pyarrow>=14.0.1"] * 2
+
+
 # -----------------------------------------------------------------------------
 # The command line
 
@@ -1307,6 +1666,28 @@ def test_command_line_errors_have_two_lines(tmp_path, text):
     reader = f"{sys.executable} {REPO / 'dataset.py'} {text} | true"
     result = subprocess.run(["bash", "-c", reader], capture_output=True, text=True)
     assert result.stderr == ""
+
+
+def test_command_line_prints_into_any_output(text, tmp_path):
+    (text / "00.txt").write_text("ü \x1b[2J \x07 " * 90)
+    (text / "a\x1b[2Jü.pdf").write_text("left out")
+    command(text)
+    name = f"{sys.executable} {REPO / 'dataset.py'} {text}"
+    for where, code, message in (
+        ("", 0, ""),
+        ("> /dev/full", 1, "error: the output cannot be read or written: No space left on device.\n"),
+        (">&-", 0, ""),
+        ("2>&- >&-", 0, ""),
+        ("2> /dev/full > /dev/null", 0, ""),
+    ):
+        env = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+        result = subprocess.run(["bash", "-c", f"{name} {where}"], capture_output=True, text=True, env=env)
+        assert result.returncode == code and result.stderr.startswith(message), (where, result.stderr)
+        assert "Traceback" not in result.stderr and "Exception" not in result.stderr
+        assert "\x1b" not in result.stdout and "\x07" not in result.stdout
+    (tmp_path / "line.txt").write_text("x")
+    result = command(tmp_path / "line.txt")  # too short for anything, but described
+    assert result.returncode == 0 and "1 bytes" in result.stdout, result.stderr
 
 
 @pytest.mark.slow

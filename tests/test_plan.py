@@ -116,6 +116,7 @@ def test_best_batch_size(tokens, batch):
 )
 def test_whole_rows(batch, T, rows):
     assert whole_rows(batch, T) == rows * T
+    assert whole_rows(batch, T, num_rows=7) == min(rows, 4) * T  # no row twice in a batch
 
 
 def test_learning_rates_and_weight_decay_for_a_batch():
