@@ -343,6 +343,25 @@ def test_a_slurm_job_is_requeued_only_if_it_was_interrupted(tmp_path, event, req
     assert line.endswith("train.py --run-name mine --resume --depth 20")
 
 
+def test_scripts_keep_their_line_ends_in_a_checkout_of_git_for_windows(tmp_path):
+    (tmp_path / "here").mkdir()
+    shutil.copytree(REPO / "runs", tmp_path / "here" / "runs")
+    shutil.copy(REPO / ".gitattributes", tmp_path / "here")
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
+    clone = ["clone", "-q", "-c", "core.autocrlf=true", "here", "there"]  # the setting of git for Windows
+    for command in (
+        ["init", "-q", "here"],
+        ["-C", "here", "add", "."],
+        ["-C", "here", "commit", "-qm", "a"],
+        clone,
+    ):
+        subprocess.run([*git, *command], cwd=tmp_path, check=True)
+    for script in (tmp_path / "here" / "runs").iterdir():
+        assert script.read_bytes() == (tmp_path / "there" / "runs" / script.name).read_bytes()
+    for script in (tmp_path / "there" / "runs").glob("*.sh"):
+        assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """small_disk("3m") mounts a disk of 3 MB and returns its folder."""
@@ -752,8 +771,39 @@ def ranks_of(process):
 
 
 def is_alive(pid):
-    """Whether a process with this pid exists."""
-    return subprocess.run(["ps", "-p", str(pid)], capture_output=True).returncode == 0
+    """Whether a process with this pid exists and has not ended."""
+    found = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True)
+    return found.stdout.strip() != "" and not found.stdout.startswith(
+        "Z"
+    )  # Z: its parent has not read its status
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGXCPU])
+def test_the_signals_of_batch_systems_save_and_stop(train, number):
+    process = train.start("--num-iterations", 100_000, "--eval-every", -1)
+    wait_for(process, "step")
+    process.send_signal(number)
+    result = train.finish(process)
+    assert result.code == 128 + number and f"stopped  by {number.name}" in result.output, result.output
+    saved, faults = checkpoint.newest_valid(result.folder / "checkpoints")
+    assert result.log[-1]["event"] == "interrupted" and not faults
+    assert saved.name == f"step_{result.log[-1]['step']:06d}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGUSR1])
+def test_ranks_save_and_end_if_torchrun_dies(train, number):
+    process = train.start("--num-iterations", 100_003, "--eval-every", -1, processes=2)
+    wait_for(process, "step")
+    ranks = ranks_of(process)
+    process.send_signal(number)  # torchrun does not handle SIGUSR1
+    result = train.finish(process)  # when the ranks have closed the pipe
+    assert result.code == -number and not any(map(is_alive, ranks))
+    last = result.log[-1]
+    assert last["event"] == "interrupted" and "stopped  by SIGTERM" in result.output, result.output
+    saved, faults = checkpoint.newest_valid(result.folder / "checkpoints")
+    assert saved.name == f"step_{last['step']:06d}" and not faults and result.summary["steps"] == last["step"]
 
 
 @pytest.mark.slow
