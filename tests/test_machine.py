@@ -492,6 +492,20 @@ def test_only_several_ranks_have_a_watchdog(alone, monkeypatch):
     assert calls == [(machine.HANG_SECONDS, True)]
 
 
+@pytest.mark.slow
+def test_a_variable_of_the_ranks_is_ignored_or_an_error_without_a_folder(train, monkeypatch):
+    flags = ["--num-iterations", 2, "--eval-every", -1]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    alone = train(*flags)
+    assert alone.code == 0 and alone.summary["world_size"] == 1, alone.output
+    line = "node     WORLD_SIZE=2 is ignored: without RANK, this process trains alone"
+    assert alone.output.splitlines().count(line) == 1
+    monkeypatch.setenv("RANK", "-1")
+    wrong = train(*flags, "--run-name", "b", run="b")
+    assert wrong.code == 2 and not wrong.folder.exists()
+    assert wrong.output.startswith("error: RANK=-1 is not") and wrong.output.count("\n") == 2
+
+
 # -----------------------------------------------------------------------------
 # The benchmark, on a single process
 
@@ -980,6 +994,29 @@ def test_a_closed_terminal_stops_a_run_but_not_under_nohup(bare):
     done = bare(RECORDED, "nohup")
     assert done.returncode == -sigint
     assert done.stdout.splitlines() == ["0 False", "0 True", f"{sigint} True"]
+
+
+@pytest.fixture
+def noexec(tmp_path):
+    """A temporary folder from which nothing can be executed."""
+    folder = tmp_path / "noexec"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "noexec", "tmpfs", str(folder)]).returncode:
+        pytest.skip("cannot mount a folder here")
+    yield folder
+    subprocess.run(["umount", str(folder)])
+
+
+FALLBACK = """
+import os, tempfile, machine
+machine.set_fallback_temporary_folder("the run")
+print(tempfile.gettempdir(), os.environ.get("TMPDIR"))
+"""
+
+
+def test_compiled_code_is_not_written_where_it_cannot_be_loaded(bare, noexec, tmp_path):
+    assert bare(FALLBACK, TMPDIR=str(tmp_path)).stdout == f"{tmp_path} {tmp_path}\n"
+    assert bare(FALLBACK, TMPDIR=str(noexec)).stdout == "the run the run\n"
 
 
 def test_on_windows_two_lines_recommend_wsl():
