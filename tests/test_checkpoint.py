@@ -413,7 +413,7 @@ def test_training_continues_on_a_full_disk_and_saves_the_weights_if_they_fit(tra
 def test_a_disk_too_small_for_the_weights_is_an_error_before_training(train, small_disk):
     result = run_on(train, small_disk("700k"), "--num-iterations", 30)
     assert result.code == 2 and "the weights alone take 0.00079 GB" in result.output, result.output
-    assert "step " not in result.output and not result.log
+    assert "\nstep " not in result.output and not result.log
 
 
 def test_the_check_of_disk_space(tmp_path, monkeypatch):
