@@ -335,6 +335,8 @@ class Ranks:
     def connect(self, device):
         """Connect the ranks, by NCCL on GPUs and by gloo on CPUs. Call it before any collective call."""
         self.device = device
+        if is_orphan():  # it would wait for torchrun's address for ten minutes
+            raise MachineError("torchrun has ended, and with it the run.\nStart it again.")
         if self.world_size > 1:
             on_gpu, hook = device.type == "cuda", sys.excepthook
             options = {"device_id": device if on_gpu else None, "timeout": timedelta(seconds=HANG_SECONDS)}

@@ -974,6 +974,13 @@ def test_only_ranks_that_torchrun_has_left_alone_stop(bare):
     assert bare(ORPHAN).stdout.split() == ["0", "0"]  # as when the shell of a run under nohup ends
 
 
+def test_a_rank_that_torchrun_has_left_alone_does_not_wait_for_others(alone, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setattr(machine, "PARENT", os.getppid() + 1)
+    with pytest.raises(MachineError, match="^torchrun has ended.*\nStart it again.$"):
+        alone.connect(CPU)
+
+
 RECORDED = """
 import os, signal, machine
 os.kill(os.getpid(), signal.SIGUSR1)  # ignored: there is nothing to save yet
