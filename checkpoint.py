@@ -19,7 +19,6 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
 
-import filelock
 import torch
 
 
@@ -65,7 +64,7 @@ class RunFolder:
     def find(cls, out_dir, name=None):
         """The run to resume: `name`, or the newest in `out_dir`. CheckpointError if there is none."""
         check_name(name)
-        runs = sorted(out_dir.glob("*/config.json"), key=os.path.getmtime)
+        runs = sorted(out_dir.glob("*/config.json"), key=started)
         path = out_dir / name if name else runs[-1].parent if runs else None
         if path and path.is_dir():
             return cls(path)
@@ -77,13 +76,20 @@ class RunFolder:
     def claim(self):
         """
         Lock the folder, so that only this process writes into it. The lock is held until the process exits,
-        however it exits. CheckpointError if another process has the lock, or the folder is not writable.
+        however it exits -> a line on each thing that the file system cannot do. CheckpointError if another
+        process has the lock, or the folder is not writable.
         """
-        lock, owner_file = filelock.FileLock(self.path / "lock"), self.path / "lock.json"
+        import fcntl  # here, because Windows does not have it: machine.py prints what to do there
+
+        missing, owner_file = [], self.path / "lock.json"
         try:
-            lock.acquire(timeout=0)
+            self.lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT)
+            if not supported(fcntl.flock, self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                missing.append("file locks: do not start a second process that resumes this run")
             owner_file.write_text(json.dumps({"host": socket.gethostname(), "process": os.getpid()}))
-        except filelock.Timeout:
+            if not sync(self.path):
+                missing.append("syncing folders: a power failure may cost the newest checkpoint")
+        except BlockingIOError:
             try:
                 owner = "process {process} on {host}".format(**json.loads(owner_file.read_text()))
             except (OSError, ValueError, KeyError):
@@ -93,7 +99,7 @@ class RunFolder:
         except OSError as error:
             what = f"cannot write to {self.path}: {error.strerror}"
             raise CheckpointError(f"{what}.\nMake the folder writable.") from None
-        self.lock = lock  # a FileLock releases itself when it is garbage-collected
+        return [f"the file system of {self.path} does not support {what}" for what in missing]
 
     def abandon(self):
         """Remove the folder if this process created it: called if it exits before the first step."""
@@ -126,7 +132,10 @@ class RunFolder:
         best weights if `best` is set. Returns a warning or None. CheckpointError if not even the weights fit.
         """
         root = self.checkpoints
-        free, existing = shutil.disk_usage(root).free, len(newest_first(root))
+        disk, existing = shutil.disk_usage(root), len(newest_first(root))
+        if disk.total == 0:  # some network file systems do not say
+            return None
+        free = disk.free
         if free < weight_bytes:
             what = f"the weights alone take {weight_bytes / 1e9:.2g} GB"
             what += f", but {root} has {free / 1e9:.2g} GB free"
@@ -158,6 +167,15 @@ class RunFolder:
             advice = "Free some disk space, and move that folder away to resume from the checkpoint before it"
             raise CheckpointError(f"{what}.\n{advice}.")
         return newest, faults
+
+
+def started(config):
+    """Sort key: when a run was last started. Times may be rounded to 2 s: <time>-2 is newer than <time>."""
+    try:
+        seconds = config.stat().st_mtime
+    except OSError:  # deleted meanwhile
+        seconds = 0.0
+    return seconds, len(config.parent.name), config.parent.name
 
 
 def check_name(name):
@@ -199,6 +217,7 @@ class Saver:
     def __init__(self, root, keep, pin=False, synchronize=lambda: None):
         self.root, self.keep, self.pin, self.synchronize = Path(root), keep, pin, synchronize
         self.buffers, self.thread, self.pending, self.done = {}, ThreadPoolExecutor(1), None, []
+        self.thread.submit(int)  # start the thread: at a limit of processes this fails before the training
 
     def save(self, step, tensors, state, prune=True, kind="step"):
         """
@@ -269,8 +288,13 @@ def write(root, name, tensors, state, keep):
         sync(file)
         return file_entry(file)
 
-    with ThreadPoolExecutor() as threads:
-        entries = threads.map(write_part, tensors)
+    try:
+        with ThreadPoolExecutor() as threads:
+            entries = list(threads.map(write_part, tensors))
+    except RuntimeError as error:
+        if "can't start new thread" not in str(error):  # at the limit of processes
+            raise
+        entries = map(write_part, tensors)
     manifest = {f"{part}.pt": entry for part, entry in zip(tensors, entries)}
     (temporary / "state.json").write_text(json.dumps(state, indent=2))
     sync(temporary / "state.json")
@@ -288,7 +312,8 @@ def write(root, name, tensors, state, keep):
         if keep is None or old == folder:
             continue
         if valid >= keep:
-            discard(old)
+            with contextlib.suppress(OSError):  # a share can lock files that someone reads; tried again later
+                discard(old)
         elif find_fault(old) is None:
             valid += 1
     clean_up(root)
@@ -307,12 +332,31 @@ def clean_up(root):
 
 
 def sync(path):
-    """Flush a file or folder to the disk."""
-    handle = os.open(path, os.O_RDONLY)
+    """Flush a file or folder to the disk -> whether its file system can do that."""
     try:
-        os.fsync(handle)
+        handle = os.open(path, os.O_RDONLY)
+    except OSError:
+        if path.is_dir():  # some network file systems open no folders
+            return False
+        raise
+    try:
+        return supported(os.fsync, handle)
     finally:
         os.close(handle)
+
+
+def supported(call, *arguments):
+    """
+    Make a call to the operating system -> False if the file system has no such operation. Shares of Windows
+    and VirtualBox cannot sync folders (EINVAL), others have no locks. Other errors are raised.
+    """
+    try:
+        call(*arguments)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK):
+            raise
+        return False
+    return True
 
 
 def file_entry(path):

@@ -9,6 +9,7 @@ if sys.platform == "win32":  # it has no SIGUSR1, no SIGHUP and no module `resou
     print("error: onedial does not run on Windows.\nRun it in WSL, Windows' own Linux.", file=sys.stderr)
     sys.exit(2)
 
+import contextlib
 import ctypes
 import faulthandler
 import gc
@@ -24,6 +25,7 @@ import time
 import traceback
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 
 # Variables that torch and its libraries read when they are imported. Values that the user has set are kept
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # OpenMP threads that spin longer slow down a shared CPU
@@ -33,6 +35,7 @@ os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD", "1")
 # variable, because torch prefers this one
 if "microsoft" not in platform.uname().release.lower() and "PYTORCH_ALLOC_CONF" not in os.environ:
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+PARENT = os.getppid()  # torchrun, if it has started this process
 signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # it requests a save; before training there is nothing to save
 
 import torch
@@ -74,6 +77,9 @@ class ErrorHook:
         if is_out_of_memory(error):
             advice = "Try a smaller --depth or --device-batch-size."
             error = MachineError(f"the device has too little memory.\n{advice}")
+        if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
+            advice = "Raise the limit of processes (ulimit -u) or of memory (ulimit -v)."
+            error = MachineError(f"the system starts no more threads.\n{advice}")
         for function in self.clean_up:
             try:
                 function(error)
@@ -188,12 +194,14 @@ def device_name(device):
     """The name of the GPU, or of the CPU with the number of threads, as the system reports it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    commands = {
-        "darwin": "sysctl -n machdep.cpu.brand_string",
-        "linux": "grep -m 1 '^model name' /proc/cpuinfo | cut -d : -f 2",
-    }
-    name = os.popen(commands.get(sys.platform, "")).read().strip()
-    name = name or platform.processor() or platform.machine()
+    name = ""
+    with contextlib.suppress(OSError):  # there may be no /proc, and no process left to start
+        if sys.platform == "darwin":
+            name = os.popen("sysctl -n machdep.cpu.brand_string").read()
+        if sys.platform == "linux":
+            found = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+            name = found[1] if found else ""
+    name = name.strip() or platform.processor() or platform.machine()
     return f"{name}, {torch.get_num_threads()} threads" if device.type == "cpu" else name
 
 
@@ -237,10 +245,15 @@ def timings(work, device, count):
 
 
 def set_fallback_temporary_folder(folder):
-    """If no temporary folder is writable, let torch.compile and others write temporary files to `folder`."""
+    """
+    Let torch.compile and others write temporary files to `folder` if no temporary folder is writable, or it
+    has the mount option noexec: torch.compile could not load what it has compiled.
+    """
     try:
-        tempfile.gettempdir()
+        usable = not os.statvfs(tempfile.gettempdir()).f_flag & getattr(os, "ST_NOEXEC", 0)  # not on macOS
     except OSError:
+        usable = False
+    if not usable:
         tempfile.tempdir = os.environ["TMPDIR"] = str(folder)
 
 
@@ -280,19 +293,50 @@ def peak_memory(device):
 # The ranks
 
 
+def read_ranks(environment):
+    """
+    torchrun's variables -> ((rank, local_rank, world_size), a line on each variable that is ignored). Whoever
+    launches several processes sets both RANK and WORLD_SIZE; a process that has only one of them, left over
+    from something else, trains alone. MachineError if the variables contradict each other.
+    """
+    found = {name: environment.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    missing = [name for name in ("RANK", "WORLD_SIZE") if not found[name]]
+    if missing:
+        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+        ignored = [f"{name}={value}" for name, value in found.items() if value not in (None, "", alone[name])]
+        why = f"without {missing[0]}, this process trains alone"
+        return (0, 0, 1), [f"{variable} is ignored: {why}" for variable in ignored]
+    advice = "Start the processes with torchrun, or unset RANK and WORLD_SIZE to train alone."
+    if not re.fullmatch(r"[1-9]\d*", found["WORLD_SIZE"]):
+        raise MachineError(f"WORLD_SIZE={found['WORLD_SIZE']} is not a number of processes.\n{advice}")
+    world_size = int(found["WORLD_SIZE"])
+    for name in ("RANK", "LOCAL_RANK"):
+        value = found[name] or "0"
+        if not re.fullmatch(r"\d+", value) or int(value) >= world_size:
+            raise MachineError(f"{name}={value} is not a number from 0 to {world_size - 1}.\n{advice}")
+    if world_size > 1:
+        for name in ("MASTER_ADDR", "MASTER_PORT"):
+            if not environment.get(name):
+                what = f"RANK={found['RANK']} of WORLD_SIZE={world_size} needs {name}, which is not set"
+                raise MachineError(f"{what}.\n{advice}")
+    return (int(found["RANK"]), int(found["LOCAL_RANK"] or 0), world_size), []
+
+
 class Ranks:
     """
     The processes that train together, numbered by torchrun: rank, local_rank, world_size. broadcast,
     all_reduce_max and all_reduce_sum are collective calls; a single process gets its own values back.
+    warnings: a line on each variable that is ignored. MachineError if the variables contradict each other.
     """
 
     def __init__(self):
-        self.rank, self.local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
-        self.world_size = int(os.environ.get("WORLD_SIZE", 1))
+        (self.rank, self.local_rank, self.world_size), self.warnings = read_ranks(os.environ)
 
     def connect(self, device):
         """Connect the ranks, by NCCL on GPUs and by gloo on CPUs. Call it before any collective call."""
         self.device = device
+        if is_orphan():  # it would wait for torchrun's address for ten minutes
+            raise MachineError("torchrun has ended, and with it the run.\nStart it again.")
         if self.world_size > 1:
             on_gpu, hook = device.type == "cuda", sys.excepthook
             options = {"device_id": device if on_gpu else None, "timeout": timedelta(seconds=HANG_SECONDS)}
@@ -417,25 +461,38 @@ def attempt(work, device, ranks, headroom, collective=False):
 # -----------------------------------------------------------------------------
 # Signals
 
+# They stop a run. Ctrl-C, a batch system or `kill`, a closed terminal, submitit, the limit of CPU time
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2, signal.SIGXCPU)
+
 
 class Signals:
     """
-    Records which signals have arrived: `stop` is the number of the SIGINT, SIGTERM or SIGHUP, or 0; `save` is
+    Records which signals have arrived: `stop` is the number of the latest one of STOPPING, or 0; `save` is
     True after SIGUSR1. At the end of a log interval all ranks act on them together.
     """
 
     def __init__(self):
-        self.stop, self.save = 0, False
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        self.stopped_by, self.save = 0, False
+        for number in (*STOPPING, signal.SIGUSR1):
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
                 signal.signal(number, self.record)
+
+    @property
+    def stop(self):
+        """The number of a signal, or 0. A rank whose torchrun has died stops as if it had got SIGTERM."""
+        return self.stopped_by or (signal.SIGTERM if is_orphan() else 0)
 
     def record(self, number, frame):
         """Signal handler."""
         if number == signal.SIGUSR1:
             self.save = True
             return
-        self.stop = number
+        self.stopped_by = number
         if number == signal.SIGINT:  # a second Ctrl-C ends the process at once; torchrun sends it as SIGTERM
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def is_orphan():
+    """Whether torchrun, which started this process, has died: killed, or by a signal such as SIGUSR1."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != PARENT

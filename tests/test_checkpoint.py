@@ -1,5 +1,7 @@
 """No kill, flipped bit or full disk loses a run. Tested with real processes and real damage."""
 
+import errno
+import fcntl
 import json
 import os
 import re
@@ -9,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import types
 
@@ -340,6 +343,25 @@ def test_a_slurm_job_is_requeued_only_if_it_was_interrupted(tmp_path, event, req
     assert line.endswith("train.py --run-name mine --resume --depth 20")
 
 
+def test_scripts_keep_their_line_ends_in_a_checkout_of_git_for_windows(tmp_path):
+    (tmp_path / "here").mkdir()
+    shutil.copytree(REPO / "runs", tmp_path / "here" / "runs")
+    shutil.copy(REPO / ".gitattributes", tmp_path / "here")
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
+    clone = ["clone", "-q", "-c", "core.autocrlf=true", "here", "there"]  # the setting of git for Windows
+    for command in (
+        ["init", "-q", "here"],
+        ["-C", "here", "add", "."],
+        ["-C", "here", "commit", "-qm", "a"],
+        clone,
+    ):
+        subprocess.run([*git, *command], cwd=tmp_path, check=True)
+    for script in (tmp_path / "here" / "runs").iterdir():
+        assert script.read_bytes() == (tmp_path / "there" / "runs" / script.name).read_bytes()
+    for script in (tmp_path / "there" / "runs").glob("*.sh"):
+        assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """small_disk("3m") mounts a disk of 3 MB and returns its folder."""
@@ -391,11 +413,11 @@ def test_training_continues_on_a_full_disk_and_saves_the_weights_if_they_fit(tra
 def test_a_disk_too_small_for_the_weights_is_an_error_before_training(train, small_disk):
     result = run_on(train, small_disk("700k"), "--num-iterations", 30)
     assert result.code == 2 and "the weights alone take 0.00079 GB" in result.output, result.output
-    assert "step " not in result.output and not result.log
+    assert "\nstep " not in result.output and not result.log
 
 
 def test_the_check_of_disk_space(tmp_path, monkeypatch):
-    disk = types.SimpleNamespace(free=10e9)
+    disk = types.SimpleNamespace(free=10e9, total=20e9)
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda root: disk)
     run = RunFolder.create(tmp_path, "a")
     run.checkpoints.mkdir()
@@ -408,6 +430,132 @@ def test_the_check_of_disk_space(tmp_path, monkeypatch):
     disk.free = 0.9e9
     with pytest.raises(CheckpointError, match="the weights alone take 1 GB"):
         run.check_disk_space(1e9, 3e9, 1)
+    disk.free = disk.total = 0  # a network file system that does not say
+    assert run.check_disk_space(1e9, 3e9, 1) is None
+
+
+NOT_SUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
+
+
+@pytest.mark.parametrize("number", [*NOT_SUPPORTED, errno.EIO, errno.ENOSPC])
+def test_a_file_system_that_cannot_sync_folders(tmp_path, monkeypatch, number):
+    fsync, files = os.fsync, []
+
+    def limited(handle):
+        path = os.readlink(f"/proc/self/fd/{handle}")
+        if os.path.isdir(path):
+            raise OSError(number, os.strerror(number))
+        files.append(os.path.basename(path))
+        fsync(handle)
+
+    run = RunFolder.create(tmp_path, "a")
+    run.checkpoints.mkdir()
+    monkeypatch.setattr(os, "fsync", limited)
+    saver = checkpoint.Saver(run.checkpoints, keep=2)
+    saver.save(1, {"model": {"w": torch.ones(3)}}, {})
+    saver.wait()
+    ((name, error),) = saver.outcomes()
+    assert sorted(files) == ["manifest.json", "model.pt", "state.json"]
+    if number in NOT_SUPPORTED:
+        (line,) = run.claim()
+        assert error is None and checkpoint.newest_valid(run.checkpoints)[0].name == "step_000001"
+        assert line.startswith(f"the file system of {run.path} does not support syncing folders: ")
+    else:  # of reading or writing
+        assert error.errno == number and not [*run.checkpoints.glob("step_*")]
+        with pytest.raises(CheckpointError, match=f"cannot write to {run.path}: {os.strerror(number)}"):
+            run.claim()
+
+
+@pytest.mark.parametrize("number", [*NOT_SUPPORTED, errno.ENOLCK, errno.EIO])
+def test_a_file_system_without_locks(tmp_path, monkeypatch, number):
+    def limited(handle, operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", limited)
+    for run in (RunFolder.create(tmp_path, "a"), RunFolder.find(tmp_path, "a")):  # no lock stays behind
+        if number == errno.EIO:
+            with pytest.raises(CheckpointError, match=f"cannot write to {run.path}: "):
+                run.claim()
+        else:
+            (line,) = run.claim()
+            assert line.startswith(f"the file system of {run.path} does not support file locks: ")
+
+
+# train.py on a file system that has none of this, under any path with /share/
+LIMITED = """
+import errno, fcntl, os, runpy, sys
+sys.path.insert(0, {repo!r})
+def limit(module, name, number, only_folders=False):
+    call = getattr(module, name)
+    def limited(file, *arguments, **options):
+        path = os.readlink(f"/proc/self/fd/{{file}}") if isinstance(file, int) else str(file)
+        if "/share/" in path + "/" and (os.path.isdir(path) or not only_folders):
+            raise OSError(number, os.strerror(number), path)
+        return call(file, *arguments, **options)
+    setattr(module, name, limited)
+limit(os, "fsync", errno.EINVAL, only_folders=True)
+limit(fcntl, "flock", errno.ENOLCK)
+for name in ("chmod", "fchmod", "link", "symlink", "utime"):
+    limit(os, name, errno.EPERM)
+runpy.run_path({repo!r} + "/train.py", run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_a_run_on_a_limited_file_system_says_once_what_is_missing(train, tmp_path):
+    script, out = tmp_path / "limited.py", tmp_path / "share" / "out"
+    script.write_text(LIMITED.format(repo=str(REPO)))
+    flags = ["--eval-every", -1, "--save-every", 5, "--out-dir", out, "--run-name", "a"]
+    for steps, resume in ((10, []), (20, ["--resume"])):
+        result = train(*flags, "--num-iterations", steps, *resume, script=script)
+        assert result.code == 0 and "Traceback" not in result.output, result.output
+        words = " ".join(result.output.split())
+        assert words.count("does not support file locks") == 1
+        assert words.count("does not support syncing folders") == 1
+        newest, faults = checkpoint.newest_valid(out / "a" / "checkpoints")
+        assert newest.name == f"step_{steps:06d}" and not faults and "save " not in words
+    assert (out / "a" / "report.md").exists()
+
+
+def test_a_checkpoint_that_cannot_be_deleted_is_kept(tmp_path, monkeypatch):
+    """A share of Windows locks files that someone reads."""
+    first, rename = write(tmp_path, 1), os.rename
+
+    def locked(old, new):
+        if old == first:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        rename(old, new)
+
+    monkeypatch.setattr(os, "rename", locked)
+    assert write(tmp_path, 2, keep=1).exists() and first.exists()
+    monkeypatch.undo()
+    write(tmp_path, 3, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_000003"]
+
+
+def test_the_newest_run_is_found_where_times_are_rounded(tmp_path):
+    stamp = "20261126-060504"
+    for name in (f"{stamp}-2", f"{stamp}-10", stamp):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+        os.utime(tmp_path / name / "config.json", (1000, 1000))
+    assert RunFolder.find(tmp_path).path.name == f"{stamp}-10"
+    os.utime(tmp_path / stamp / "config.json", (1002, 1002))
+    assert RunFolder.find(tmp_path).path.name == stamp
+
+
+def test_a_save_without_another_thread(tmp_path, monkeypatch):
+    saver, weights = checkpoint.Saver(tmp_path, keep=2), {"w": torch.ones(3)}
+
+    def no_thread(thread):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", no_thread)
+    saver.save(1, {"model": weights, "optimizer": weights}, {"step": 1})
+    saver.wait()
+    assert saver.outcomes() == [("step_000001", None)]
+    with pytest.raises(RuntimeError, match="new thread"):  # rather now than after the training
+        checkpoint.Saver(tmp_path, keep=2)
 
 
 def test_the_saver_uses_unpinned_memory_if_pinning_fails(tmp_path, monkeypatch):
@@ -588,7 +736,7 @@ def test_a_claimed_folder_names_the_process_that_uses_it(tmp_path):
     host = socket.gethostname()
     assert other.returncode == 1 and f"in use by process {os.getpid()} on {host}" in other.stderr
     assert f"delete {tmp_path / 'lock'}" in other.stderr
-    run.lock.release()
+    os.close(run.lock)
     assert subprocess.run(command, cwd=REPO).returncode == 0
 
 
@@ -623,8 +771,39 @@ def ranks_of(process):
 
 
 def is_alive(pid):
-    """Whether a process with this pid exists."""
-    return subprocess.run(["ps", "-p", str(pid)], capture_output=True).returncode == 0
+    """Whether a process with this pid exists and has not ended."""
+    found = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True)
+    return found.stdout.strip() != "" and not found.stdout.startswith(
+        "Z"
+    )  # Z: its parent has not read its status
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGXCPU])
+def test_the_signals_of_batch_systems_save_and_stop(train, number):
+    process = train.start("--num-iterations", 100_000, "--eval-every", -1)
+    wait_for(process, "step")
+    process.send_signal(number)
+    result = train.finish(process)
+    assert result.code == 128 + number and f"stopped  by {number.name}" in result.output, result.output
+    saved, faults = checkpoint.newest_valid(result.folder / "checkpoints")
+    assert result.log[-1]["event"] == "interrupted" and not faults
+    assert saved.name == f"step_{result.log[-1]['step']:06d}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGUSR1])
+def test_ranks_save_and_end_if_torchrun_dies(train, number):
+    process = train.start("--num-iterations", 100_003, "--eval-every", -1, processes=2)
+    wait_for(process, "step")
+    ranks = ranks_of(process)
+    process.send_signal(number)  # torchrun does not handle SIGUSR1
+    result = train.finish(process)  # when the ranks have closed the pipe
+    assert result.code == -number and not any(map(is_alive, ranks))
+    last = result.log[-1]
+    assert last["event"] == "interrupted" and "stopped  by SIGTERM" in result.output, result.output
+    saved, faults = checkpoint.newest_valid(result.folder / "checkpoints")
+    assert saved.name == f"step_{last['step']:06d}" and not faults and result.summary["steps"] == last["step"]
 
 
 @pytest.mark.slow

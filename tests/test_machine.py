@@ -153,10 +153,17 @@ def test_a_device_has_a_name(monkeypatch):
     assert machine.device_name(torch.device("cuda", 3)) == "GPU 3"
     name, threads = machine.device_name(CPU).rsplit(", ", 1)
     assert name.strip() == name != "" and threads == f"{torch.get_num_threads()} threads"
-    monkeypatch.setattr(sys, "platform", "plan9")  # a system for which we have no command
     monkeypatch.setattr(machine.platform, "processor", lambda: "")
     monkeypatch.setattr(machine.platform, "machine", lambda: "alpha")
-    assert machine.device_name(MPS) == "alpha"
+
+    def no_process(command):
+        raise BlockingIOError("Resource temporarily unavailable")
+
+    monkeypatch.setattr(os, "popen", no_process)  # at the limit of processes
+    monkeypatch.setattr(machine, "Path", lambda path: REPO / "no" / "proc")
+    for system in ("plan9", "darwin", "linux"):  # the first is a system that we do not know
+        monkeypatch.setattr(sys, "platform", system)
+        assert machine.device_name(MPS) == "alpha"
 
 
 PEAKS = {  # name as the driver reports it -> published dense bf16 TFLOP/s, or None: it must be measured
@@ -334,6 +341,8 @@ class ElsewhereError(Exception):
     exit_status = 2
 
 
+NO_THREADS = "the system starts no more threads.\nRaise the limit of processes (ulimit -u) or of memory "
+NO_THREADS += "(ulimit -v)."
 TOO_SMALL = "the device has too little memory.\nTry a smaller --depth or --device-batch-size."
 
 
@@ -345,6 +354,7 @@ TOO_SMALL = "the device has too little memory.\nTry a smaller --depth or --devic
         (MachineError("a\nb"), 2, "a\nb"),
         (DoesNotFit("a\nb"), 2, "a\nb"),
         *((error, 2, TOO_SMALL) for error in MEMORY_ERRORS),
+        (RuntimeError("can't start new thread"), 2, NO_THREADS),
     ],
 )
 def test_user_fixable_errors_print_two_lines(hook, capsys, rank, error, status, message):
@@ -408,11 +418,59 @@ def test_a_single_process_gets_its_own_values_back(alone):
     alone.disconnect()
 
 
+ADDRESS = {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}  # torchrun and others set it, too
+
+
 def test_ranks_are_numbered_by_torchrun(monkeypatch):
-    for name, value in {"RANK": 11, "LOCAL_RANK": 3, "WORLD_SIZE": 16}.items():
-        monkeypatch.setenv(name, str(value))
+    for name, value in {**ADDRESS, "RANK": "11", "LOCAL_RANK": "3", "WORLD_SIZE": "16"}.items():
+        monkeypatch.setenv(name, value)
     ranks = machine.Ranks()
-    assert (ranks.rank, ranks.local_rank, ranks.world_size) == (11, 3, 16)
+    assert (ranks.rank, ranks.local_rank, ranks.world_size, ranks.warnings) == (11, 3, 16, [])
+    two_hosts = {**ADDRESS, "RANK": "1", "WORLD_SIZE": "2"}
+    assert machine.read_ranks(two_hosts) == ((1, 0, 2), [])
+
+
+@pytest.mark.parametrize(
+    "variables, ignored",
+    [
+        ("", ""),
+        ("RANK=0 WORLD_SIZE=1", ""),  # a job of one pod
+        ("RANK=0", ""),  # the same without it: there is nothing to say
+        ("RANK= LOCAL_RANK= WORLD_SIZE=", ""),
+        ("RANK=1", "RANK=1 is ignored: without WORLD_SIZE"),
+        ("RANK=-1", "RANK=-1 is ignored: without WORLD_SIZE"),
+        ("RANK=first", "RANK=first is ignored: without WORLD_SIZE"),
+        ("WORLD_SIZE=2", "WORLD_SIZE=2 is ignored: without RANK"),
+        ("RANK= WORLD_SIZE=2 MASTER_ADDR=host MASTER_PORT=1", "WORLD_SIZE=2 is ignored: without RANK"),
+        ("LOCAL_RANK=1", "LOCAL_RANK=1 is ignored: without RANK"),
+    ],
+)
+def test_a_process_that_nobody_launched_trains_alone(variables, ignored):
+    numbers, warnings = machine.read_ranks(dict(pair.split("=") for pair in variables.split()))
+    assert numbers == (0, 0, 1)
+    assert warnings == ([f"{ignored}, this process trains alone"] if ignored else [])
+
+
+@pytest.mark.parametrize(
+    "variables, message",
+    [
+        ("RANK=-1 WORLD_SIZE=2", "RANK=-1 is not a number from 0 to 1"),
+        ("RANK=first WORLD_SIZE=2", "RANK=first is not a number from 0 to 1"),
+        ("RANK=2 WORLD_SIZE=2", "RANK=2 is not a number from 0 to 1"),
+        ("RANK=1 WORLD_SIZE=1", "RANK=1 is not a number from 0 to 0"),
+        ("RANK=0 WORLD_SIZE=2 LOCAL_RANK=two", "LOCAL_RANK=two is not a number from 0 to 1"),
+        ("RANK=0 WORLD_SIZE=two", "WORLD_SIZE=two is not a number of processes"),
+        ("RANK=0 WORLD_SIZE=0", "WORLD_SIZE=0 is not a number of processes"),
+        ("RANK=0 WORLD_SIZE=-1", "WORLD_SIZE=-1 is not a number of processes"),
+        ("RANK=0 WORLD_SIZE=2 MASTER_ADDR=", "RANK=0 of WORLD_SIZE=2 needs MASTER_ADDR, which is not set"),
+        ("RANK=0 WORLD_SIZE=2 MASTER_PORT=", "RANK=0 of WORLD_SIZE=2 needs MASTER_PORT, which is not set"),
+    ],
+)
+def test_numbers_of_ranks_that_make_no_sense_are_an_error_of_two_lines(variables, message):
+    with pytest.raises(MachineError) as error:
+        machine.read_ranks(ADDRESS | dict(pair.split("=") for pair in variables.split()))
+    advice = "Start the processes with torchrun, or unset RANK and WORLD_SIZE to train alone."
+    assert str(error.value) == f"{message}.\n{advice}"
 
 
 def test_a_heartbeat_before_each_item(alone, monkeypatch):
@@ -432,6 +490,20 @@ def test_only_several_ranks_have_a_watchdog(alone, monkeypatch):
     alone.world_size = 2
     alone.heartbeat()
     assert calls == [(machine.HANG_SECONDS, True)]
+
+
+@pytest.mark.slow
+def test_a_variable_of_the_ranks_is_ignored_or_an_error_without_a_folder(train, monkeypatch):
+    flags = ["--num-iterations", 2, "--eval-every", -1]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    alone = train(*flags)
+    assert alone.code == 0 and alone.summary["world_size"] == 1, alone.output
+    line = "node     WORLD_SIZE=2 is ignored: without RANK, this process trains alone"
+    assert alone.output.splitlines().count(line) == 1
+    monkeypatch.setenv("RANK", "-1")
+    wrong = train(*flags, "--run-name", "b", run="b")
+    assert wrong.code == 2 and not wrong.folder.exists()
+    assert wrong.output.startswith("error: RANK=-1 is not") and wrong.output.count("\n") == 2
 
 
 # -----------------------------------------------------------------------------
@@ -840,7 +912,7 @@ def hang():
 hang()
 """
     begin = time.monotonic()
-    done = bare(code, RANK="1", WORLD_SIZE="2")
+    done = bare(code, RANK="1", WORLD_SIZE="2", **ADDRESS)
     assert done.returncode == 1 and time.monotonic() - begin < 30
     assert "in hang" in done.stderr
 
@@ -852,14 +924,16 @@ hang()
 @pytest.fixture
 def handlers():
     """Restores the handlers after the test; meanwhile no signal can end the tests."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+    numbers = (*machine.STOPPING, signal.SIGUSR1)
     before = {number: signal.signal(number, lambda number, frame: None) for number in numbers}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2, signal.SIGXCPU]
+)
 def test_a_signal_requests_a_stop(handlers, number):
     signals = machine.Signals()
     assert (signals.stop, signals.save) == (0, False)
@@ -882,6 +956,31 @@ def test_only_the_first_ctrl_c_is_recorded(handlers, number):
     assert signal.getsignal(number) == signal.SIG_DFL
 
 
+ORPHAN = """
+import os, subprocess, sys, time
+code = "import machine, time; signals = machine.Signals(); print(signals.stop, flush=True); time.sleep(1); "
+code += "print(int(signals.stop), flush=True)"
+child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+os.write(1, child.stdout.readline())
+if os.fork() > 0:
+    os._exit(0)  # the parent dies; its copy prints what the child prints
+os.write(1, child.stdout.readline())
+"""
+
+
+def test_only_ranks_that_torchrun_has_left_alone_stop(bare):
+    sigterm = int(signal.SIGTERM)
+    assert bare(ORPHAN, TORCHELASTIC_RUN_ID="none").stdout.split() == ["0", str(sigterm)]
+    assert bare(ORPHAN).stdout.split() == ["0", "0"]  # as when the shell of a run under nohup ends
+
+
+def test_a_rank_that_torchrun_has_left_alone_does_not_wait_for_others(alone, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setattr(machine, "PARENT", os.getppid() + 1)
+    with pytest.raises(MachineError, match="^torchrun has ended.*\nStart it again.$"):
+        alone.connect(CPU)
+
+
 RECORDED = """
 import os, signal, machine
 os.kill(os.getpid(), signal.SIGUSR1)  # ignored: there is nothing to save yet
@@ -902,6 +1001,29 @@ def test_a_closed_terminal_stops_a_run_but_not_under_nohup(bare):
     done = bare(RECORDED, "nohup")
     assert done.returncode == -sigint
     assert done.stdout.splitlines() == ["0 False", "0 True", f"{sigint} True"]
+
+
+@pytest.fixture
+def noexec(tmp_path):
+    """A temporary folder from which nothing can be executed."""
+    folder = tmp_path / "noexec"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "noexec", "tmpfs", str(folder)]).returncode:
+        pytest.skip("cannot mount a folder here")
+    yield folder
+    subprocess.run(["umount", str(folder)])
+
+
+FALLBACK = """
+import os, tempfile, machine
+machine.set_fallback_temporary_folder("the run")
+print(tempfile.gettempdir(), os.environ.get("TMPDIR"))
+"""
+
+
+def test_compiled_code_is_not_written_where_it_cannot_be_loaded(bare, noexec, tmp_path):
+    assert bare(FALLBACK, TMPDIR=str(tmp_path)).stdout == f"{tmp_path} {tmp_path}\n"
+    assert bare(FALLBACK, TMPDIR=str(noexec)).stdout == "the run the run\n"
 
 
 def test_on_windows_two_lines_recommend_wsl():
