@@ -31,9 +31,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import torch
-import torch.distributed as dist
+import numpy as np  # torch is imported where it is used: reports and the upload to wandb start faster without
 
 # -----------------------------------------------------------------------------
 # Measuring
@@ -41,19 +39,30 @@ import torch.distributed as dist
 
 def versions():
     """Versions of Python, packages, system and code; the git commit and the settings edited since then."""
+    import torch
+
     found = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
     found |= {name: importlib.metadata.version(name) for name in ("numpy", "tiktoken", "rustbpe")}
     found |= {"system": platform.platform(), "git_commit": None, "edited_settings": ""}
-    code = "".join(file.read_text("utf-8") for file in sorted(Path(__file__).parent.glob("*.py")))
+    folder = Path(__file__).absolute().parent
+    files = [file for file in sorted(folder.glob("[!.]*.py")) if file.is_file()]  # not Emacs' broken links
+    code = "".join(file.read_text("utf-8", errors="replace") for file in files)
     code = re.sub(r"^\w+: .+ = .+", "", code, flags=re.MULTILINE)  # without settings: config.json has them
     found["code"] = hashlib.sha256(code.encode()).hexdigest()[:12]  # differs for two edits of one commit
+    # GIT_DIR and others, as set in git's hooks, would name another repository
+    keep = lambda name: name.startswith("GIT_CONFIG") or not name.startswith("GIT_")  # noqa: E731
+    environment = {name: value for name, value in os.environ.items() if keep(name)}
 
     def git(arguments):
-        command = ["git", "-C", str(Path(__file__).parent), *arguments.split()]
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+        """Output of a git command in the folder of this file."""
+        command = ["git", "-C", folder, *arguments.split()]
+        options = {"stdin": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "timeout": 20}
+        return subprocess.check_output(command, env=environment, **options).decode(errors="replace")
 
-    with contextlib.suppress(OSError):  # git may not be installed
-        found["git_commit"] = git("describe --always --abbrev=40 --dirty --exclude *") or None
+    # git may not be installed; the files may have been copied into another project's repository
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        git("ls-files --error-unmatch train.py")
+        found["git_commit"] = git("describe --always --abbrev=40 --dirty --exclude *").strip() or None
         changes = git("diff --no-color -U0 HEAD -- train.py")
         found["edited_settings"] = " ".join(re.findall(r"^\+(\w+): .+ = ", changes, re.MULTILINE))
     return found
@@ -88,6 +97,9 @@ def bits_per_byte(model, batches, device):
     this rank's. model(tokens, targets) returns the loss in nats, summed over the targets: a 0-D tensor. The
     result is loss_sum / (ln 2 · bytes), summed in float64 on the CPU after a single synchronization.
     """
+    import torch
+    import torch.distributed as dist
+
     losses, count = [], 0
     for tokens, targets, length in batches:
         losses.append(model(tokens, targets).detach())
@@ -964,8 +976,9 @@ def side_by_side(texts, width=56):
 
 def how_to_reproduce(run):
     """The shell commands that repeat a run, and how exact the repetition is."""
-    commit, _, dirty = (run.config["versions"]["git_commit"] or "unknown").partition("-")
+    commit, _, dirty = (run.config["versions"].get("git_commit") or "").partition("-")
     note = "  # and apply the changes that were not committed" if dirty else ""
+    commands = [f"    git checkout {commit}{note}"] if commit else []
     notes = ["The same machine and versions give the same run; on a CPU it is the same bit for bit."]
     if run.config["timed"]:
         steps = plural(run.numbers["steps"], "step")
@@ -977,8 +990,10 @@ def how_to_reproduce(run):
         horizons = ", ".join(f"at step {step:,} for {plural(steps, 'step')}" for step, steps in changes)
         notes.append(f"This is the command of the last start. The run was planned {horizons}. To reproduce ")
         notes[-1] += "it, start with the first horizon, stop at the step of the next one, --resume with that."
-    commands = f"    git checkout {commit}{note}\n    {run.config['command']}"
-    return "\n\n".join([commands, *notes])
+    if not commit:
+        notes.append("The commit of its code is not known.")
+    commands.append(f"    {run.config['command']}")
+    return "\n\n".join(["\n".join(commands), *notes])
 
 
 def write_report(folder, console):

@@ -823,6 +823,39 @@ def test_an_edited_constant_is_in_the_report(make, tmp_path, monkeypatch):
     assert edited["code"] == clean["code"]  # settings are compared separately, and the seed not at all
 
 
+def commit_all(folder, *files):
+    """Make a git repository of some files -> its commit."""
+    git = ["git", "-C", str(folder), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init"], ["add", *files], ["commit", "-m", "first"]):
+        subprocess.run([*git, *words], check=True, capture_output=True)
+    return subprocess.check_output([*git, "rev-parse", "HEAD"], text=True).strip()
+
+
+def test_the_commit_is_that_of_this_code_or_unknown(tmp_path, monkeypatch):
+    """GIT_DIR is set in git's hooks; the files may have been copied into a repository of something else."""
+    foreign, own = tmp_path / "foreign", tmp_path / "own"
+    for folder in (foreign / "copied", own):
+        folder.mkdir(parents=True)
+        (folder / "train.py").write_text("seed: int = 42\n")
+    (foreign / "other.py").write_bytes(b"# caf\xe9")
+    (foreign / "copied" / ".#train.py").symlink_to("somebody@a-host.1234")  # while Emacs edits the file
+    foreign_commit, own_commit = commit_all(foreign, "other.py"), commit_all(own, "train.py")
+    assert foreign_commit != own_commit
+
+    def versions(folder):
+        monkeypatch.setattr(report, "__file__", str(folder / "report.py"))
+        return report.versions()
+
+    assert versions(foreign / "copied")["git_commit"] is None
+    (foreign / "copied" / "other.py").write_bytes(b"# caf\xe9")
+    assert versions(foreign / "copied")["code"]
+    monkeypatch.setenv("GIT_DIR", str(foreign / ".git"))
+    monkeypatch.setenv("GIT_WORK_TREE", str(foreign))
+    monkeypatch.setenv("GIT_INDEX_FILE", "none")
+    assert versions(own)["git_commit"] == own_commit
+    assert versions(foreign / "copied")["git_commit"] is None
+
+
 def test_runs_of_edited_code_are_not_one_group(make, tmp_path, monkeypatch):
     monkeypatch.setattr(report, "curves", lambda groups, folder, console: "")
     monkeypatch.setattr(report, "__file__", str(tmp_path / "report.py"))
@@ -864,7 +897,8 @@ def test_the_report_has_the_command_that_repeats_the_run(make, monkeypatch):
     assert checkout == "    git checkout 0123abc  # and apply the changes that were not committed"
     assert line == "    " + command
     assert "bit for bit" in exactly and "limited by time" not in exactly
-    assert end("c", versions={"git_commit": None})[0] == "    git checkout unknown"
+    command, *_, unknown = end("c", versions={"git_commit": None})
+    assert command.startswith("    python train.py") and unknown == "The commit of its code is not known."
 
 
 def test_a_horizon_that_a_resume_has_changed_is_in_the_report(make, monkeypatch):
