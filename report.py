@@ -20,6 +20,7 @@ import platform
 import re
 import shlex
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -145,41 +146,19 @@ def finite(fields):
 
 
 class Log:
-    """Writes records to log.jsonl, one line each, and to wandb if asked. Without a folder: writes nothing."""
+    """Writes records to log.jsonl, one line each; they go on to wandb. Without a folder: writes nothing."""
 
-    def __init__(self, folder, console, wandb=False, config=None):
+    def __init__(self, folder, console, wandb=False):
         self.console = console
         self.file = open(folder / "log.jsonl", "ab", buffering=0) if folder else None
         self.numbers = {"step": 0}  # the newest value of each number
         self.unwritten = b""  # records that could not be written yet because the disk is full
-        self.wandb = None
+        self.upload = None
         if folder and wandb:
-            self.call_wandb(self.start_wandb, folder, config)
-
-    def start_wandb(self, folder, config):
-        import wandb
-
-        id_file = folder / "wandb.id"  # random, because runs on two machines can have the same name
-        if not id_file.exists():
-            id_file.write_text(os.urandom(6).hex())
-        options = {"name": folder.name, "id": id_file.read_text(), "resume": "allow", "dir": folder}
-        terminal = sys.stdin
-        with open(os.devnull) as sys.stdin:  # without a login wandb would ask for one and wait forever
             try:
-                self.wandb = wandb.init(project="onedial", config=config, **options)
-            finally:
-                sys.stdin = terminal
-        for axis in ("step", "total_training_time", "total_training_flops"):
-            self.wandb.define_metric(axis)
-        self.wandb.define_metric("*", step_metric="step")
-
-    def call_wandb(self, action, *arguments):
-        """Call action(*arguments). The first error turns wandb off: it must not stop a run."""
-        try:
-            action(*arguments)
-        except Exception as error:
-            self.console.print("wandb", f"turned off after an error: {type(error).__name__}: {error}")
-            self.wandb = None
+                self.upload = Upload(folder, self.file.tell(), console)
+            except OSError as error:
+                console.print("wandb", f"turned off after an error: {error}")
 
     def write(self, kind, **fields):
         """Append a record. If it cannot be written now, it is kept in memory and written with a later one."""
@@ -189,8 +168,6 @@ class Log:
             warn = not self.unwritten
             self.unwritten += json.dumps({"kind": kind, **fields}, default=str).encode() + b"\n"
             self.flush(warn)
-        if self.wandb and kind != "event":
-            self.call_wandb(self.wandb.log, {k: v for k, v in fields.items() if v is not None})
 
     def flush(self, warn=False):
         """Write what has not been written yet."""
@@ -218,15 +195,126 @@ class Log:
                 self.write("event", step=int(folder.split("_")[1]), event="saved", folder=folder)
         return error
 
-    def close(self, summary=None):
+    def close(self):
+        """Close the log, and wait for wandb; its summary is summary.json."""
         if self.file:
             self.flush()
             self.file.close()
             self.file = None
-        if self.wandb:
-            self.call_wandb(self.wandb.summary.update, summary or {})
-        if self.wandb:
-            self.call_wandb(self.wandb.finish)
+        if self.upload:
+            self.upload.close()
+
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2, signal.SIGXCPU)
+UPLOAD_SECONDS = 20.0  # longest wait for wandb at the end; also until a line says that it does not answer
+
+
+class Upload:
+    """
+    Sends the records of log.jsonl to Weights & Biases, from byte `start` on. This is a process of its own,
+    which reads that file: a service that fails, is slow or never answers takes no training time, and cannot
+    keep the run from ending. What it prints is shown with the label wandb.
+    """
+
+    def __init__(self, folder, start, console):
+        self.console, pipe = console, subprocess.PIPE
+        command = [sys.executable, __file__, "--upload", folder.absolute(), str(start), str(UPLOAD_SECONDS)]
+        options = {"stdin": pipe, "stdout": pipe, "stderr": subprocess.STDOUT, "bufsize": 0}
+        # in a session of its own it gets no Ctrl-C; a batch system signals all processes, so they are blocked
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {*STOP_SIGNALS, signal.SIGUSR1})
+        try:
+            self.process = subprocess.Popen(command, start_new_session=True, **options)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        self.thread = threading.Thread(target=self.show, daemon=True)
+        self.thread.start()
+
+    def show(self):
+        """Print the lines of the process, until it ends."""
+        for line in self.process.stdout:
+            self.console.print("wandb", line.decode(errors="replace").removeprefix("wandb: ").rstrip())
+
+    def close(self):
+        """Wait until everything is sent, for UPLOAD_SECONDS at most and only until a signal arrives."""
+        arrived, old = [], {}
+        for number in STOP_SIGNALS:
+            if callable(signal.getsignal(number)):  # else it is ignored, or ends this process
+                old[number] = signal.signal(number, lambda number, frame: arrived.append(number))
+        with contextlib.suppress(OSError):  # the process may have ended
+            self.process.stdin.write(b"finished")
+        self.process.stdin.close()
+        end = time.monotonic() + UPLOAD_SECONDS + 5  # it ends by itself in time, but may be suspended
+        with self.console.waiting("wandb", "sending the last records, Ctrl-C ends this"):
+            while self.process.poll() is None and not arrived and time.monotonic() < end:
+                time.sleep(0.05)
+        if self.process.poll() is None:
+            self.console.print("wandb", "ended before everything was sent")
+            self.process.kill()  # the service that wandb has started ends when it notices this
+            self.process.wait()
+        self.thread.join(1.0)  # prints the last line
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def upload(folder, start, seconds):
+    """
+    The process of an Upload. It sends the rest when stdin is closed, which happens however the run ends, and
+    ends after at most these seconds.
+    """
+    ended = []  # what was read from stdin, once it is closed
+    run = None
+
+    def say(text):
+        with contextlib.suppress(OSError):  # the run may have been killed
+            os.write(1, f"{text}\n".encode())
+
+    def wait_for_end():
+        ended.append(os.read(0, 100))
+        time.sleep(seconds)
+        rest = f"; to send the rest: wandb sync {quoted(run.settings.sync_dir)}" if run else ""
+        say(f"not everything was sent within {seconds:.0f} s{rest}")
+        os._exit(1)
+
+    threading.Thread(target=wait_for_end, daemon=True).start()
+    late = "no answer yet; the run goes on, and all records are sent once it answers"
+    late = threading.Timer(seconds, say, [late])
+    late.daemon = True
+    try:
+        late.start()
+        import wandb
+
+        id_file = folder / "wandb.id"  # random, because runs on two machines can have the same name
+        if not id_file.exists():
+            id_file.write_text(os.urandom(6).hex())
+        settings = wandb.Settings(silent=True, console="off", init_timeout=1e6)
+        if hasattr(settings, "x_stats_pid"):  # the process whose memory it shows
+            settings.x_stats_pid = os.getppid()
+        config = json.loads((folder / "config.json").read_text())
+        options = {"name": folder.name, "id": id_file.read_text(), "resume": "allow", "dir": folder}
+        run = wandb.init(project="onedial", config=config, settings=settings, **options)
+        late.cancel()
+        folder_to_send = f"offline; to send it: wandb sync {quoted(run.settings.sync_dir)}"
+        say(folder_to_send if run.offline else run.url)
+        for axis in ("step", "total_training_time", "total_training_flops"):
+            run.define_metric(axis)
+        run.define_metric("*", step_metric="step")
+        with open(folder / "log.jsonl", "rb") as log:
+            log.seek(start)
+            line, is_last = b"", False
+            while not is_last:
+                is_last = bool(ended)
+                while (line := line + log.readline()).endswith(b"\n"):
+                    record, line = json.loads(line), b""
+                    if record.pop("kind") != "event":
+                        run.log({name: value for name, value in record.items() if value is not None})
+                time.sleep(0.2)
+        finished = ended[0] != b""  # else the run was killed
+        if finished and (folder / "summary.json").exists():
+            run.summary.update(json.loads((folder / "summary.json").read_text()))
+        run.finish(exit_code=0 if finished else 1)
+    except Exception as error:
+        say(f"turned off after an error: {type(error).__name__}: {' '.join(str(error).split())}")
+        os._exit(1)  # wandb would wait for its service
 
 
 def read_log(folder):
@@ -1078,6 +1166,8 @@ def report_on(folders, console):
 
 if __name__ == "__main__":
     try:
+        if sys.argv[1:2] == ["--upload"]:  # see Upload
+            sys.exit(upload(Path(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])))
         if sys.argv[1:] in (["-h"], ["--help"]):
             print(__doc__.strip())
             sys.exit()

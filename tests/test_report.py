@@ -1,5 +1,6 @@
 """Numbers, console, log, report and comparison: against calculations done differently, and real runs."""
 
+import http.server
 import json
 import math
 import os
@@ -7,6 +8,7 @@ import re
 import runpy
 import shlex
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -589,56 +591,280 @@ def test_a_log_is_read_without_a_broken_line_and_cut_after_a_step(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["log.jsonl"]
 
 
-class FakeWandb(types.ModuleType):
-    """Records the calls; fails in the function named `broken`."""
+FAKE_WANDB = """
+import json, os, sys, time, types
+if os.environ.get("BROKEN") == "import":
+    raise ImportError("no wandb here")
+def call(name, /, *arguments, **options):
+    with open(os.environ["CALLS"], "a") as file:
+        file.write(json.dumps([name, arguments, options], default=str) + "\\n")
+    if os.environ.get("BROKEN") == name:
+        raise RuntimeError("no\\nnetwork")
+    time.sleep(float(os.environ.get("SLOW_" + name.upper(), 0)))
+class Run:
+    url, offline, settings = "https://wandb/a", False, types.SimpleNamespace(sync_dir="wandb/run-a")
+    summary = types.SimpleNamespace(update=lambda values: call("summary", values))
+    def __getattr__(self, name):
+        return lambda *arguments, **options: call(name, *arguments, **options)
+def init(**options):
+    call("init", **options)
+    return Run()
+Settings = lambda **options: types.SimpleNamespace(**options)
+"""
 
-    def __init__(self, broken=None):
-        super().__init__("wandb")
-        self.calls, self.summary = [], {}
-        for name in ("init", "define_metric", "log", "finish"):
-            setattr(self, name, lambda *a, _name=name, **k: self.call(_name, a, k))
-        self.broken = broken
 
-    def call(self, name, arguments, options):
-        self.calls.append((name, arguments, options))
-        if name == self.broken:
-            raise RuntimeError("no network")
-        return self
+@pytest.fixture
+def fake_wandb(tmp_path, monkeypatch):
+    """fake_wandb() -> the calls of wandb in other processes: {name: [(arguments, options), ...]}"""
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "wandb.py").write_text(FAKE_WANDB)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'modules'}:{REPO}")
+    monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
+
+    def calls():
+        found = {}
+        path = tmp_path / "calls"
+        for line in path.read_text().splitlines() if path.exists() else ():
+            name, arguments, options = json.loads(line)
+            found.setdefault(name, []).append((arguments, options))
+        return found
+
+    return calls
 
 
-def use_wandb(monkeypatch, tmp_path, module):
-    monkeypatch.setitem(sys.modules, "wandb", module)
-    log = report.Log(tmp_path, CONSOLE, wandb=True, config={"depth": 2})
+def log_with_wandb(folder, wait=False):
+    """Write two steps to a run's log, with wandb."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text('{"depth": 2}')
+    (folder / "log.jsonl").write_text('{"kind": "step", "step": 0}\n')  # of an earlier start
+    log = report.Log(folder, CONSOLE, wandb=True)
     log.write("event", step=0, event="started")
     for step in (1, 2):
         log.write("step", step=step, train_loss=2.0, mfu=math.nan)
-    log.close({"val_bpb": 1.5})
+    (folder / "summary.json").write_text('{"val_bpb": 1.5}')
+    log.close()
+    return log
 
 
-def test_wandb_gets_the_same_names(monkeypatch, tmp_path):
-    wandb = FakeWandb()
-    use_wandb(monkeypatch, tmp_path, wandb)
-    calls = {name: [(a, k) for n, a, k in wandb.calls if n == name] for name, *_ in wandb.calls}
+def test_wandb_gets_the_same_names(fake_wandb, tmp_path, capsys):
+    log_with_wandb(tmp_path / "a")
+    calls = fake_wandb()
     axes = ["step", "total_training_time", "total_training_flops"]
-    assert calls["define_metric"] == [*(((a,), {}) for a in axes), (("*",), {"step_metric": "step"})]
-    assert calls["log"] == [(({"step": step, "train_loss": 2.0},), {}) for step in (1, 2)]
-    assert wandb.summary == {"val_bpb": 1.5} and len(calls["finish"]) == 1
-    again = FakeWandb()
-    use_wandb(monkeypatch, tmp_path, again)  # a resumed run is the same run in wandb
-    first, second = (fake.calls[0][2] for fake in (wandb, again))
+    assert calls["define_metric"] == [*(([a], {}) for a in axes), (["*"], {"step_metric": "step"})]
+    assert calls["log"] == [([{"step": step, "train_loss": 2.0}], {}) for step in (1, 2)]
+    assert calls["summary"] == [([{"val_bpb": 1.5}], {})] and calls["finish"] == [([], {"exit_code": 0})]
+    assert capsys.readouterr().out == "wandb    https://wandb/a\n"
+    log_with_wandb(tmp_path / "a")  # a resumed run is the same run in wandb
+    log_with_wandb(tmp_path / "elsewhere" / "a")
+    first, second, other = (options for _, options in fake_wandb()["init"])
     assert first == second and first["resume"] == "allow" and first["config"] == {"depth": 2}
-    other = FakeWandb()
-    elsewhere = tmp_path / "elsewhere" / tmp_path.name
-    elsewhere.mkdir(parents=True)
-    use_wandb(monkeypatch, elsewhere, other)
-    assert other.calls[0][2]["id"] != first["id"]
+    assert other["name"] == first["name"] and other["id"] != first["id"]
 
 
-@pytest.mark.parametrize("broken", ["import", "init", "define_metric", "log", "finish"])
-def test_a_broken_wandb_stops_nothing(monkeypatch, tmp_path, capsys, broken):
-    use_wandb(monkeypatch, tmp_path, None if broken == "import" else FakeWandb(broken))
+@pytest.mark.parametrize("broken", ["import", "init", "define_metric", "log", "summary", "finish"])
+def test_a_broken_wandb_stops_nothing(fake_wandb, monkeypatch, tmp_path, capsys, broken):
+    monkeypatch.setenv("BROKEN", broken)
+    log_with_wandb(tmp_path / "a")
     assert capsys.readouterr().out.count("turned off after an error: ") == 1
-    assert len(report.read_log(tmp_path)) == 3
+    assert len(report.read_log(tmp_path / "a")) == 4
+
+
+def test_a_wandb_that_cannot_be_started_stops_nothing(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "nothing"))
+    log_with_wandb(tmp_path / "a")
+    assert "wandb    turned off after an error: [Errno 2]" in capsys.readouterr().out
+
+
+def test_a_late_wandb_gets_all_records_and_costs_the_run_no_time(fake_wandb, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(report, "UPLOAD_SECONDS", 1.5)
+    monkeypatch.setenv("SLOW_INIT", "2")
+    (tmp_path / "config.json").write_text("{}")
+    start = time.monotonic()
+    log = report.Log(tmp_path, CONSOLE, wandb=True)
+    for step in range(100):
+        log.write("step", step=step)
+    assert time.monotonic() - start < 0.5
+    wait_until(lambda: "log" in fake_wandb())
+    log.close()
+    assert [record["step"] for (record,), _ in fake_wandb()["log"]] == [*range(100)]
+    lines = capsys.readouterr().out.splitlines()
+    late = "wandb    no answer yet; the run goes on, and all records are sent once it answers"
+    assert lines == [late, "wandb    https://wandb/a"]
+
+
+@pytest.mark.parametrize(
+    "name, advice", [("init", ""), ("finish", "; to send the rest: wandb sync wandb/run-a")]
+)
+def test_a_wandb_that_hangs_is_left_after_a_limit(fake_wandb, monkeypatch, tmp_path, capsys, name, advice):
+    monkeypatch.setattr(report, "UPLOAD_SECONDS", 1.0)
+    monkeypatch.setenv("SLOW_" + name.upper(), "1000")
+    start = time.monotonic()
+    log = log_with_wandb(tmp_path / "a")
+    assert 1 < time.monotonic() - start < 4 and log.upload.process.poll() is not None
+    assert capsys.readouterr().out.splitlines()[-1] == f"wandb    not everything was sent within 1 s{advice}"
+
+
+HANGING_RUN = """
+import os, pathlib, signal, sys, time
+import report
+class Signals:  # as machine.py's: train.py looks at it during training only
+    def __init__(self):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda number, frame: None)
+Signals()
+report.UPLOAD_SECONDS = float(os.environ.get("LIMIT", 20))
+folder = pathlib.Path(sys.argv[1])
+(folder / "config.json").write_text("{}")
+log = report.Log(folder, report.Console(), wandb=True)
+log.write("step", step=1)
+print("process", log.upload.process.pid, flush=True)
+{end}
+log.close()
+print("closed", flush=True)
+sys.exit(7)
+"""
+
+
+def start_hanging_run(tmp_path, end=""):
+    """A run in a process of its own -> the process, and that of its upload."""
+    tmp_path.joinpath("a").mkdir()
+    command = [sys.executable, "-c", HANGING_RUN.replace("{end}", end), tmp_path / "a"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    return process, int(process.stdout.readline().split()[1])
+
+
+def is_alive(pid):
+    """Whether a process runs; one that has ended may still be waited for by nobody (a zombie)."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="there is no /proc here")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_wait_for_wandb(fake_wandb, monkeypatch, tmp_path, number):
+    monkeypatch.setenv("SLOW_FINISH", "1000")
+    process, upload = start_hanging_run(tmp_path)
+    wait_until(lambda: "finish" in fake_wandb())
+    start = time.monotonic()
+    os.killpg(process.pid, number)  # as Ctrl-C does, and batch systems
+    output = process.communicate(timeout=10)[0]
+    assert time.monotonic() - start < 2 and process.returncode == 7
+    assert output.endswith("wandb    ended before everything was sent\nclosed\n") and not is_alive(upload)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="there is no /proc here")
+@pytest.mark.parametrize("hangs", [False, True])
+def test_the_upload_of_a_run_that_was_killed_ends(fake_wandb, monkeypatch, tmp_path, hangs):
+    """It sends the records so far, marked as a failed run; if wandb hangs, it ends after the limit."""
+    monkeypatch.setenv("LIMIT", "1")
+    monkeypatch.setenv("SLOW_INIT", "1000" if hangs else "0.1")
+    process, upload = start_hanging_run(tmp_path, "log.write('step', step=2); time.sleep(1000)")
+    wait_until(lambda: "init" in fake_wandb())
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2):  # batch systems send them to all processes
+        os.kill(upload, number)
+    process.kill()
+    process.communicate()
+    wait_until(lambda: not is_alive(upload))
+    if not hangs:
+        assert [record["step"] for (record,), _ in fake_wandb()["log"]] == [1, 2]
+        assert fake_wandb()["finish"] == [([], {"exit_code": 1})]
+
+
+WANDB_ANSWERS = {  # {query: what a server answers}; all others: nothing
+    "UpsertBucket": {
+        "upsertBucket": {
+            "bucket": {
+                **{"id": "id", "name": "a", "displayName": "a", "description": "", "config": "{}"},
+                **{"sweepName": None, "historyLineCount": 0},
+                "project": {"id": "p", "name": "onedial", "entity": {"id": "e", "name": "me"}},
+            },
+            "inserted": True,
+        }
+    },
+    "CreateRunFiles": {"createRunFiles": {"runID": "id", "uploadHeaders": [], "files": []}},
+}
+
+
+class WandbServer(http.server.BaseHTTPRequestHandler):
+    """As much of wandb's server as its client needs. It answers after half a second."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.received.append((self.path, body))
+        time.sleep(0.5)
+        data = WANDB_ANSWERS.get(body.get("operationName"), {})
+        if body.get("operationName") == "CreateRunFiles":
+            url = f"http://127.0.0.1:{self.server.server_port}/file"
+            files = [{"name": name, "uploadUrl": url} for name in body["variables"]["files"]]
+            data["createRunFiles"]["files"] = files
+        self.answer(json.dumps({"data": data}).encode() if self.path == "/graphql" else b"{}")
+
+    def do_PUT(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.answer(b"")
+
+    def answer(self, content):
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *arguments):
+        pass
+
+
+def use_wandb_server(monkeypatch, port):
+    for name in [name for name in os.environ if name.startswith("WANDB")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("WANDB_API_KEY", 40 * "a")
+
+
+@pytest.mark.slow
+def test_the_real_wandb_sends_everything_to_a_slow_server(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("wandb")
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), WandbServer)
+    server.received = []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    use_wandb_server(monkeypatch, server.server_port)
+    log_with_wandb(tmp_path / "a")
+    server.shutdown()
+    server.server_close()
+    output = capsys.readouterr().out
+    assert f"wandb    http://127.0.0.1:{server.server_port}/me/onedial/runs/" in output
+    assert "turned off" not in output and "not everything" not in output
+    streams = [body for path, body in server.received if path.endswith("/file_stream")]
+    sent = [body["files"] for body in streams if "files" in body]
+    rows = [row for files in sent for row in files.get("wandb-history.jsonl", {"content": []})["content"]]
+    rows = [json.loads(row) for row in rows]
+    assert [(row["step"], row["train_loss"]) for row in rows] == [(1, 2.0), (2, 2.0)]
+    summaries = [
+        files["wandb-summary.json"]["content"][-1] for files in sent if "wandb-summary.json" in files
+    ]
+    assert json.loads(summaries[-1])["val_bpb"] == 1.5
+    assert streams[-1]["complete"] is True and streams[-1]["exitcode"] == 0
+
+
+@pytest.mark.slow
+def test_the_real_wandb_with_a_server_that_never_answers_costs_no_time(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("wandb")
+    monkeypatch.setattr(report, "UPLOAD_SECONDS", 3.0)
+    with socket.create_server(("127.0.0.1", 0), backlog=50) as server:  # connects, and nothing else
+        use_wandb_server(monkeypatch, server.getsockname()[1])
+        (tmp_path / "config.json").write_text("{}")
+        start = time.monotonic()
+        log = report.Log(tmp_path, CONSOLE, wandb=True)
+        log.write("step", step=1)
+        assert time.monotonic() - start < 0.5
+        log.close()
+        assert 3 < time.monotonic() - start < 6
+    assert capsys.readouterr().out.endswith("wandb    not everything was sent within 3 s\n")
+    assert log.upload.process.poll() is not None
 
 
 def wandb_records(path):
@@ -658,8 +884,9 @@ def wandb_records(path):
 @pytest.mark.slow
 def test_the_real_wandb_without_a_login_does_not_prompt_on_a_terminal(tmp_path):
     pytest.importorskip("wandb")
-    code = "import pathlib, report; log = report.Log(pathlib.Path('.'), report.Console(), True, {});"
-    code += "log.close({}); print('continued')"
+    (tmp_path / "config.json").write_text("{}")
+    code = "import pathlib, report; log = report.Log(pathlib.Path('.'), report.Console(), True);"
+    code += "log.close(); print('continued')"
     env = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
     env |= {"HOME": str(tmp_path), "TERM": "xterm", "PYTHONPATH": str(REPO)}
     here, there = os.openpty()
@@ -681,10 +908,12 @@ def test_a_damaged_config_is_named(tmp_path):
 @pytest.mark.slow
 def test_wandb_offline_writes_the_same_axes_numbers_and_summary(tmp_path):
     pytest.importorskip("wandb")
+    (tmp_path / "config.json").write_text('{"depth": 2}')
+    (tmp_path / "summary.json").write_text('{"val_bpb": 1.25, "mfu": 0.5}')
     code = (
-        "import pathlib, report; log = report.Log(pathlib.Path('.'), report.Console(), True, {'depth': 2})\n"
-        "assert log.wandb; log.write('step', step=1, train_loss=2.0, total_training_time=0.5)\n"
-        "log.write('val', step=1, val_bpb=1.5); log.close({'val_bpb': 1.25, 'mfu': 0.5})"
+        "import pathlib, report; log = report.Log(pathlib.Path('.'), report.Console(), True)\n"
+        "log.write('step', step=1, train_loss=2.0, total_training_time=0.5)\n"
+        "log.write('val', step=1, val_bpb=1.5); log.close()"
     )
     env = {**os.environ, "WANDB_MODE": "offline", "WANDB_SILENT": "true", "PYTHONPATH": str(REPO)}
     command = [sys.executable, "-c", code]
