@@ -324,7 +324,7 @@ def read_log(folder):
     for line in text.splitlines():
         with contextlib.suppress(ValueError):
             records.append(json.loads(line))
-    return [record for record in records if isinstance(record, dict) and "step" in record]
+    return [record for record in records if isinstance(record, dict) and {"kind", "step"} <= record.keys()]
 
 
 def cut_log(folder, step):
@@ -638,54 +638,77 @@ def finish(folder, summary, console):
 # What reports and comparisons show: a run, a group of runs that differ only in seed, their results and curves
 
 
+# what config.json of an older version does not contain; a number that is None is shown as –
+NO_CONFIG = {
+    **dict.fromkeys(("settings", "given", "model", "num_params", "corpus", "versions"), {}),
+    **dict.fromkeys(("num_flops_per_token", "num_flops_per_token_causal", "mfu_peak", "mfu_peak_source")),
+    **{"device": "–", "device_type": None, "world_size": 1, "timed": False, "command": None},
+}
+NOT_COMPARED = ("run", "run_name", "out_dir", "resume")  # settings of older versions that belong to one call
+
+
 class Run:
     """A run read from its folder: config, records, and the final or newest value of each number."""
 
     def __init__(self, folder):
         self.folder, self.name = Path(folder), Path(folder).resolve().name
-        if not (self.folder / "config.json").exists():
-            raise ValueError(f"{folder} has no config.json.\nGive the folder of a run, such as out/NAME.")
-        try:
-            self.config = json.loads((self.folder / "config.json").read_text())
-        except ValueError as error:
-            what = f"{self.folder / 'config.json'} is damaged: {error}"
-            raise ValueError(f"{what}.\nCopy the settings from a checkpoint's state.json into it.") from None
+        self.config = self.read_config()
         self.records = read_log(folder)
         self.steps = [record for record in self.records if record["kind"] == "step"]
-        self.numbers, event = {"progress": 0.0}, {}
+        flops, causal = self.config["num_flops_per_token"], self.config["num_flops_per_token_causal"]
+        self.numbers, event = {}, {}
         for record in self.records:
-            if "total_training_flops" in record:  # val records of older versions have no tokens
-                tokens = record["total_training_flops"] / self.config["num_flops_per_token"]
-                record.setdefault("tokens", round(tokens))
+            if "total_training_flops" in record and flops:  # val records of older versions have no tokens
+                record.setdefault("tokens", round(record["total_training_flops"] / flops))
             event = record if record["kind"] == "event" else event
             self.numbers |= record
         self.numbers["steps"] = max((record["step"] for record in self.records), default=0)
-        path = self.folder / "summary.json"
-        summary = json.loads(path.read_text()) if path.exists() else {}
-        if summary.get("steps") == self.numbers["steps"]:  # else the run was resumed after it was written
-            self.numbers |= summary
-        if self.steps:
+        with contextlib.suppress(OSError, ValueError):  # it may be missing or damaged
+            summary = json.loads((self.folder / "summary.json").read_text())
+            if summary.get("steps") == self.numbers["steps"]:  # else the run was resumed after it was written
+                self.numbers |= summary
+        speed, mfu = self.numbers.get("tok_per_sec"), self.numbers.get("mfu")
+        if self.config["mfu_peak"]:  # a measured peak is measured again at the end of the run
             peak = self.config["mfu_peak"] / self.numbers.get("mfu_peak", self.config["mfu_peak"])
-            for record in self.steps:  # a measured peak is measured again at the end of the run
-                record["mfu"] *= peak
-            flops, causal = self.config["num_flops_per_token"], self.config["num_flops_per_token_causal"]
-            self.numbers["flops_per_sec"] = flops * self.numbers["tok_per_sec"]
-            self.numbers["mfu_causal"] = self.numbers["mfu"] * causal / flops
-            self.numbers["slow_share"] = slow_share(self.steps)
+            for record in self.steps:
+                record["mfu"] = record["mfu"] * peak if record.get("mfu") is not None else None
+        self.numbers["flops_per_sec"] = flops * speed if flops and speed else None
+        self.numbers["mfu_causal"] = mfu * causal / flops if mfu and flops and causal else None
+        self.numbers["slow_share"] = slow_share(self.steps) if self.steps else None
+        versions, given = self.config["versions"], self.config["given"]
         self.facts = {"device": self.config["device"], "processes": self.config["world_size"]}
-        self.facts |= {"corpus": self.config["corpus"]["fingerprint"], **self.config["versions"]}
+        self.facts |= {"corpus": self.config["corpus"].get("fingerprint"), **versions}
         self.all_facts = self.config["settings"] | self.facts
-        edited = self.config["versions"].get("edited_settings", "").split()
-        self.chosen = {name: self.config["settings"].get(name) for name in (*self.config["given"], *edited)}
+        names = (*given, *versions.get("edited_settings", "").split())
+        self.chosen = {n: self.config["settings"].get(n) for n in names if n not in NOT_COMPARED}
         ended = event.get("event") in ("finished", "interrupted", "failed")
         self.state = event["event"] if ended else "still running, or killed"
         self.reason = " ".join(str(event.get("reason", "")).split())  # why the run failed
-        key = [self.state == "finished", {**self.chosen, **self.facts, "seed": None}]
-        self.group_key = json.dumps(key, sort_keys=True)  # equal if only the seed differs
+        # equal if only the seed differs, or the path of the same text
+        key = [self.state == "finished", {**self.chosen, **self.facts, "seed": None, "data": None}]
+        self.group_key = json.dumps(key, sort_keys=True)
+
+    def read_config(self):
+        """config.json as a dict, with NO_CONFIG for what it does not contain. ValueError if it is damaged."""
+        path = self.folder / "config.json"
+        if not path.exists():
+            raise ValueError(
+                f"{self.folder} has no config.json.\nGive the folder of a run, such as out/NAME."
+            )
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+            return NO_CONFIG | {name: value for name, value in config.items() if value is not None}
+        except (ValueError, AttributeError) as error:
+            folder = self.folder.resolve()
+            call = {"out_dir": folder.parent, "run_name": folder.name, "resume": True}
+            command = command_line(f"python {quoted(Path(__file__).absolute().with_name('train.py'))}", call)
+            what = f"{path} is damaged: {error}"
+            raise ValueError(f"{what}.\nResuming the run writes it again: {command}") from None
 
 
 def slow_share(steps):
     """Share of training time in log intervals whose steps took more than twice the median: interruptions."""
+    steps = [record for record in steps if {"dt", "total_training_time"} <= record.keys()]
     seconds = np.diff([record["total_training_time"] for record in steps])
     timed = seconds > 0  # the first 10 steps of each start are not in total_training_time
     if not timed.any():
@@ -698,7 +721,7 @@ class Group:
     """Runs that differ only in seed: mean and standard deviation of each number."""
 
     def __init__(self, runs):
-        self.runs, self.config = runs, runs[0].config
+        self.runs, self.config, self.corpus = runs, runs[0].config, runs[0].facts["corpus"]
         self.name = os.path.commonprefix([run.name for run in runs]).rstrip("-_.") or runs[0].name
 
     def values(self, name):
@@ -714,7 +737,7 @@ class Group:
 
     def fact(self, name):
         """A setting or fact as text; all its values, if the runs have different ones."""
-        return ", ".join(dict.fromkeys(str(run.all_facts.get(name)) for run in self.runs))
+        return ", ".join(dict.fromkeys(str(run.all_facts.get(name, "–")) for run in self.runs))
 
 
 def label_groups(groups):
@@ -770,6 +793,7 @@ NUMBERS = {
     "mfu_causal": "{:.1%}".format, "peak_memory": lambda size: short(size, " ") + "B",
     "slow_share": "{:.1%}".format, "skipped_steps": "{:,.0f}".format,
 }  # fmt: skip
+OF_THE_TEXT = ("val_bpb", "min_val_bpb", "train_loss_ema")  # can be compared on the same text only
 ABOUT_RESULTS = """\
 Runs that differ only in seed form one column: mean ± standard deviation, n = number of runs. In brackets: the
 difference from the mean of the first column, ± its 95% interval by Student's t. If the interval contains 0,
@@ -781,13 +805,17 @@ ACTIVITIES = {"corpus": "preparation of the corpus", "trial": "benchmark and com
 def results(groups):
     """A table of the final numbers of each group, with the differences from the first one."""
     first, *others = groups
-    notes = {"mfu": f"mfu, of the {first.config['mfu_peak_source']} peak"}
-    notes["peak_memory"] = f"peak_memory, {MEMORY[first.config['device_type']]}"
+    source, device_type = (first.config[name] for name in ("mfu_peak_source", "device_type"))
+    device_type = device_type or first.config["settings"].get("device_type")  # as of older versions
+    notes = {"mfu": f"mfu, of the {source} peak"} if source else {}
+    if device_type in MEMORY:
+        notes["peak_memory"] = f"peak_memory, {MEMORY[device_type]}"
     rows = []
     for name, write in NUMBERS.items():
         cells = [first.text(name, write)]
         for group in others:
-            change = difference(first.values(name), group.values(name))
+            same = group.corpus == first.corpus or name not in OF_THE_TEXT
+            change = difference(first.values(name), group.values(name)) if same else ""
             cells.append(group.text(name, write) + (f" ({change})" if change else ""))
         rows.append([notes.get(name, name), *cells])
     return table(["result", *(group.name for group in groups)], rows)
@@ -811,7 +839,7 @@ PANELS = (  # title, x, the y values, options of the axes
 def mean_curve(runs, x, y, after):
     """-> (x, mean of y, its standard deviation), where all runs have data, `after` a step and x > 0."""
     logs = [[r for r in run.records if r.get(y) is not None and r["step"] > after] for run in runs]
-    curves = [[(r[x], r[y]) for r in log if r[x] > 0] for log in logs]
+    curves = [[(r[x], r[y]) for r in log if r.get(x, 0) > 0] for log in logs]
     curves = [np.array(points).T for points in curves if points]
     if not curves:
         return np.zeros((3, 0))
@@ -1032,22 +1060,23 @@ def curves(groups, folder, console):
 def time_table(run):
     """The wall time per activity. The time that training waited for data is a row of its own."""
     starts = [0, *(r["step"] for r in run.steps)]
-    intervals = [r["dt"] * (r["step"] - start) for r, start in zip(run.steps, starts)]  # seconds
-    waiting = sum(interval * r["data_wait"] for interval, r in zip(intervals, run.steps))
+    intervals = [r.get("dt", 0.0) * (r["step"] - start) for r, start in zip(run.steps, starts)]  # seconds
+    waiting = sum(interval * r.get("data_wait", 0.0) for interval, r in zip(intervals, run.steps))
     laps = {**run.numbers.get("time", {"training": sum(intervals)}), "waiting for data": waiting}
     laps["training"] -= waiting
     total = sum(laps.values())
-    rows = [[ACTIVITIES.get(name, name), f"{t:.1f}", f"{t / total:.1%}"] for name, t in laps.items()]
+    share = lambda t: f"{t / total:.1%}" if total else "–"  # noqa: E731
+    rows = [[ACTIVITIES.get(name, name), f"{t:.1f}", share(t)] for name, t in laps.items()]
     return table(["activity", "seconds", "share"], [*rows, ["total", f"{total:.1f}", ""]])
 
 
 def val_bpb_rise(run):
     """[a sentence] if the final val_bpb is more than half a percent above the lowest one, else []."""
-    vals = [r for r in run.records if r["kind"] == "val" and r["val_bpb"] is not None]
+    vals = [r for r in run.records if r["kind"] == "val" and r.get("val_bpb") is not None]
     lowest = min(vals, key=lambda r: r["val_bpb"], default=None)
     if not lowest or vals[-1]["val_bpb"] <= 1.005 * lowest["val_bpb"]:
         return []
-    epoch = next((r["epoch"] for r in run.steps if r["step"] >= lowest["step"]), 0.0)
+    epoch = next((r.get("epoch", 0.0) for r in run.steps if r["step"] >= lowest["step"]), 0.0)
     line = f"val_bpb was lowest at step {lowest['step']:,}, after {epoch:.1f} epochs: {lowest['val_bpb']:.4f}"
     return [f"{line}. It has risen to {vals[-1]['val_bpb']:.4f} since."]
 
@@ -1080,19 +1109,24 @@ def how_to_reproduce(run):
         notes[-1] += "it, start with the first horizon, stop at the step of the next one, --resume with that."
     if not commit:
         notes.append("The commit of its code is not known.")
-    commands.append(f"    {run.config['command']}")
-    return "\n\n".join(["\n".join(commands), *notes])
+    if run.config["command"]:
+        commands.append(f"    {run.config['command']}")
+    else:
+        notes.insert(0, "The version that made this run did not save its command: see its settings above.")
+    return "\n\n".join(["\n".join(commands)] * bool(commands) + notes)
 
 
 def write_report(folder, console):
     """Write report.md from log.jsonl, config.json and, if it exists, summary.json -> its path."""
     run = Run(folder)
     config, numbers, params = run.config, run.numbers, run.config["num_params"]
-    counts = {**params, "all parameters": sum(params.values())}
+    counts = {**params, "all parameters": sum(params.values()) if params else None}
     counts["FLOPs per token, PaLM convention"] = config["num_flops_per_token"]
     counts["FLOPs per token, exact causal"] = config["num_flops_per_token_causal"]
-    counts = [[name, f"{count:,.0f}"] for name, count in counts.items()]
-    state = f"{run.state}: {plural(numbers['steps'], 'step')}, {numbers['progress']:.1%} of the run"
+    counts = [[name, "–" if count is None else f"{count:,.0f}"] for name, count in counts.items()]
+    state = f"{run.state}: {plural(numbers['steps'], 'step')}"
+    if "progress" in numbers or not run.steps:  # older versions did not log it
+        state += f", {numbers.get('progress', 0):.1%} of the run"
     parts = [f"# {run.name}", state]
     parts += [f"Reason: {run.reason}"] if run.reason else []
     parts += val_bpb_rise(run)
@@ -1123,13 +1157,17 @@ def compare(folders, console):
     target.mkdir(exist_ok=True)
     label_groups(groups)
     names = [group.name for group in groups]
-    rows = [[key, *(group.fact(key) for group in groups)] for key in runs[0].all_facts]
+    keys = dict.fromkeys(key for run in runs for key in run.all_facts if key not in NOT_COMPARED)
+    rows = [[key, *(group.fact(key) for group in groups)] for key in keys]
     differing = [row for row in rows if any(cell != row[1] for cell in row[1:])]
     parts = ["# " + ", ".join(names), ABOUT_RESULTS, results(groups), curves(groups, target, console)]
-    texts = dict.fromkeys(run.config["corpus"]["name"] for run in runs)
+    texts = {
+        run.facts["corpus"]: run.config["corpus"].get("name", "–") for run in runs
+    }  # {fingerprint: name}
     if len(texts) > 1:
-        warning = "The runs used different texts, so val_bpb and losses cannot be compared"
-        parts.insert(1, f"{warning}: {', '.join(texts)}.")
+        texts = ", ".join(f"{name} ({fingerprint})" for fingerprint, name in texts.items())
+        warning = "The fingerprints of the texts differ, so val_bpb and losses cannot be compared"
+        parts.insert(1, f"{warning}: {texts}.")
     else:
         equal, law = equal_costs(groups), scaling_law(groups, target / "scaling.png")
         parts += ["## At equal cost", ABOUT_COSTS, equal] if equal else []
@@ -1145,7 +1183,7 @@ def list_runs(folder, console):
         if (path / "config.json").exists() and (run := console.attempt(f"reading {path}", Run, path)):
             changed = max(file.stat().st_mtime for file in path.glob("*.json*"))
             when = time.strftime("%Y-%m-%d %H:%M", time.localtime(changed))
-            depth, steps = run.config["settings"]["depth"], run.numbers["steps"]
+            depth, steps = run.config["settings"].get("depth", "–"), run.numbers["steps"]
             val = f"{run.numbers['val_bpb']:.4f}" if run.numbers.get("val_bpb") else ""
             rows.append([when, run.name, str(depth), f"{steps:,}", val, run.state])
     rows = [["last change", "run", "depth", "steps", "val_bpb", "state"], *sorted(rows, reverse=True)]

@@ -7,6 +7,7 @@ import os
 import re
 import runpy
 import shlex
+import shutil
 import signal
 import socket
 import struct
@@ -898,11 +899,29 @@ def test_the_real_wandb_without_a_login_does_not_prompt_on_a_terminal(tmp_path):
     os.close(here), os.close(there)
 
 
-def test_a_damaged_config_is_named(tmp_path):
-    (tmp_path / "config.json").write_text('{"settings": {')
+@pytest.mark.parametrize("content", [b'{"settings": {', b"", bytes(100), b"[1]", b"null", b"\xff\xfe"])
+def test_a_damaged_config_is_named(tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(ValueError, match="config.json is damaged") as error:
         report.write_report(tmp_path, CONSOLE)
     assert str(error.value).count("\n") == 1
+
+
+@pytest.mark.slow
+def test_the_advice_for_a_damaged_config_works(train):
+    run = train("--num-iterations", 4, "--run-name", "$a b", run="$a b")
+    assert run.code == 0, run.output
+    (run.folder / "config.json").write_text('{"settings": {')
+    command = [sys.executable, REPO / "report.py", run.folder]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 2, done.stderr
+    advice = done.stderr.split("writes it again: python ")[1]
+    env = {**os.environ, "ONEDIAL_HOME": str(train.home / "cache"), "PYTHONPATH": str(train.home / "hidden")}
+    command_line = f"{shlex.quote(sys.executable)} {advice}"
+    resumed = subprocess.run(["bash", "-c", command_line], env=env, capture_output=True, text=True)
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    assert json.loads((run.folder / "config.json").read_text())["settings"] == run.config["settings"]
 
 
 @pytest.mark.slow
@@ -1394,10 +1413,74 @@ def test_running_and_damaged_runs_are_compared_as_far_as_they_are_logged(by_law,
     assert not any("nothing" in name and "to reach" in name for name in compared(a, nothing))
 
 
-def test_runs_on_different_texts_are_not_compared_at_equal_cost(make, config):
-    other = make("b", corpus=config["corpus"] | {"name": "letters"})
-    text = report.compare([make("a"), other], CONSOLE).read_text()
-    assert "cannot be compared: text, letters." in text and "At equal cost" not in text
+def test_fingerprints_decide_whether_texts_are_the_same(make, config, monkeypatch):
+    monkeypatch.setattr(report, "curves", lambda groups, folder, console: "")
+
+    def one(name, fingerprint, text, **changes):
+        given = {**config["given"], "data": f"/data/{text}", **changes}
+        settings = config["settings"] | given
+        corpus = config["corpus"] | {"name": text, "fingerprint": fingerprint}
+        return make(name, corpus=corpus, settings=settings, given=given)
+
+    a, other_text = one("a", "c0ffee", "text"), bpb(one("b", "facade", "text"), 2.0)
+    text = report.compare([a, other_text], CONSOLE).read_text()
+    assert "cannot be compared: text (c0ffee), text (facade)." in text and "At equal cost" not in text
+    rows = tables(text)
+    assert rows["val_bpb"] == ["1.2500", "2.0000"] and rows["steps"] == ["100", "100 (+0.0%)"]
+    same = bpb(one("c", "c0ffee", "copy", matrix_lr=0.03), 2.0)
+    text = report.compare([a, same], CONSOLE).read_text()
+    assert "cannot be compared" not in text and "At equal cost" in text
+    assert tables(text)["val_bpb"] == ["1.2500", "2.0000 (+60.0%)"]
+    seed = one("a-2", "c0ffee", "copy", seed=7)  # two places of one text do not separate seeds
+    assert tables(report.compare([a, seed], CONSOLE).read_text())["steps"] == ["100 ± 0, n = 2"]
+
+
+OLD_RUNS = sorted((REPO / "tests" / "old_runs").iterdir())
+
+
+@pytest.mark.parametrize("version", [path.name for path in OLD_RUNS])
+def test_a_run_of_an_older_version_has_a_report(tmp_path, version):
+    folder = shutil.copytree(REPO / "tests" / "old_runs" / version, tmp_path / "a")
+    text = report.write_report(folder, CONSOLE).read_text()
+    rows, numbers = tables(text), json.loads((folder / "summary.json").read_text())
+    assert text.splitlines()[2].startswith("finished: 40 steps")
+    assert ", 0.0% of the run" not in text
+    assert rows["val_bpb"] == [f"{numbers['val_bpb']:.4f}"] and rows["peak_memory, resident set"]
+    assert f"\n    git checkout {version}" in text and "None" not in text.split("## How")[1]
+    assert (folder / "curves.png").exists()
+    (folder / "summary.json").write_text('{"steps": ')  # the power failed
+    assert tables(report.write_report(folder, CONSOLE).read_text())["val_bpb"] == rows["val_bpb"]
+    assert "40     3.0" in report.list_runs(tmp_path, CONSOLE)
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_runs_of_all_versions_can_be_compared(make, tmp_path, backwards):
+    folders = [shutil.copytree(folder, tmp_path / folder.name) for folder in OLD_RUNS]
+    folders = [*folders, make("now")][:: -1 if backwards else 1]
+    rows = tables(report.compare(folders, CONSOLE).read_text())
+    by_name = dict(zip(rows["setting"], rows["eval_bytes"]))
+    assert by_name == {"5725d61": "–", "e41caad": "4096", "now": "1024"} and "run" not in rows
+    by_name = dict(zip(rows["setting"], rows["eval_tokens"]))
+    assert by_name == {"5725d61": "32768", "e41caad": "–", "now": "–"}
+
+
+def test_what_a_version_did_not_write_is_a_dash(make):
+    """Without any fact, or any number of the log but steps and val_bpb."""
+    bare, full = make("bare"), make("full")
+    (bare / "config.json").write_text('{"settings": {}}')
+    (bare / "summary.json").unlink()
+    records = [json.loads(line) for line in (bare / "log.jsonl").read_text().splitlines()]
+    keep = ("kind", "step", "val_bpb", "event")
+    records = [{name: value for name, value in record.items() if name in keep} for record in records]
+    (bare / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    rows = tables(report.write_report(bare, CONSOLE).read_text())
+    assert rows["val_bpb"] == ["1.0198"] and rows["tokens"] == rows["mfu"] == rows["mfu_causal"] == ["–"]
+    assert rows["all parameters"] == rows["FLOPs per token, exact causal"] == ["–"] and rows["device"] == [
+        "–"
+    ]
+    rows = tables(report.compare([bare, full], CONSOLE).read_text())
+    assert rows["tokens"] == ["–", "51.2k"] and rows["matrix_lr"] == ["–", "0.01"]
+    assert re.search(r"bare +– +100 ", report.list_runs(bare.parent, CONSOLE))
 
 
 def test_the_frontier_is_the_lowest_value_at_each_cost():
@@ -1677,7 +1760,7 @@ def test_a_run_synchronizes_once_per_record_and_its_time_adds_up(train, tmp_path
     assert max(map(len, run.output[: run.output.index("---")].splitlines())) <= 120
     text = (run.folder / "report.md").read_text()
     assert "\nfinished: 40 steps, 100.0% of the run\n" in text and tables(text)["steps"] == ["40"]
-    assert f"\n    {run.config['command']}\n" in text and "--num-iterations 40 " in run.config["command"]
+    assert f"\n    {run.config['command']}\n" in text and "--num-iterations 40" in run.config["command"]
     assert (run.folder / "curves.png").exists()
 
 
