@@ -349,7 +349,14 @@ def replace(path, text):
 
 
 SIMILAR = str.maketrans({"×": "x", "·": "-", "–": "-", "…": "...", "²": "2", "█": "#"})
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
+# all control characters but tab and newline; those that change the direction of text; line separators
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+
+
+def escaped(text):
+    """Text of a corpus or a model for people: a control character is shown, as \\x1b, and not executed."""
+    text = text.replace("\r\n", "\n")  # a line end
+    return CONTROL.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
 def similar(error):
@@ -403,7 +410,7 @@ class Console:
                 if self.row:  # a narrowed terminal has wrapped it. \033[J would fill tmux's history
                     output = "\r\033[K" + "\033[A\033[K" * ((len(self.row) - 1) // columns)
                 if line is not None:
-                    line = CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", line)
+                    line = escaped(line)
                     output += f"\033[1m{line}\033[0m\n" if bold and is_lively() else f"{line}\n"
                 self.row = self.live_row(columns) if is_lively() else ""
                 print(output + self.row, end="", flush=True)
@@ -459,7 +466,7 @@ class Console:
         """Print [[prompt, continuation, ...], ...], indented."""
         for prompt, text, *_ in samples:
             self.show(wrap(f"sample   {prompt!r} ->"))
-            for line in text.splitlines():
+            for line in escaped(text).splitlines():
                 self.show(wrap(" " * 9 + line))
 
     def attempt(self, what, action, *arguments):
@@ -498,6 +505,7 @@ class Console:
 def wrap(line, **options):
     """Break a line into rows of at most 120 columns, fewer on a narrower terminal."""
     columns = max(40, min(120, shutil.get_terminal_size().columns)) if is_lively() else 120
+    line = escaped(line)  # here, because textwrap turns some control characters into spaces
     return textwrap.fill(line, columns, subsequent_indent=" " * 9, break_on_hyphens=False, **options)
 
 
@@ -572,8 +580,18 @@ def parameter_counts(num_params):
 
 
 def quoted(value):
-    """A value as a word of a shell command."""
-    return shlex.quote(str(value))
+    """
+    A value as a word of a shell command. Bytes that are not UTF-8 (a file name can contain any) and control
+    characters are written as $'\\366', which can be copied from a terminal, unlike themselves.
+    """
+    text = str(value)
+    if text.isprintable():
+        return shlex.quote(text)
+
+    def octal(char):
+        return "".join(f"\\{byte:03o}" for byte in char.encode("utf-8", "surrogateescape"))
+
+    return "$'" + "".join(c if c.isprintable() and c not in "'\\" else octal(c) for c in text) + "'"
 
 
 def command_line(start, settings):
@@ -584,7 +602,8 @@ def command_line(start, settings):
         if isinstance(value, bool):
             words.append(f"--{name}" if value else f"--no-{name}")
         elif value is not None:
-            words.append(f"--{name} {quoted(value)}")
+            is_like_a_flag = isinstance(value, str) and value.startswith("-")
+            words.append(f"--{name}{'=' if is_like_a_flag else ' '}{quoted(value)}")
     return " ".join(words)
 
 
@@ -651,7 +670,7 @@ class Run:
     """A run read from its folder: config, records, and the final or newest value of each number."""
 
     def __init__(self, folder):
-        self.folder, self.name = Path(folder), Path(folder).resolve().name
+        self.folder, self.name = Path(folder), Path(folder).resolve().name.replace("\n", "\\n")
         self.config = self.read_config()
         self.records = read_log(folder)
         self.steps = [record for record in self.records if record["kind"] == "step"]
@@ -722,7 +741,8 @@ class Group:
 
     def __init__(self, runs):
         self.runs, self.config, self.corpus = runs, runs[0].config, runs[0].facts["corpus"]
-        self.name = os.path.commonprefix([run.name for run in runs]).rstrip("-_.") or runs[0].name
+        common = os.path.commonprefix([run.name for run in runs]).rstrip("-_.")
+        self.name = common if common and len(runs) > 1 else runs[0].name
 
     def values(self, name):
         """The runs' values of a number, without None."""
@@ -778,8 +798,9 @@ def difference(base, values):
 
 
 def table(header, rows):
-    """A markdown table; cells are converted by str."""
-    lines = [[str(cell).replace("|", "\\|") for cell in line] for line in (header, *rows)]
+    """A markdown table; cells are converted by str, and have no line ends."""
+    lines = [[escaped(str(cell)) for cell in line] for line in (header, *rows)]
+    lines = [[cell.replace("|", "\\|").replace("\n", "\\n") for cell in line] for line in lines]
     lines.insert(1, ["---"] * len(header))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -876,7 +897,7 @@ def draw(groups, path):
                 after = hidden * group.runs[0].numbers["steps"]
                 xs, ys, spread = mean_curve(group.runs, x, name, after)
                 axes.plot(xs, ys, color=colour, **LINES.get(name, {}))
-                if len(group.runs) > 1:
+                if len(group.runs) > 1 and len(xs):  # an empty band cannot have a logarithmic axis
                     axes.fill_between(xs, ys - spread, ys + spread, color=colour, alpha=0.2, linewidth=0)
         if names == "val_bpb" and x != "step" and len(groups) > 1:
             lowest = frontier([val_curve(group, x) for group in groups])
@@ -884,10 +905,30 @@ def draw(groups, path):
             axes.legend(frameon=False)
         axes.set(**options)
         style_axes(axes, title)
-    names = [group.name for group in groups]
-    columns = 3 if max(map(len, names)) <= 40 else 1
-    figure.legend(axes.lines, names, loc="outside upper left", ncols=columns, frameon=False)
+    names = [drawable(group.name) for group in groups]
+    columns = 3 if max(len(name) for name, _ in names) <= 40 else 1
+    labels = ["-"] * len(groups)  # matplotlib may leave out a label that begins with "_"
+    legend = figure.legend(axes.lines, labels, loc="outside upper left", ncols=columns, frameon=False)
+    for text, (name, families) in zip(legend.get_texts(), names):
+        text.set(text=name, parse_math=False, fontfamily=families)
     figure.savefig(path, dpi=110)
+
+
+def drawable(name):
+    """-> (a name as it is drawn, font families for it). Letters that no font has are escaped: \\u4e2d."""
+    from matplotlib import font_manager, rcParams
+
+    letters, families = set(map(ord, name)), rcParams["font.family"]
+    default = font_manager.findfont(font_manager.FontProperties(family=families))
+    missing = letters - font_manager.get_font(default).get_charmap().keys()
+    if not missing:
+        return name, families
+    for font in font_manager.fontManager.ttflist:
+        with contextlib.suppress(Exception):  # a font file may have been removed, or be of an unknown kind
+            is_real = not font.name.startswith("Last Resort")  # that one has a box for every letter
+            if is_real and missing <= font_manager.get_font(font.fname).get_charmap().keys():
+                return name, [*families, font.name]
+    return "".join(ascii(c)[1:-1] if ord(c) in missing else c for c in name), families
 
 
 # -----------------------------------------------------------------------------
@@ -1085,7 +1126,7 @@ def side_by_side(texts, width=56):
     """{title: text} as an indented block of columns, each `width` characters wide."""
     columns = []
     for title, text in texts.items():
-        rows = (textwrap.wrap(line, width) or [""] for line in text.splitlines())
+        rows = (textwrap.wrap(line, width) or [""] for line in escaped(text).splitlines())
         columns.append([title, "", *itertools.chain.from_iterable(rows)])
     rows = itertools.zip_longest(*columns, fillvalue="")
     return "\n".join(("    " + "  ".join(f"{cell:<{width}}" for cell in row)).rstrip() for row in rows)
@@ -1144,7 +1185,7 @@ def write_report(folder, console):
         texts = {"Model:": text} | ({"Original text:": real[0]} if real else {})
         parts += [f"## Sample from {prompt!r}", side_by_side(texts)]
     parts += ["## How to reproduce this run", how_to_reproduce(run)]
-    return replace(run.folder / "report.md", "\n\n".join(parts) + "\n")
+    return replace(run.folder / "report.md", escaped("\n\n".join(parts) + "\n"))
 
 
 def compare(folders, console):
@@ -1153,7 +1194,11 @@ def compare(folders, console):
     for run in runs:
         by_key.setdefault(run.group_key, []).append(run)
     groups = [Group(same) for same in by_key.values()]
-    target = runs[0].folder.parent / ("compare-" + "-".join(group.name for group in groups))[:120]
+    name = "compare-" + "-".join(group.name for group in groups)
+    if len(os.fsencode(name)) > 120:  # a file name can have 255 bytes
+        digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:8]
+        name = os.fsencode(name)[:110].decode(errors="ignore") + "-" + digest
+    target = runs[0].folder.parent / name
     target.mkdir(exist_ok=True)
     label_groups(groups)
     names = [group.name for group in groups]
@@ -1173,7 +1218,7 @@ def compare(folders, console):
         parts += ["## At equal cost", ABOUT_COSTS, equal] if equal else []
         parts += ["## Scaling law", *law] if law else []
     parts += ["## Settings that differ", table(["setting", *names], differing)]
-    return replace(target / "compare.md", "\n\n".join(parts) + "\n")
+    return replace(target / "compare.md", escaped("\n\n".join(parts) + "\n"))
 
 
 def list_runs(folder, console):
@@ -1215,5 +1260,5 @@ if __name__ == "__main__":
         console = Console()
         console.show(str(report_on(sys.argv[1:], console)))
     except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {escaped(str(error))}", file=sys.stderr)
         sys.exit(2)

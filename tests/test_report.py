@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 import types
+import warnings
 
 import numpy as np
 import pytest
@@ -202,7 +203,29 @@ def test_text_of_a_model_cannot_control_the_terminal(capsys):
     CONSOLE.print("run", "out/\x1b[2Ja")
     CONSOLE.show("a\rb")
     output = capsys.readouterr().out
-    assert output == "sample   'a' ->\n         \\x1b[2J\\x07b\\x9b2Jc\nrun      out/\\x1b[2Ja\na\\x0db\n"
+    assert output == "sample   'a' ->\n         \\x1b[2J\\x07b\\x9b2Jc\nrun      out/\\x1b[2Ja\na\\rb\n"
+    CONSOLE.samples([["a", "1\r2\x0b3\x0c4\x1c5\x856\u20287\u202e8\r\n9\n"]])
+    output = capsys.readouterr().out
+    assert output == "sample   'a' ->\n         1\\r2\\x0b3\\x0c4\\x1c5\\x856\\u20287\\u202e8\n         9\n"
+
+
+def test_a_report_shows_control_characters_of_a_text_escaped(make, config, monkeypatch):
+    monkeypatch.setattr(report, "curves", lambda groups, folder, console: "")
+    bad = "\x1b]0;title\x07\r\x9b2J\u202e"
+    config["corpus"]["name"] = config["settings"]["data"] = config["given"]["data"] = bad
+    folders = [make(f"{name}{bad}\n", ending="failed", settings=config["settings"]) for name in "ab"]
+    for folder in folders:
+        log = report.Log(folder, CONSOLE)
+        log.fail(ValueError(f"text: {bad}"))
+        log.close()
+        summary = json.loads((folder / "summary.json").read_text())
+        summary["samples"] = [[bad, f"a\n{bad}", bad]]
+        (folder / "summary.json").write_text(json.dumps(summary))
+    pages = [report.write_report(folders[0], CONSOLE), report.compare(folders, CONSOLE)]
+    texts = [page.read_bytes().decode() for page in pages]
+    for text in texts:
+        assert not report.CONTROL.search(text) and "\\x1b]0;title\\x07\\r\\x9b2J\\u202e" in text
+    assert texts[0].splitlines()[0] == "# a\\x1b]0;title\\x07\\r\\x9b2J\\u202e\\n"
 
 
 def test_only_rank_0_prints_except_with_print(capsys):
@@ -413,6 +436,28 @@ def test_a_shell_parses_a_command_line_into_the_same_words():
         *("--eval-every", "-1", "--data", "it's/$HOME", "--seed", "0", "--dtype", ""),
     ]
     assert report.command_line("python train.py", {}) == "python train.py"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        b"b\xf6cher",
+        b"$HOME `date`",
+        "中文 'x'".encode(),
+        b"a\nb\t",
+        b"-x",
+        b"it's\\\xff1",
+        b"\x1b[2J",
+    ],
+)
+def test_a_printed_command_can_be_pasted_whatever_a_name_contains(tmp_path, name):
+    settings = {"run_name": os.fsdecode(name), "data": os.fsdecode(b"/data/" + name), "depth": 2}
+    code = "import os, sys; sys.stdout.buffer.write(bytes(1).join(map(os.fsencode, sys.argv[1:])))"
+    line = report.command_line(f"{sys.executable} -c {shlex.quote(code)}", settings)
+    assert line.isprintable()
+    words = subprocess.check_output(["bash", "-c", line]).split(bytes(1))
+    joined = [b"--run-name=" + name] if name.startswith(b"-") else [b"--run-name", name]  # else it is a flag
+    assert words == [*joined, b"--data", b"/data/" + name, b"--depth", b"2"]
 
 
 # Real consoles: each in its own process; without torch, because importing it takes seconds
@@ -1609,6 +1654,87 @@ def test_runs_with_the_same_name_are_shown_with_their_folders(make, tmp_path):
     folders = [make("a"), make("x/a", world_size=2), make("empty", steps=0, ending=None)]
     text = report.compare(folders, CONSOLE).read_text()
     assert str(folders[0]) in text and str(folders[1]) in text
+
+
+@pytest.fixture
+def legends(monkeypatch):
+    """The legends of pictures, as [(text, font families)]; a warning of matplotlib's is an error."""
+    from matplotlib.figure import Figure
+
+    shown, savefig = [], Figure.savefig
+
+    def save(figure, *arguments, **options):
+        with warnings.catch_warnings(action="error"):
+            savefig(figure, *arguments, **options)
+        for legend in figure.legends:
+            assert not any(text.get_parse_math() for text in legend.get_texts())
+            shown.extend((text.get_text(), text.get_fontfamily()) for text in legend.get_texts())
+
+    monkeypatch.setattr(Figure, "savefig", save)
+    return shown
+
+
+ODD_NAMES = ["$a$b", "_x_", "-y", "a b", "$\\frac{", "^", "ä|`*<b>"]
+
+
+def test_pictures_show_names_as_they_are(make, config, legends):
+    settings = [config["settings"] | {"matrix_lr": float(n)} for n in range(len(ODD_NAMES))]
+    given = [{"matrix_lr": float(n)} for n in range(len(ODD_NAMES))]
+    folders = [make(n, 10, settings=s, given=g) for n, s, g in zip(ODD_NAMES, settings, given)]
+    page = report.compare(folders, CONSOLE)
+    assert (page.parent / "curves.png").exists() and [name for name, _ in legends] == ODD_NAMES
+    assert page.parent.parent == folders[0].parent
+
+
+def test_letters_that_no_font_has_are_escaped_in_pictures(make, legends, monkeypatch, tmp_path):
+    from fontTools.fontBuilder import FontBuilder
+    from fontTools.pens.ttGlyphPen import TTGlyphPen
+    from matplotlib import font_manager
+
+    usual = [font for font in font_manager.fontManager.ttflist if font.name.startswith(("DejaVu", "Last"))]
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", usual)
+    report.write_report(make("运行-中é"), CONSOLE)
+    report.write_report(make("x\x01\ny"), CONSOLE)
+    if sys.platform != "darwin":
+        report.write_report(make("caf\udcff"), CONSOLE)
+    names = [name for name, _ in legends]
+    assert names == ["\\u8fd0\\u884c-\\u4e2dé", "x\\x01\\ny", "caf\\udcff"][: len(names)] and len(names) > 1
+    legends.clear()
+    builder = FontBuilder(1000)
+    builder.setupGlyphOrder([".notdef", "run", "line", "middle"])
+    builder.setupCharacterMap({ord("运"): "run", ord("行"): "line", ord("中"): "middle"})
+    pen = TTGlyphPen(None)
+    for call, place in ((pen.moveTo, (0, 0)), (pen.lineTo, (0, 700)), (pen.lineTo, (700, 0))):
+        call(place)
+    pen.closePath()
+    builder.setupGlyf(dict.fromkeys([".notdef", "run", "line", "middle"], pen.glyph()))
+    builder.setupHorizontalMetrics(dict.fromkeys([".notdef", "run", "line", "middle"], (800, 0)))
+    builder.setupHorizontalHeader(ascent=800, descent=-200)
+    builder.setupNameTable({"familyName": "A Chinese Font", "styleName": "Regular"})
+    builder.setupOS2(sTypoAscender=800)
+    builder.setupPost()
+    builder.save(tmp_path / "chinese.ttf")
+    font_manager.fontManager.addfont(tmp_path / "chinese.ttf")
+    report.write_report(make("运行"), CONSOLE)
+    assert legends == [("运行", [*legends[0][1][:-1], "A Chinese Font"])]
+
+
+def test_a_comparison_of_long_names_has_a_folder_of_its_own(make, config, monkeypatch):
+    """78 Chinese letters are 234 bytes; a file name can have 255."""
+    monkeypatch.setattr(report, "curves", lambda groups, folder, console: "")
+    folders = [make(78 * "中" + name, device=name) for name in "abc"]
+    pages = {report.compare(pair, CONSOLE) for pair in (folders[:2], folders[1:])}
+    assert len(pages) == 2 and all(len(os.fsencode(page.parent.name)) <= 120 for page in pages)
+
+
+def test_two_seeds_of_ten_steps_have_curves(make, config, capsys):
+    """Seconds of training leave out the first ten steps, so they are all 0: an empty logarithmic axis."""
+    folders = [make(f"a-{seed}", 10, settings=config["settings"] | {"seed": seed}) for seed in (1, 2)]
+    for folder in folders:
+        records = [json.loads(line) | {"total_training_time": 0.0} for line in (folder / "log.jsonl").open()]
+        (folder / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    page = report.compare(folders, CONSOLE)
+    assert (page.parent / "curves.png").exists() and capsys.readouterr().out == ""
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="all names are UTF-8 there")
