@@ -10,6 +10,7 @@ log.jsonl, config.json and summary.json are the record. Console, report.md and w
 
 import codecs
 import contextlib
+import errno
 import hashlib
 import importlib.metadata
 import itertools
@@ -157,7 +158,7 @@ class Log:
         if folder and wandb:
             try:
                 self.upload = Upload(folder, self.file.tell(), console)
-            except OSError as error:
+            except (OSError, RuntimeError) as error:  # RuntimeError: no more threads are allowed
                 console.print("wandb", f"turned off after an error: {error}")
 
     def write(self, kind, **fields):
@@ -268,11 +269,14 @@ def upload(folder, start, seconds):
         with contextlib.suppress(OSError):  # the run may have been killed
             os.write(1, f"{text}\n".encode())
 
+    def sync():
+        """The command that sends a run from the folder in which wandb keeps it."""
+        return f"wandb sync {quoted(getattr(run.settings, 'sync_dir', folder / 'wandb'))}"
+
     def wait_for_end():
         ended.append(os.read(0, 100))
         time.sleep(seconds)
-        rest = f"; to send the rest: wandb sync {quoted(run.settings.sync_dir)}" if run else ""
-        say(f"not everything was sent within {seconds:.0f} s{rest}")
+        say(f"not everything was sent within {seconds:.0f} s{f'; to send the rest: {sync()}' if run else ''}")
         os._exit(1)
 
     threading.Thread(target=wait_for_end, daemon=True).start()
@@ -293,8 +297,7 @@ def upload(folder, start, seconds):
         options = {"name": folder.name, "id": id_file.read_text(), "resume": "allow", "dir": folder}
         run = wandb.init(project="onedial", config=config, settings=settings, **options)
         late.cancel()
-        folder_to_send = f"offline; to send it: wandb sync {quoted(run.settings.sync_dir)}"
-        say(folder_to_send if run.offline else run.url)
+        say(f"offline; to send it: {sync()}" if run.offline else run.url)
         for axis in ("step", "total_training_time", "total_training_flops"):
             run.define_metric(axis)
         run.define_metric("*", step_metric="step")
@@ -339,8 +342,19 @@ def cut_log(folder, step):
 
 def replace(path, text):
     """Write a file atomically: a reader sees the old text or the new text -> its path."""
-    path.with_suffix(".tmp").write_text(text, encoding="utf-8", errors="backslashreplace")
-    os.replace(path.with_suffix(".tmp"), path)
+    temporary = path.with_name(f"{path.stem}-{os.getpid()}.tmp")  # a run and report.py may both write
+    try:
+        with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(text)
+            file.flush()
+            try:
+                os.fsync(file.fileno())  # else a power failure can leave an empty file under the final name
+            except OSError as error:
+                if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
+                    raise  # with those four the file system says that it cannot sync
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
     return path
 
 
@@ -492,12 +506,14 @@ class Console:
 
         self.task = lambda: f"{label:<8} {text}: {duration(time.monotonic() - start)}"
         thread = threading.Thread(target=repeat, daemon=True)
-        thread.start()
+        with contextlib.suppress(RuntimeError):  # at the limit of processes nothing is shown
+            thread.start()
         try:
             yield
         finally:
             done.set()
-            thread.join()
+            if thread.ident:  # it was started
+                thread.join()
             self.task = None
             self.write()
 

@@ -1,5 +1,6 @@
 """Numbers, console, log, report and comparison: against calculations done differently, and real runs."""
 
+import errno
 import http.server
 import json
 import math
@@ -599,6 +600,46 @@ def test_a_file_is_replaced_atomically_and_accepts_any_text(tmp_path, monkeypatc
     with pytest.raises(KeyboardInterrupt):
         report.replace(path, "new\n")
     assert path.read_text(encoding="utf-8") == "# caf\\udcff × é\n"
+
+
+@pytest.mark.parametrize("number", ["EINVAL", "ENOTSUP", "EOPNOTSUPP", "ENOSYS"])
+def test_a_file_system_that_cannot_sync_is_no_error(tmp_path, monkeypatch, number):
+    """CIFS and shared folders of virtual machines answer EINVAL; an error of the disk is still an error."""
+
+    def fail(number):
+        def fsync(handle):
+            raise OSError(getattr(errno, number), "as if")
+
+        monkeypatch.setattr(os, "fsync", fsync)
+
+    fail(number)
+    assert report.replace(tmp_path / "config.json", "{}").read_text() == "{}"
+    fail("EIO")
+    with pytest.raises(OSError, match="as if"):
+        report.replace(tmp_path / "config.json", "{1}")
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    assert (tmp_path / "config.json").read_text() == "{}"
+
+
+def test_two_processes_may_write_the_same_page(tmp_path):
+    """The run that ends and `python report.py`: with one temporary name the slower one failed."""
+    code = (
+        "import pathlib, report; [report.replace(pathlib.Path('report.md'), 'page\\n') for n in range(500)]"
+    )
+    command, env = [sys.executable, "-c", code], {**os.environ, "PYTHONPATH": str(REPO)}
+    processes = [subprocess.Popen(command, cwd=tmp_path, env=env) for _ in range(2)]
+    assert [process.wait() for process in processes] == [0, 0]
+    assert [path.name for path in tmp_path.iterdir()] == ["report.md"]
+
+
+def test_waiting_needs_no_thread(monkeypatch, capsys):
+    def start(thread):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with CONSOLE.waiting("measure", "compiling"):
+        CONSOLE.print("run", "in the block")
+    assert "in the block" in capsys.readouterr().out
 
 
 def test_an_exception_that_ends_a_run_is_an_event(tmp_path):
