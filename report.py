@@ -58,7 +58,7 @@ def versions():
     def git(arguments):
         """Output of a git command in the folder of this file."""
         command = ["git", "-C", folder, *arguments.split()]
-        options = {"stdin": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "timeout": 20}
+        options = {"stdin": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "timeout": 5}
         return subprocess.check_output(command, env=environment, **options).decode(errors="replace")
 
     # git may not be installed; the files may have been copied into another project's repository
@@ -813,10 +813,15 @@ def difference(base, values):
     return f"{change:+.1%} ± {half:.1%}{', noise' if half >= abs(change) else ''}"
 
 
+def plain(text):
+    """Text on one line of a markdown page, shown as it is: neither emphasis nor mathematics nor HTML."""
+    text = escaped(str(text)).replace("\n", "\\n")
+    return re.sub(r"([`*$<\[|]|(?<!\w)_|_(?!\w))", r"\\\1", text)
+
+
 def table(header, rows):
-    """A markdown table; cells are converted by str, and have no line ends."""
-    lines = [[escaped(str(cell)) for cell in line] for line in (header, *rows)]
-    lines = [[cell.replace("|", "\\|").replace("\n", "\\n") for cell in line] for line in lines]
+    """A markdown table; cells are converted by str."""
+    lines = [[plain(cell) for cell in line] for line in (header, *rows)]
     lines.insert(1, ["---"] * len(header))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -1184,8 +1189,8 @@ def write_report(folder, console):
     state = f"{run.state}: {plural(numbers['steps'], 'step')}"
     if "progress" in numbers or not run.steps:  # older versions did not log it
         state += f", {numbers.get('progress', 0):.1%} of the run"
-    parts = [f"# {run.name}", state]
-    parts += [f"Reason: {run.reason}"] if run.reason else []
+    parts = [f"# {plain(run.name)}", state]
+    parts += [f"Reason: {plain(run.reason)}"] if run.reason else []
     parts += val_bpb_rise(run)
     alone = [Group([run])]
     if run.steps:
@@ -1199,7 +1204,7 @@ def write_report(folder, console):
     parts += ["## Parameters and FLOPs", table(["what", "count"], counts)]
     for prompt, text, *real in numbers.get("samples", []):
         texts = {"Model:": text} | ({"Original text:": real[0]} if real else {})
-        parts += [f"## Sample from {prompt!r}", side_by_side(texts)]
+        parts += [f"## Sample from {plain(repr(prompt))}", side_by_side(texts)]
     parts += ["## How to reproduce this run", how_to_reproduce(run)]
     return replace(run.folder / "report.md", escaped("\n\n".join(parts) + "\n"))
 
@@ -1221,14 +1226,14 @@ def compare(folders, console):
     keys = dict.fromkeys(key for run in runs for key in run.all_facts if key not in NOT_COMPARED)
     rows = [[key, *(group.fact(key) for group in groups)] for key in keys]
     differing = [row for row in rows if any(cell != row[1] for cell in row[1:])]
-    parts = ["# " + ", ".join(names), ABOUT_RESULTS, results(groups), curves(groups, target, console)]
+    parts = ["# " + plain(", ".join(names)), ABOUT_RESULTS, results(groups), curves(groups, target, console)]
     texts = {
         run.facts["corpus"]: run.config["corpus"].get("name", "–") for run in runs
     }  # {fingerprint: name}
     if len(texts) > 1:
         texts = ", ".join(f"{name} ({fingerprint})" for fingerprint, name in texts.items())
         warning = "The fingerprints of the texts differ, so val_bpb and losses cannot be compared"
-        parts.insert(1, f"{warning}: {texts}.")
+        parts.insert(1, f"{warning}: {plain(texts)}.")
     else:
         equal, law = equal_costs(groups), scaling_law(groups, target / "scaling.png")
         parts += ["## At equal cost", ABOUT_COSTS, equal] if equal else []
@@ -1239,14 +1244,16 @@ def compare(folders, console):
 
 def list_runs(folder, console):
     """The runs in a folder as a table of plain text, newest first."""
-    rows = []
-    for path in Path(folder).iterdir():
-        if (path / "config.json").exists() and (run := console.attempt(f"reading {path}", Run, path)):
-            changed = max(file.stat().st_mtime for file in path.glob("*.json*"))
-            when = time.strftime("%Y-%m-%d %H:%M", time.localtime(changed))
-            depth, steps = run.config["settings"].get("depth", "–"), run.numbers["steps"]
-            val = f"{run.numbers['val_bpb']:.4f}" if run.numbers.get("val_bpb") else ""
-            rows.append([when, run.name, str(depth), f"{steps:,}", val, run.state])
+
+    def row(path):
+        run, changed = Run(path), max(file.stat().st_mtime for file in path.glob("*.json*"))
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(changed))
+        val = f"{run.numbers['val_bpb']:.4f}" if run.numbers.get("val_bpb") else ""
+        depth = str(run.config["settings"].get("depth", "–"))
+        return [when, run.name, depth, f"{run.numbers['steps']:,}", val, run.state]
+
+    paths = [path for path in Path(folder).iterdir() if (path / "config.json").exists()]
+    rows = filter(None, [console.attempt(f"reading {path}", row, path) for path in paths])
     rows = [["last change", "run", "depth", "steps", "val_bpb", "state"], *sorted(rows, reverse=True)]
     widths = [max(len(row[i]) for row in rows) for i in range(6)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)

@@ -1727,6 +1727,16 @@ def test_pictures_show_names_as_they_are(make, config, legends):
     assert page.parent.parent == folders[0].parent
 
 
+def test_a_page_shows_names_as_they_are(make, monkeypatch):
+    """GitHub takes $ for mathematics, * and _ around a word for emphasis, < for HTML."""
+    monkeypatch.setattr(report, "curves", lambda groups, folder, console: "")
+    folders = [make("$a$ <b>", device="x"), make("_c_d_"), make("e|`*", device="y")]
+    text = report.compare(folders, CONSOLE).read_text()
+    assert text.splitlines()[0] == r"# \$a\$ \<b>, \_c_d\_, e\|\`\*"
+    assert r"| result | \$a\$ \<b> | \_c_d\_ | e\|\`\* |" in text and "| val_bpb |" in text
+    assert report.write_report(folders[1], CONSOLE).read_text().startswith("# \\_c_d\\_\n")
+
+
 def test_letters_that_no_font_has_are_escaped_in_pictures(make, legends, monkeypatch, tmp_path):
     from fontTools.fontBuilder import FontBuilder
     from fontTools.pens.ttGlyphPen import TTGlyphPen
