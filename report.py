@@ -297,7 +297,7 @@ def upload(folder, start, seconds):
         options = {"name": folder.name, "id": id_file.read_text(), "resume": "allow", "dir": folder}
         run = wandb.init(project="onedial", config=config, settings=settings, **options)
         late.cancel()
-        say(f"offline; to send it: {sync()}" if run.offline else run.url)
+        say(f"offline; to send it: {sync()}" if run.offline else run.url or "disabled")
         for axis in ("step", "total_training_time", "total_training_flops"):
             run.define_metric(axis)
         run.define_metric("*", step_metric="step")
@@ -315,9 +315,10 @@ def upload(folder, start, seconds):
         if finished and (folder / "summary.json").exists():
             run.summary.update(json.loads((folder / "summary.json").read_text()))
         run.finish(exit_code=0 if finished else 1)
+        os._exit(0)  # everything is sent, but wandb would wait for its service
     except Exception as error:
         say(f"turned off after an error: {type(error).__name__}: {' '.join(str(error).split())}")
-        os._exit(1)  # wandb would wait for its service
+        os._exit(1)
 
 
 def read_log(folder):

@@ -22,7 +22,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from conftest import REPO
+from conftest import REPO, wait_for
 
 import report
 
@@ -1939,6 +1939,23 @@ def test_a_run_synchronizes_once_per_record_and_its_time_adds_up(train, tmp_path
     assert "\nfinished: 40 steps, 100.0% of the run\n" in text and tables(text)["steps"] == ["40"]
     assert f"\n    {run.config['command']}\n" in text and "--num-iterations 40" in run.config["command"]
     assert (run.folder / "curves.png").exists()
+
+
+@pytest.mark.slow
+def test_a_wandb_that_never_answers_takes_no_training_time(train, monkeypatch):
+    """wandb itself waits for 90 s."""
+    pytest.importorskip("wandb")
+    with socket.create_server(("127.0.0.1", 0), backlog=50) as server:  # connects, and nothing else
+        use_wandb_server(monkeypatch, server.getsockname()[1])
+        process = train.start("--num-iterations", 20, "--wandb")
+        wait_for(process, "wandb    sending the last records")
+        process.send_signal(signal.SIGTERM)
+        signalled = time.monotonic()
+        run = train.finish(process)
+    assert time.monotonic() - signalled < 3 and run.code == 0, run.output
+    assert run.summary["steps"] == 20 and run.summary["wall_time"] < 60
+    assert (run.folder / "report.md").exists()
+    assert run.output.endswith("wandb    ended before everything was sent\n")
 
 
 @pytest.mark.slow
