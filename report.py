@@ -10,6 +10,7 @@ log.jsonl, config.json and summary.json are the record. Console, report.md and w
 
 import codecs
 import contextlib
+import errno
 import hashlib
 import importlib.metadata
 import itertools
@@ -20,6 +21,7 @@ import platform
 import re
 import shlex
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -31,9 +33,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import torch
-import torch.distributed as dist
+import numpy as np  # torch is imported where it is used: reports and the upload to wandb start faster without
 
 # -----------------------------------------------------------------------------
 # Measuring
@@ -41,19 +41,30 @@ import torch.distributed as dist
 
 def versions():
     """Versions of Python, packages, system and code; the git commit and the settings edited since then."""
+    import torch
+
     found = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
     found |= {name: importlib.metadata.version(name) for name in ("numpy", "tiktoken", "rustbpe")}
     found |= {"system": platform.platform(), "git_commit": None, "edited_settings": ""}
-    code = "".join(file.read_text("utf-8") for file in sorted(Path(__file__).parent.glob("*.py")))
+    folder = Path(__file__).absolute().parent
+    files = [file for file in sorted(folder.glob("[!.]*.py")) if file.is_file()]  # not Emacs' broken links
+    code = "".join(file.read_text("utf-8", errors="replace") for file in files)
     code = re.sub(r"^\w+: .+ = .+", "", code, flags=re.MULTILINE)  # without settings: config.json has them
     found["code"] = hashlib.sha256(code.encode()).hexdigest()[:12]  # differs for two edits of one commit
+    # GIT_DIR and others, as set in git's hooks, would name another repository
+    keep = lambda name: name.startswith("GIT_CONFIG") or not name.startswith("GIT_")  # noqa: E731
+    environment = {name: value for name, value in os.environ.items() if keep(name)}
 
     def git(arguments):
-        command = ["git", "-C", str(Path(__file__).parent), *arguments.split()]
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+        """Output of a git command in the folder of this file."""
+        command = ["git", "-C", folder, *arguments.split()]
+        options = {"stdin": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "timeout": 5}
+        return subprocess.check_output(command, env=environment, **options).decode(errors="replace")
 
-    with contextlib.suppress(OSError):  # git may not be installed
-        found["git_commit"] = git("describe --always --abbrev=40 --dirty --exclude *") or None
+    # git may not be installed; the files may have been copied into another project's repository
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        git("ls-files --error-unmatch train.py")
+        found["git_commit"] = git("describe --always --abbrev=40 --dirty --exclude *").strip() or None
         changes = git("diff --no-color -U0 HEAD -- train.py")
         found["edited_settings"] = " ".join(re.findall(r"^\+(\w+): .+ = ", changes, re.MULTILINE))
     return found
@@ -88,6 +99,9 @@ def bits_per_byte(model, batches, device):
     this rank's. model(tokens, targets) returns the loss in nats, summed over the targets: a 0-D tensor. The
     result is loss_sum / (ln 2 · bytes), summed in float64 on the CPU after a single synchronization.
     """
+    import torch
+    import torch.distributed as dist
+
     losses, count = [], 0
     for tokens, targets, length in batches:
         losses.append(model(tokens, targets).detach())
@@ -133,41 +147,19 @@ def finite(fields):
 
 
 class Log:
-    """Writes records to log.jsonl, one line each, and to wandb if asked. Without a folder: writes nothing."""
+    """Writes records to log.jsonl, one line each; they go on to wandb. Without a folder: writes nothing."""
 
-    def __init__(self, folder, console, wandb=False, config=None):
+    def __init__(self, folder, console, wandb=False):
         self.console = console
         self.file = open(folder / "log.jsonl", "ab", buffering=0) if folder else None
         self.numbers = {"step": 0}  # the newest value of each number
         self.unwritten = b""  # records that could not be written yet because the disk is full
-        self.wandb = None
+        self.upload = None
         if folder and wandb:
-            self.call_wandb(self.start_wandb, folder, config)
-
-    def start_wandb(self, folder, config):
-        import wandb
-
-        id_file = folder / "wandb.id"  # random, because runs on two machines can have the same name
-        if not id_file.exists():
-            id_file.write_text(os.urandom(6).hex())
-        options = {"name": folder.name, "id": id_file.read_text(), "resume": "allow", "dir": folder}
-        terminal = sys.stdin
-        with open(os.devnull) as sys.stdin:  # without a login wandb would ask for one and wait forever
             try:
-                self.wandb = wandb.init(project="onedial", config=config, **options)
-            finally:
-                sys.stdin = terminal
-        for axis in ("step", "total_training_time", "total_training_flops"):
-            self.wandb.define_metric(axis)
-        self.wandb.define_metric("*", step_metric="step")
-
-    def call_wandb(self, action, *arguments):
-        """Call action(*arguments). The first error turns wandb off: it must not stop a run."""
-        try:
-            action(*arguments)
-        except Exception as error:
-            self.console.print("wandb", f"turned off after an error: {type(error).__name__}: {error}")
-            self.wandb = None
+                self.upload = Upload(folder, self.file.tell(), console)
+            except (OSError, RuntimeError) as error:  # RuntimeError: no more threads are allowed
+                console.print("wandb", f"turned off after an error: {error}")
 
     def write(self, kind, **fields):
         """Append a record. If it cannot be written now, it is kept in memory and written with a later one."""
@@ -177,8 +169,6 @@ class Log:
             warn = not self.unwritten
             self.unwritten += json.dumps({"kind": kind, **fields}, default=str).encode() + b"\n"
             self.flush(warn)
-        if self.wandb and kind != "event":
-            self.call_wandb(self.wandb.log, {k: v for k, v in fields.items() if v is not None})
 
     def flush(self, warn=False):
         """Write what has not been written yet."""
@@ -206,15 +196,129 @@ class Log:
                 self.write("event", step=int(folder.split("_")[1]), event="saved", folder=folder)
         return error
 
-    def close(self, summary=None):
+    def close(self):
+        """Close the log, and wait for wandb; its summary is summary.json."""
         if self.file:
             self.flush()
             self.file.close()
             self.file = None
-        if self.wandb:
-            self.call_wandb(self.wandb.summary.update, summary or {})
-        if self.wandb:
-            self.call_wandb(self.wandb.finish)
+        if self.upload:
+            self.upload.close()
+
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2, signal.SIGXCPU)
+UPLOAD_SECONDS = 20.0  # longest wait for wandb at the end; also until a line says that it does not answer
+
+
+class Upload:
+    """
+    Sends the records of log.jsonl to Weights & Biases, from byte `start` on. This is a process of its own,
+    which reads that file: a service that fails, is slow or never answers takes no training time, and cannot
+    keep the run from ending. What it prints is shown with the label wandb.
+    """
+
+    def __init__(self, folder, start, console):
+        self.console, pipe = console, subprocess.PIPE
+        command = [sys.executable, __file__, "--upload", folder.absolute(), str(start), str(UPLOAD_SECONDS)]
+        options = {"stdin": pipe, "stdout": pipe, "stderr": subprocess.STDOUT, "bufsize": 0}
+        # in a session of its own it gets no Ctrl-C; a batch system signals all processes, so they are blocked
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {*STOP_SIGNALS, signal.SIGUSR1})
+        try:
+            self.process = subprocess.Popen(command, start_new_session=True, **options)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        self.thread = threading.Thread(target=self.show, daemon=True)
+        self.thread.start()
+
+    def show(self):
+        """Print the lines of the process, until it ends."""
+        for line in self.process.stdout:
+            self.console.print("wandb", line.decode(errors="replace").removeprefix("wandb: ").rstrip())
+
+    def close(self):
+        """Wait until everything is sent, for UPLOAD_SECONDS at most and only until a signal arrives."""
+        arrived, old = [], {}
+        for number in STOP_SIGNALS:
+            if callable(signal.getsignal(number)):  # else it is ignored, or ends this process
+                old[number] = signal.signal(number, lambda number, frame: arrived.append(number))
+        with contextlib.suppress(OSError):  # the process may have ended
+            self.process.stdin.write(b"finished")
+        self.process.stdin.close()
+        end = time.monotonic() + UPLOAD_SECONDS + 5  # it ends by itself in time, but may be suspended
+        with self.console.waiting("wandb", "sending the last records, Ctrl-C ends this"):
+            while self.process.poll() is None and not arrived and time.monotonic() < end:
+                time.sleep(0.05)
+        if self.process.poll() is None:
+            self.console.print("wandb", "ended before everything was sent")
+            self.process.kill()  # the service that wandb has started ends when it notices this
+            self.process.wait()
+        self.thread.join(1.0)  # prints the last line
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def upload(folder, start, seconds):
+    """
+    The process of an Upload. It sends the rest when stdin is closed, which happens however the run ends, and
+    ends after at most these seconds.
+    """
+    ended = []  # what was read from stdin, once it is closed
+    run = None
+
+    def say(text):
+        with contextlib.suppress(OSError):  # the run may have been killed
+            os.write(1, f"{text}\n".encode())
+
+    def sync():
+        """The command that sends a run from the folder in which wandb keeps it."""
+        return f"wandb sync {quoted(getattr(run.settings, 'sync_dir', folder / 'wandb'))}"
+
+    def wait_for_end():
+        ended.append(os.read(0, 100))
+        time.sleep(seconds)
+        say(f"not everything was sent within {seconds:.0f} s{f'; to send the rest: {sync()}' if run else ''}")
+        os._exit(1)
+
+    threading.Thread(target=wait_for_end, daemon=True).start()
+    late = "no answer yet; the run goes on, and all records are sent once it answers"
+    late = threading.Timer(seconds, say, [late])
+    late.daemon = True
+    try:
+        late.start()
+        import wandb
+
+        id_file = folder / "wandb.id"  # random, because runs on two machines can have the same name
+        if not id_file.exists():
+            id_file.write_text(os.urandom(6).hex())
+        settings = wandb.Settings(silent=True, console="off", init_timeout=1e6)
+        if hasattr(settings, "x_stats_pid"):  # the process whose memory it shows
+            settings.x_stats_pid = os.getppid()
+        config = json.loads((folder / "config.json").read_text())
+        options = {"name": folder.name, "id": id_file.read_text(), "resume": "allow", "dir": folder}
+        run = wandb.init(project="onedial", config=config, settings=settings, **options)
+        late.cancel()
+        say(f"offline; to send it: {sync()}" if run.offline else run.url or "disabled")
+        for axis in ("step", "total_training_time", "total_training_flops"):
+            run.define_metric(axis)
+        run.define_metric("*", step_metric="step")
+        with open(folder / "log.jsonl", "rb") as log:
+            log.seek(start)
+            line, is_last = b"", False
+            while not is_last:
+                is_last = bool(ended)
+                while (line := line + log.readline()).endswith(b"\n"):
+                    record, line = json.loads(line), b""
+                    if record.pop("kind") != "event":
+                        run.log({name: value for name, value in record.items() if value is not None})
+                time.sleep(0.2)
+        finished = ended[0] != b""  # else the run was killed
+        if finished and (folder / "summary.json").exists():
+            run.summary.update(json.loads((folder / "summary.json").read_text()))
+        run.finish(exit_code=0 if finished else 1)
+        os._exit(0)  # everything is sent, but wandb would wait for its service
+    except Exception as error:
+        say(f"turned off after an error: {type(error).__name__}: {' '.join(str(error).split())}")
+        os._exit(1)
 
 
 def read_log(folder):
@@ -224,7 +328,7 @@ def read_log(folder):
     for line in text.splitlines():
         with contextlib.suppress(ValueError):
             records.append(json.loads(line))
-    return [record for record in records if isinstance(record, dict) and "step" in record]
+    return [record for record in records if isinstance(record, dict) and {"kind", "step"} <= record.keys()]
 
 
 def cut_log(folder, step):
@@ -239,8 +343,19 @@ def cut_log(folder, step):
 
 def replace(path, text):
     """Write a file atomically: a reader sees the old text or the new text -> its path."""
-    path.with_suffix(".tmp").write_text(text, encoding="utf-8", errors="backslashreplace")
-    os.replace(path.with_suffix(".tmp"), path)
+    temporary = path.with_name(f"{path.stem}-{os.getpid()}.tmp")  # a run and report.py may both write
+    try:
+        with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(text)
+            file.flush()
+            try:
+                os.fsync(file.fileno())  # else a power failure can leave an empty file under the final name
+            except OSError as error:
+                if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
+                    raise  # with those four the file system says that it cannot sync
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
     return path
 
 
@@ -249,7 +364,14 @@ def replace(path, text):
 
 
 SIMILAR = str.maketrans({"×": "x", "·": "-", "–": "-", "…": "...", "²": "2", "█": "#"})
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
+# all control characters but tab and newline; those that change the direction of text; line separators
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+
+
+def escaped(text):
+    """Text of a corpus or a model for people: a control character is shown, as \\x1b, and not executed."""
+    text = text.replace("\r\n", "\n")  # a line end
+    return CONTROL.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
 def similar(error):
@@ -303,7 +425,7 @@ class Console:
                 if self.row:  # a narrowed terminal has wrapped it. \033[J would fill tmux's history
                     output = "\r\033[K" + "\033[A\033[K" * ((len(self.row) - 1) // columns)
                 if line is not None:
-                    line = CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", line)
+                    line = escaped(line)
                     output += f"\033[1m{line}\033[0m\n" if bold and is_lively() else f"{line}\n"
                 self.row = self.live_row(columns) if is_lively() else ""
                 print(output + self.row, end="", flush=True)
@@ -359,7 +481,7 @@ class Console:
         """Print [[prompt, continuation, ...], ...], indented."""
         for prompt, text, *_ in samples:
             self.show(wrap(f"sample   {prompt!r} ->"))
-            for line in text.splitlines():
+            for line in escaped(text).splitlines():
                 self.show(wrap(" " * 9 + line))
 
     def attempt(self, what, action, *arguments):
@@ -385,12 +507,14 @@ class Console:
 
         self.task = lambda: f"{label:<8} {text}: {duration(time.monotonic() - start)}"
         thread = threading.Thread(target=repeat, daemon=True)
-        thread.start()
+        with contextlib.suppress(RuntimeError):  # at the limit of processes nothing is shown
+            thread.start()
         try:
             yield
         finally:
             done.set()
-            thread.join()
+            if thread.ident:  # it was started
+                thread.join()
             self.task = None
             self.write()
 
@@ -398,6 +522,7 @@ class Console:
 def wrap(line, **options):
     """Break a line into rows of at most 120 columns, fewer on a narrower terminal."""
     columns = max(40, min(120, shutil.get_terminal_size().columns)) if is_lively() else 120
+    line = escaped(line)  # here, because textwrap turns some control characters into spaces
     return textwrap.fill(line, columns, subsequent_indent=" " * 9, break_on_hyphens=False, **options)
 
 
@@ -472,8 +597,18 @@ def parameter_counts(num_params):
 
 
 def quoted(value):
-    """A value as a word of a shell command."""
-    return shlex.quote(str(value))
+    """
+    A value as a word of a shell command. Bytes that are not UTF-8 (a file name can contain any) and control
+    characters are written as $'\\366', which can be copied from a terminal, unlike themselves.
+    """
+    text = str(value)
+    if text.isprintable():
+        return shlex.quote(text)
+
+    def octal(char):
+        return "".join(f"\\{byte:03o}" for byte in char.encode("utf-8", "surrogateescape"))
+
+    return "$'" + "".join(c if c.isprintable() and c not in "'\\" else octal(c) for c in text) + "'"
 
 
 def command_line(start, settings):
@@ -484,7 +619,8 @@ def command_line(start, settings):
         if isinstance(value, bool):
             words.append(f"--{name}" if value else f"--no-{name}")
         elif value is not None:
-            words.append(f"--{name} {quoted(value)}")
+            is_like_a_flag = isinstance(value, str) and value.startswith("-")
+            words.append(f"--{name}{'=' if is_like_a_flag else ' '}{quoted(value)}")
     return " ".join(words)
 
 
@@ -538,54 +674,77 @@ def finish(folder, summary, console):
 # What reports and comparisons show: a run, a group of runs that differ only in seed, their results and curves
 
 
+# what config.json of an older version does not contain; a number that is None is shown as –
+NO_CONFIG = {
+    **dict.fromkeys(("settings", "given", "model", "num_params", "corpus", "versions"), {}),
+    **dict.fromkeys(("num_flops_per_token", "num_flops_per_token_causal", "mfu_peak", "mfu_peak_source")),
+    **{"device": "–", "device_type": None, "world_size": 1, "timed": False, "command": None},
+}
+NOT_COMPARED = ("run", "run_name", "out_dir", "resume")  # settings of older versions that belong to one call
+
+
 class Run:
     """A run read from its folder: config, records, and the final or newest value of each number."""
 
     def __init__(self, folder):
-        self.folder, self.name = Path(folder), Path(folder).resolve().name
-        if not (self.folder / "config.json").exists():
-            raise ValueError(f"{folder} has no config.json.\nGive the folder of a run, such as out/NAME.")
-        try:
-            self.config = json.loads((self.folder / "config.json").read_text())
-        except ValueError as error:
-            what = f"{self.folder / 'config.json'} is damaged: {error}"
-            raise ValueError(f"{what}.\nCopy the settings from a checkpoint's state.json into it.") from None
+        self.folder, self.name = Path(folder), Path(folder).resolve().name.replace("\n", "\\n")
+        self.config = self.read_config()
         self.records = read_log(folder)
         self.steps = [record for record in self.records if record["kind"] == "step"]
-        self.numbers, event = {"progress": 0.0}, {}
+        flops, causal = self.config["num_flops_per_token"], self.config["num_flops_per_token_causal"]
+        self.numbers, event = {}, {}
         for record in self.records:
-            if "total_training_flops" in record:  # val records of older versions have no tokens
-                tokens = record["total_training_flops"] / self.config["num_flops_per_token"]
-                record.setdefault("tokens", round(tokens))
+            if "total_training_flops" in record and flops:  # val records of older versions have no tokens
+                record.setdefault("tokens", round(record["total_training_flops"] / flops))
             event = record if record["kind"] == "event" else event
             self.numbers |= record
         self.numbers["steps"] = max((record["step"] for record in self.records), default=0)
-        path = self.folder / "summary.json"
-        summary = json.loads(path.read_text()) if path.exists() else {}
-        if summary.get("steps") == self.numbers["steps"]:  # else the run was resumed after it was written
-            self.numbers |= summary
-        if self.steps:
+        with contextlib.suppress(OSError, ValueError):  # it may be missing or damaged
+            summary = json.loads((self.folder / "summary.json").read_text())
+            if summary.get("steps") == self.numbers["steps"]:  # else the run was resumed after it was written
+                self.numbers |= summary
+        speed, mfu = self.numbers.get("tok_per_sec"), self.numbers.get("mfu")
+        if self.config["mfu_peak"]:  # a measured peak is measured again at the end of the run
             peak = self.config["mfu_peak"] / self.numbers.get("mfu_peak", self.config["mfu_peak"])
-            for record in self.steps:  # a measured peak is measured again at the end of the run
-                record["mfu"] *= peak
-            flops, causal = self.config["num_flops_per_token"], self.config["num_flops_per_token_causal"]
-            self.numbers["flops_per_sec"] = flops * self.numbers["tok_per_sec"]
-            self.numbers["mfu_causal"] = self.numbers["mfu"] * causal / flops
-            self.numbers["slow_share"] = slow_share(self.steps)
+            for record in self.steps:
+                record["mfu"] = record["mfu"] * peak if record.get("mfu") is not None else None
+        self.numbers["flops_per_sec"] = flops * speed if flops and speed else None
+        self.numbers["mfu_causal"] = mfu * causal / flops if mfu and flops and causal else None
+        self.numbers["slow_share"] = slow_share(self.steps) if self.steps else None
+        versions, given = self.config["versions"], self.config["given"]
         self.facts = {"device": self.config["device"], "processes": self.config["world_size"]}
-        self.facts |= {"corpus": self.config["corpus"]["fingerprint"], **self.config["versions"]}
+        self.facts |= {"corpus": self.config["corpus"].get("fingerprint"), **versions}
         self.all_facts = self.config["settings"] | self.facts
-        edited = self.config["versions"].get("edited_settings", "").split()
-        self.chosen = {name: self.config["settings"].get(name) for name in (*self.config["given"], *edited)}
+        names = (*given, *versions.get("edited_settings", "").split())
+        self.chosen = {n: self.config["settings"].get(n) for n in names if n not in NOT_COMPARED}
         ended = event.get("event") in ("finished", "interrupted", "failed")
         self.state = event["event"] if ended else "still running, or killed"
         self.reason = " ".join(str(event.get("reason", "")).split())  # why the run failed
-        key = [self.state == "finished", {**self.chosen, **self.facts, "seed": None}]
-        self.group_key = json.dumps(key, sort_keys=True)  # equal if only the seed differs
+        # equal if only the seed differs, or the path of the same text
+        key = [self.state == "finished", {**self.chosen, **self.facts, "seed": None, "data": None}]
+        self.group_key = json.dumps(key, sort_keys=True)
+
+    def read_config(self):
+        """config.json as a dict, with NO_CONFIG for what it does not contain. ValueError if it is damaged."""
+        path = self.folder / "config.json"
+        if not path.exists():
+            raise ValueError(
+                f"{self.folder} has no config.json.\nGive the folder of a run, such as out/NAME."
+            )
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+            return NO_CONFIG | {name: value for name, value in config.items() if value is not None}
+        except (ValueError, AttributeError) as error:
+            folder = self.folder.resolve()
+            call = {"out_dir": folder.parent, "run_name": folder.name, "resume": True}
+            command = command_line(f"python {quoted(Path(__file__).absolute().with_name('train.py'))}", call)
+            what = f"{path} is damaged: {error}"
+            raise ValueError(f"{what}.\nResuming the run writes it again: {command}") from None
 
 
 def slow_share(steps):
     """Share of training time in log intervals whose steps took more than twice the median: interruptions."""
+    steps = [record for record in steps if {"dt", "total_training_time"} <= record.keys()]
     seconds = np.diff([record["total_training_time"] for record in steps])
     timed = seconds > 0  # the first 10 steps of each start are not in total_training_time
     if not timed.any():
@@ -598,8 +757,9 @@ class Group:
     """Runs that differ only in seed: mean and standard deviation of each number."""
 
     def __init__(self, runs):
-        self.runs, self.config = runs, runs[0].config
-        self.name = os.path.commonprefix([run.name for run in runs]).rstrip("-_.") or runs[0].name
+        self.runs, self.config, self.corpus = runs, runs[0].config, runs[0].facts["corpus"]
+        common = os.path.commonprefix([run.name for run in runs]).rstrip("-_.")
+        self.name = common if common and len(runs) > 1 else runs[0].name
 
     def values(self, name):
         """The runs' values of a number, without None."""
@@ -614,7 +774,7 @@ class Group:
 
     def fact(self, name):
         """A setting or fact as text; all its values, if the runs have different ones."""
-        return ", ".join(dict.fromkeys(str(run.all_facts.get(name)) for run in self.runs))
+        return ", ".join(dict.fromkeys(str(run.all_facts.get(name, "–")) for run in self.runs))
 
 
 def label_groups(groups):
@@ -654,9 +814,15 @@ def difference(base, values):
     return f"{change:+.1%} ± {half:.1%}{', noise' if half >= abs(change) else ''}"
 
 
+def plain(text):
+    """Text on one line of a markdown page, shown as it is: neither emphasis nor mathematics nor HTML."""
+    text = escaped(str(text)).replace("\n", "\\n")
+    return re.sub(r"([`*$<\[|]|(?<!\w)_|_(?!\w))", r"\\\1", text)
+
+
 def table(header, rows):
     """A markdown table; cells are converted by str."""
-    lines = [[str(cell).replace("|", "\\|") for cell in line] for line in (header, *rows)]
+    lines = [[plain(cell) for cell in line] for line in (header, *rows)]
     lines.insert(1, ["---"] * len(header))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -670,6 +836,7 @@ NUMBERS = {
     "mfu_causal": "{:.1%}".format, "peak_memory": lambda size: short(size, " ") + "B",
     "slow_share": "{:.1%}".format, "skipped_steps": "{:,.0f}".format,
 }  # fmt: skip
+OF_THE_TEXT = ("val_bpb", "min_val_bpb", "train_loss_ema")  # can be compared on the same text only
 ABOUT_RESULTS = """\
 Runs that differ only in seed form one column: mean ± standard deviation, n = number of runs. In brackets: the
 difference from the mean of the first column, ± its 95% interval by Student's t. If the interval contains 0,
@@ -681,13 +848,17 @@ ACTIVITIES = {"corpus": "preparation of the corpus", "trial": "benchmark and com
 def results(groups):
     """A table of the final numbers of each group, with the differences from the first one."""
     first, *others = groups
-    notes = {"mfu": f"mfu, of the {first.config['mfu_peak_source']} peak"}
-    notes["peak_memory"] = f"peak_memory, {MEMORY[first.config['device_type']]}"
+    source, device_type = (first.config[name] for name in ("mfu_peak_source", "device_type"))
+    device_type = device_type or first.config["settings"].get("device_type")  # as of older versions
+    notes = {"mfu": f"mfu, of the {source} peak"} if source else {}
+    if device_type in MEMORY:
+        notes["peak_memory"] = f"peak_memory, {MEMORY[device_type]}"
     rows = []
     for name, write in NUMBERS.items():
         cells = [first.text(name, write)]
         for group in others:
-            change = difference(first.values(name), group.values(name))
+            same = group.corpus == first.corpus or name not in OF_THE_TEXT
+            change = difference(first.values(name), group.values(name)) if same else ""
             cells.append(group.text(name, write) + (f" ({change})" if change else ""))
         rows.append([notes.get(name, name), *cells])
     return table(["result", *(group.name for group in groups)], rows)
@@ -711,7 +882,7 @@ PANELS = (  # title, x, the y values, options of the axes
 def mean_curve(runs, x, y, after):
     """-> (x, mean of y, its standard deviation), where all runs have data, `after` a step and x > 0."""
     logs = [[r for r in run.records if r.get(y) is not None and r["step"] > after] for run in runs]
-    curves = [[(r[x], r[y]) for r in log if r[x] > 0] for log in logs]
+    curves = [[(r[x], r[y]) for r in log if r.get(x, 0) > 0] for log in logs]
     curves = [np.array(points).T for points in curves if points]
     if not curves:
         return np.zeros((3, 0))
@@ -748,7 +919,7 @@ def draw(groups, path):
                 after = hidden * group.runs[0].numbers["steps"]
                 xs, ys, spread = mean_curve(group.runs, x, name, after)
                 axes.plot(xs, ys, color=colour, **LINES.get(name, {}))
-                if len(group.runs) > 1:
+                if len(group.runs) > 1 and len(xs):  # an empty band cannot have a logarithmic axis
                     axes.fill_between(xs, ys - spread, ys + spread, color=colour, alpha=0.2, linewidth=0)
         if names == "val_bpb" and x != "step" and len(groups) > 1:
             lowest = frontier([val_curve(group, x) for group in groups])
@@ -756,10 +927,30 @@ def draw(groups, path):
             axes.legend(frameon=False)
         axes.set(**options)
         style_axes(axes, title)
-    names = [group.name for group in groups]
-    columns = 3 if max(map(len, names)) <= 40 else 1
-    figure.legend(axes.lines, names, loc="outside upper left", ncols=columns, frameon=False)
+    names = [drawable(group.name) for group in groups]
+    columns = 3 if max(len(name) for name, _ in names) <= 40 else 1
+    labels = ["-"] * len(groups)  # matplotlib may leave out a label that begins with "_"
+    legend = figure.legend(axes.lines, labels, loc="outside upper left", ncols=columns, frameon=False)
+    for text, (name, families) in zip(legend.get_texts(), names):
+        text.set(text=name, parse_math=False, fontfamily=families)
     figure.savefig(path, dpi=110)
+
+
+def drawable(name):
+    """-> (a name as it is drawn, font families for it). Letters that no font has are escaped: \\u4e2d."""
+    from matplotlib import font_manager, rcParams
+
+    letters, families = set(map(ord, name)), rcParams["font.family"]
+    default = font_manager.findfont(font_manager.FontProperties(family=families))
+    missing = letters - font_manager.get_font(default).get_charmap().keys()
+    if not missing:
+        return name, families
+    for font in font_manager.fontManager.ttflist:
+        with contextlib.suppress(Exception):  # a font file may have been removed, or be of an unknown kind
+            is_real = not font.name.startswith("Last Resort")  # that one has a box for every letter
+            if is_real and missing <= font_manager.get_font(font.fname).get_charmap().keys():
+                return name, [*families, font.name]
+    return "".join(ascii(c)[1:-1] if ord(c) in missing else c for c in name), families
 
 
 # -----------------------------------------------------------------------------
@@ -932,22 +1123,23 @@ def curves(groups, folder, console):
 def time_table(run):
     """The wall time per activity. The time that training waited for data is a row of its own."""
     starts = [0, *(r["step"] for r in run.steps)]
-    intervals = [r["dt"] * (r["step"] - start) for r, start in zip(run.steps, starts)]  # seconds
-    waiting = sum(interval * r["data_wait"] for interval, r in zip(intervals, run.steps))
+    intervals = [r.get("dt", 0.0) * (r["step"] - start) for r, start in zip(run.steps, starts)]  # seconds
+    waiting = sum(interval * r.get("data_wait", 0.0) for interval, r in zip(intervals, run.steps))
     laps = {**run.numbers.get("time", {"training": sum(intervals)}), "waiting for data": waiting}
     laps["training"] -= waiting
     total = sum(laps.values())
-    rows = [[ACTIVITIES.get(name, name), f"{t:.1f}", f"{t / total:.1%}"] for name, t in laps.items()]
+    share = lambda t: f"{t / total:.1%}" if total else "–"  # noqa: E731
+    rows = [[ACTIVITIES.get(name, name), f"{t:.1f}", share(t)] for name, t in laps.items()]
     return table(["activity", "seconds", "share"], [*rows, ["total", f"{total:.1f}", ""]])
 
 
 def val_bpb_rise(run):
     """[a sentence] if the final val_bpb is more than half a percent above the lowest one, else []."""
-    vals = [r for r in run.records if r["kind"] == "val" and r["val_bpb"] is not None]
+    vals = [r for r in run.records if r["kind"] == "val" and r.get("val_bpb") is not None]
     lowest = min(vals, key=lambda r: r["val_bpb"], default=None)
     if not lowest or vals[-1]["val_bpb"] <= 1.005 * lowest["val_bpb"]:
         return []
-    epoch = next((r["epoch"] for r in run.steps if r["step"] >= lowest["step"]), 0.0)
+    epoch = next((r.get("epoch", 0.0) for r in run.steps if r["step"] >= lowest["step"]), 0.0)
     line = f"val_bpb was lowest at step {lowest['step']:,}, after {epoch:.1f} epochs: {lowest['val_bpb']:.4f}"
     return [f"{line}. It has risen to {vals[-1]['val_bpb']:.4f} since."]
 
@@ -956,7 +1148,7 @@ def side_by_side(texts, width=56):
     """{title: text} as an indented block of columns, each `width` characters wide."""
     columns = []
     for title, text in texts.items():
-        rows = (textwrap.wrap(line, width) or [""] for line in text.splitlines())
+        rows = (textwrap.wrap(line, width) or [""] for line in escaped(text).splitlines())
         columns.append([title, "", *itertools.chain.from_iterable(rows)])
     rows = itertools.zip_longest(*columns, fillvalue="")
     return "\n".join(("    " + "  ".join(f"{cell:<{width}}" for cell in row)).rstrip() for row in rows)
@@ -964,8 +1156,9 @@ def side_by_side(texts, width=56):
 
 def how_to_reproduce(run):
     """The shell commands that repeat a run, and how exact the repetition is."""
-    commit, _, dirty = (run.config["versions"]["git_commit"] or "unknown").partition("-")
+    commit, _, dirty = (run.config["versions"].get("git_commit") or "").partition("-")
     note = "  # and apply the changes that were not committed" if dirty else ""
+    commands = [f"    git checkout {commit}{note}"] if commit else []
     notes = ["The same machine and versions give the same run; on a CPU it is the same bit for bit."]
     if run.config["timed"]:
         steps = plural(run.numbers["steps"], "step")
@@ -977,21 +1170,28 @@ def how_to_reproduce(run):
         horizons = ", ".join(f"at step {step:,} for {plural(steps, 'step')}" for step, steps in changes)
         notes.append(f"This is the command of the last start. The run was planned {horizons}. To reproduce ")
         notes[-1] += "it, start with the first horizon, stop at the step of the next one, --resume with that."
-    commands = f"    git checkout {commit}{note}\n    {run.config['command']}"
-    return "\n\n".join([commands, *notes])
+    if not commit:
+        notes.append("The commit of its code is not known.")
+    if run.config["command"]:
+        commands.append(f"    {run.config['command']}")
+    else:
+        notes.insert(0, "The version that made this run did not save its command: see its settings above.")
+    return "\n\n".join(["\n".join(commands)] * bool(commands) + notes)
 
 
 def write_report(folder, console):
     """Write report.md from log.jsonl, config.json and, if it exists, summary.json -> its path."""
     run = Run(folder)
     config, numbers, params = run.config, run.numbers, run.config["num_params"]
-    counts = {**params, "all parameters": sum(params.values())}
+    counts = {**params, "all parameters": sum(params.values()) if params else None}
     counts["FLOPs per token, PaLM convention"] = config["num_flops_per_token"]
     counts["FLOPs per token, exact causal"] = config["num_flops_per_token_causal"]
-    counts = [[name, f"{count:,.0f}"] for name, count in counts.items()]
-    state = f"{run.state}: {plural(numbers['steps'], 'step')}, {numbers['progress']:.1%} of the run"
-    parts = [f"# {run.name}", state]
-    parts += [f"Reason: {run.reason}"] if run.reason else []
+    counts = [[name, "–" if count is None else f"{count:,.0f}"] for name, count in counts.items()]
+    state = f"{run.state}: {plural(numbers['steps'], 'step')}"
+    if "progress" in numbers or not run.steps:  # older versions did not log it
+        state += f", {numbers.get('progress', 0):.1%} of the run"
+    parts = [f"# {plain(run.name)}", state]
+    parts += [f"Reason: {plain(run.reason)}"] if run.reason else []
     parts += val_bpb_rise(run)
     alone = [Group([run])]
     if run.steps:
@@ -1005,9 +1205,9 @@ def write_report(folder, console):
     parts += ["## Parameters and FLOPs", table(["what", "count"], counts)]
     for prompt, text, *real in numbers.get("samples", []):
         texts = {"Model:": text} | ({"Original text:": real[0]} if real else {})
-        parts += [f"## Sample from {prompt!r}", side_by_side(texts)]
+        parts += [f"## Sample from {plain(repr(prompt))}", side_by_side(texts)]
     parts += ["## How to reproduce this run", how_to_reproduce(run)]
-    return replace(run.folder / "report.md", "\n\n".join(parts) + "\n")
+    return replace(run.folder / "report.md", escaped("\n\n".join(parts) + "\n"))
 
 
 def compare(folders, console):
@@ -1016,35 +1216,45 @@ def compare(folders, console):
     for run in runs:
         by_key.setdefault(run.group_key, []).append(run)
     groups = [Group(same) for same in by_key.values()]
-    target = runs[0].folder.parent / ("compare-" + "-".join(group.name for group in groups))[:120]
+    name = "compare-" + "-".join(group.name for group in groups)
+    if len(os.fsencode(name)) > 120:  # a file name can have 255 bytes
+        digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:8]
+        name = os.fsencode(name)[:110].decode(errors="ignore") + "-" + digest
+    target = runs[0].folder.parent / name
     target.mkdir(exist_ok=True)
     label_groups(groups)
     names = [group.name for group in groups]
-    rows = [[key, *(group.fact(key) for group in groups)] for key in runs[0].all_facts]
+    keys = dict.fromkeys(key for run in runs for key in run.all_facts if key not in NOT_COMPARED)
+    rows = [[key, *(group.fact(key) for group in groups)] for key in keys]
     differing = [row for row in rows if any(cell != row[1] for cell in row[1:])]
-    parts = ["# " + ", ".join(names), ABOUT_RESULTS, results(groups), curves(groups, target, console)]
-    texts = dict.fromkeys(run.config["corpus"]["name"] for run in runs)
+    parts = ["# " + plain(", ".join(names)), ABOUT_RESULTS, results(groups), curves(groups, target, console)]
+    texts = {
+        run.facts["corpus"]: run.config["corpus"].get("name", "–") for run in runs
+    }  # {fingerprint: name}
     if len(texts) > 1:
-        warning = "The runs used different texts, so val_bpb and losses cannot be compared"
-        parts.insert(1, f"{warning}: {', '.join(texts)}.")
+        texts = ", ".join(f"{name} ({fingerprint})" for fingerprint, name in texts.items())
+        warning = "The fingerprints of the texts differ, so val_bpb and losses cannot be compared"
+        parts.insert(1, f"{warning}: {plain(texts)}.")
     else:
         equal, law = equal_costs(groups), scaling_law(groups, target / "scaling.png")
         parts += ["## At equal cost", ABOUT_COSTS, equal] if equal else []
         parts += ["## Scaling law", *law] if law else []
     parts += ["## Settings that differ", table(["setting", *names], differing)]
-    return replace(target / "compare.md", "\n\n".join(parts) + "\n")
+    return replace(target / "compare.md", escaped("\n\n".join(parts) + "\n"))
 
 
 def list_runs(folder, console):
     """The runs in a folder as a table of plain text, newest first."""
-    rows = []
-    for path in Path(folder).iterdir():
-        if (path / "config.json").exists() and (run := console.attempt(f"reading {path}", Run, path)):
-            changed = max(file.stat().st_mtime for file in path.glob("*.json*"))
-            when = time.strftime("%Y-%m-%d %H:%M", time.localtime(changed))
-            depth, steps = run.config["settings"]["depth"], run.numbers["steps"]
-            val = f"{run.numbers['val_bpb']:.4f}" if run.numbers.get("val_bpb") else ""
-            rows.append([when, run.name, str(depth), f"{steps:,}", val, run.state])
+
+    def row(path):
+        run, changed = Run(path), max(file.stat().st_mtime for file in path.glob("*.json*"))
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(changed))
+        val = f"{run.numbers['val_bpb']:.4f}" if run.numbers.get("val_bpb") else ""
+        depth = str(run.config["settings"].get("depth", "–"))
+        return [when, run.name, depth, f"{run.numbers['steps']:,}", val, run.state]
+
+    paths = [path for path in Path(folder).iterdir() if (path / "config.json").exists()]
+    rows = filter(None, [console.attempt(f"reading {path}", row, path) for path in paths])
     rows = [["last change", "run", "depth", "steps", "val_bpb", "state"], *sorted(rows, reverse=True)]
     widths = [max(len(row[i]) for row in rows) for i in range(6)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
@@ -1063,6 +1273,8 @@ def report_on(folders, console):
 
 if __name__ == "__main__":
     try:
+        if sys.argv[1:2] == ["--upload"]:  # see Upload
+            sys.exit(upload(Path(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])))
         if sys.argv[1:] in (["-h"], ["--help"]):
             print(__doc__.strip())
             sys.exit()
@@ -1072,5 +1284,5 @@ if __name__ == "__main__":
         console = Console()
         console.show(str(report_on(sys.argv[1:], console)))
     except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {escaped(str(error))}", file=sys.stderr)
         sys.exit(2)

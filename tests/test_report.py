@@ -1,23 +1,28 @@
 """Numbers, console, log, report and comparison: against calculations done differently, and real runs."""
 
+import errno
+import http.server
 import json
 import math
 import os
 import re
 import runpy
 import shlex
+import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
 import threading
 import time
 import types
+import warnings
 
 import numpy as np
 import pytest
 import torch
-from conftest import REPO
+from conftest import REPO, wait_for
 
 import report
 
@@ -199,7 +204,29 @@ def test_text_of_a_model_cannot_control_the_terminal(capsys):
     CONSOLE.print("run", "out/\x1b[2Ja")
     CONSOLE.show("a\rb")
     output = capsys.readouterr().out
-    assert output == "sample   'a' ->\n         \\x1b[2J\\x07b\\x9b2Jc\nrun      out/\\x1b[2Ja\na\\x0db\n"
+    assert output == "sample   'a' ->\n         \\x1b[2J\\x07b\\x9b2Jc\nrun      out/\\x1b[2Ja\na\\rb\n"
+    CONSOLE.samples([["a", "1\r2\x0b3\x0c4\x1c5\x856\u20287\u202e8\r\n9\n"]])
+    output = capsys.readouterr().out
+    assert output == "sample   'a' ->\n         1\\r2\\x0b3\\x0c4\\x1c5\\x856\\u20287\\u202e8\n         9\n"
+
+
+def test_a_report_shows_control_characters_of_a_text_escaped(make, config, monkeypatch):
+    monkeypatch.setattr(report, "curves", lambda groups, folder, console: "")
+    bad = "\x1b]0;title\x07\r\x9b2J\u202e"
+    config["corpus"]["name"] = config["settings"]["data"] = config["given"]["data"] = bad
+    folders = [make(f"{name}{bad}\n", ending="failed", settings=config["settings"]) for name in "ab"]
+    for folder in folders:
+        log = report.Log(folder, CONSOLE)
+        log.fail(ValueError(f"text: {bad}"))
+        log.close()
+        summary = json.loads((folder / "summary.json").read_text())
+        summary["samples"] = [[bad, f"a\n{bad}", bad]]
+        (folder / "summary.json").write_text(json.dumps(summary))
+    pages = [report.write_report(folders[0], CONSOLE), report.compare(folders, CONSOLE)]
+    texts = [page.read_bytes().decode() for page in pages]
+    for text in texts:
+        assert not report.CONTROL.search(text) and "\\x1b]0;title\\x07\\r\\x9b2J\\u202e" in text
+    assert texts[0].splitlines()[0] == "# a\\x1b]0;title\\x07\\r\\x9b2J\\u202e\\n"
 
 
 def test_only_rank_0_prints_except_with_print(capsys):
@@ -412,6 +439,28 @@ def test_a_shell_parses_a_command_line_into_the_same_words():
     assert report.command_line("python train.py", {}) == "python train.py"
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        b"b\xf6cher",
+        b"$HOME `date`",
+        "中文 'x'".encode(),
+        b"a\nb\t",
+        b"-x",
+        b"it's\\\xff1",
+        b"\x1b[2J",
+    ],
+)
+def test_a_printed_command_can_be_pasted_whatever_a_name_contains(tmp_path, name):
+    settings = {"run_name": os.fsdecode(name), "data": os.fsdecode(b"/data/" + name), "depth": 2}
+    code = "import os, sys; sys.stdout.buffer.write(bytes(1).join(map(os.fsencode, sys.argv[1:])))"
+    line = report.command_line(f"{sys.executable} -c {shlex.quote(code)}", settings)
+    assert line.isprintable()
+    words = subprocess.check_output(["bash", "-c", line]).split(bytes(1))
+    joined = [b"--run-name=" + name] if name.startswith(b"-") else [b"--run-name", name]  # else it is a flag
+    assert words == [*joined, b"--data", b"/data/" + name, b"--depth", b"2"]
+
+
 # Real consoles: each in its own process; without torch, because importing it takes seconds
 SETUP = """
 import os, sys, types
@@ -553,6 +602,46 @@ def test_a_file_is_replaced_atomically_and_accepts_any_text(tmp_path, monkeypatc
     assert path.read_text(encoding="utf-8") == "# caf\\udcff × é\n"
 
 
+@pytest.mark.parametrize("number", ["EINVAL", "ENOTSUP", "EOPNOTSUPP", "ENOSYS"])
+def test_a_file_system_that_cannot_sync_is_no_error(tmp_path, monkeypatch, number):
+    """CIFS and shared folders of virtual machines answer EINVAL; an error of the disk is still an error."""
+
+    def fail(number):
+        def fsync(handle):
+            raise OSError(getattr(errno, number), "as if")
+
+        monkeypatch.setattr(os, "fsync", fsync)
+
+    fail(number)
+    assert report.replace(tmp_path / "config.json", "{}").read_text() == "{}"
+    fail("EIO")
+    with pytest.raises(OSError, match="as if"):
+        report.replace(tmp_path / "config.json", "{1}")
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    assert (tmp_path / "config.json").read_text() == "{}"
+
+
+def test_two_processes_may_write_the_same_page(tmp_path):
+    """The run that ends and `python report.py`: with one temporary name the slower one failed."""
+    code = (
+        "import pathlib, report; [report.replace(pathlib.Path('report.md'), 'page\\n') for n in range(500)]"
+    )
+    command, env = [sys.executable, "-c", code], {**os.environ, "PYTHONPATH": str(REPO)}
+    processes = [subprocess.Popen(command, cwd=tmp_path, env=env) for _ in range(2)]
+    assert [process.wait() for process in processes] == [0, 0]
+    assert [path.name for path in tmp_path.iterdir()] == ["report.md"]
+
+
+def test_waiting_needs_no_thread(monkeypatch, capsys):
+    def start(thread):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with CONSOLE.waiting("measure", "compiling"):
+        CONSOLE.print("run", "in the block")
+    assert "in the block" in capsys.readouterr().out
+
+
 def test_an_exception_that_ends_a_run_is_an_event(tmp_path):
     log = report.Log(tmp_path, CONSOLE)
     log.write("event", step=0, event="started")
@@ -589,56 +678,280 @@ def test_a_log_is_read_without_a_broken_line_and_cut_after_a_step(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["log.jsonl"]
 
 
-class FakeWandb(types.ModuleType):
-    """Records the calls; fails in the function named `broken`."""
+FAKE_WANDB = """
+import json, os, sys, time, types
+if os.environ.get("BROKEN") == "import":
+    raise ImportError("no wandb here")
+def call(name, /, *arguments, **options):
+    with open(os.environ["CALLS"], "a") as file:
+        file.write(json.dumps([name, arguments, options], default=str) + "\\n")
+    if os.environ.get("BROKEN") == name:
+        raise RuntimeError("no\\nnetwork")
+    time.sleep(float(os.environ.get("SLOW_" + name.upper(), 0)))
+class Run:
+    url, offline, settings = "https://wandb/a", False, types.SimpleNamespace(sync_dir="wandb/run-a")
+    summary = types.SimpleNamespace(update=lambda values: call("summary", values))
+    def __getattr__(self, name):
+        return lambda *arguments, **options: call(name, *arguments, **options)
+def init(**options):
+    call("init", **options)
+    return Run()
+Settings = lambda **options: types.SimpleNamespace(**options)
+"""
 
-    def __init__(self, broken=None):
-        super().__init__("wandb")
-        self.calls, self.summary = [], {}
-        for name in ("init", "define_metric", "log", "finish"):
-            setattr(self, name, lambda *a, _name=name, **k: self.call(_name, a, k))
-        self.broken = broken
 
-    def call(self, name, arguments, options):
-        self.calls.append((name, arguments, options))
-        if name == self.broken:
-            raise RuntimeError("no network")
-        return self
+@pytest.fixture
+def fake_wandb(tmp_path, monkeypatch):
+    """fake_wandb() -> the calls of wandb in other processes: {name: [(arguments, options), ...]}"""
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "wandb.py").write_text(FAKE_WANDB)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'modules'}:{REPO}")
+    monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
+
+    def calls():
+        found = {}
+        path = tmp_path / "calls"
+        for line in path.read_text().splitlines() if path.exists() else ():
+            name, arguments, options = json.loads(line)
+            found.setdefault(name, []).append((arguments, options))
+        return found
+
+    return calls
 
 
-def use_wandb(monkeypatch, tmp_path, module):
-    monkeypatch.setitem(sys.modules, "wandb", module)
-    log = report.Log(tmp_path, CONSOLE, wandb=True, config={"depth": 2})
+def log_with_wandb(folder, wait=False):
+    """Write two steps to a run's log, with wandb."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text('{"depth": 2}')
+    (folder / "log.jsonl").write_text('{"kind": "step", "step": 0}\n')  # of an earlier start
+    log = report.Log(folder, CONSOLE, wandb=True)
     log.write("event", step=0, event="started")
     for step in (1, 2):
         log.write("step", step=step, train_loss=2.0, mfu=math.nan)
-    log.close({"val_bpb": 1.5})
+    (folder / "summary.json").write_text('{"val_bpb": 1.5}')
+    log.close()
+    return log
 
 
-def test_wandb_gets_the_same_names(monkeypatch, tmp_path):
-    wandb = FakeWandb()
-    use_wandb(monkeypatch, tmp_path, wandb)
-    calls = {name: [(a, k) for n, a, k in wandb.calls if n == name] for name, *_ in wandb.calls}
+def test_wandb_gets_the_same_names(fake_wandb, tmp_path, capsys):
+    log_with_wandb(tmp_path / "a")
+    calls = fake_wandb()
     axes = ["step", "total_training_time", "total_training_flops"]
-    assert calls["define_metric"] == [*(((a,), {}) for a in axes), (("*",), {"step_metric": "step"})]
-    assert calls["log"] == [(({"step": step, "train_loss": 2.0},), {}) for step in (1, 2)]
-    assert wandb.summary == {"val_bpb": 1.5} and len(calls["finish"]) == 1
-    again = FakeWandb()
-    use_wandb(monkeypatch, tmp_path, again)  # a resumed run is the same run in wandb
-    first, second = (fake.calls[0][2] for fake in (wandb, again))
+    assert calls["define_metric"] == [*(([a], {}) for a in axes), (["*"], {"step_metric": "step"})]
+    assert calls["log"] == [([{"step": step, "train_loss": 2.0}], {}) for step in (1, 2)]
+    assert calls["summary"] == [([{"val_bpb": 1.5}], {})] and calls["finish"] == [([], {"exit_code": 0})]
+    assert capsys.readouterr().out == "wandb    https://wandb/a\n"
+    log_with_wandb(tmp_path / "a")  # a resumed run is the same run in wandb
+    log_with_wandb(tmp_path / "elsewhere" / "a")
+    first, second, other = (options for _, options in fake_wandb()["init"])
     assert first == second and first["resume"] == "allow" and first["config"] == {"depth": 2}
-    other = FakeWandb()
-    elsewhere = tmp_path / "elsewhere" / tmp_path.name
-    elsewhere.mkdir(parents=True)
-    use_wandb(monkeypatch, elsewhere, other)
-    assert other.calls[0][2]["id"] != first["id"]
+    assert other["name"] == first["name"] and other["id"] != first["id"]
 
 
-@pytest.mark.parametrize("broken", ["import", "init", "define_metric", "log", "finish"])
-def test_a_broken_wandb_stops_nothing(monkeypatch, tmp_path, capsys, broken):
-    use_wandb(monkeypatch, tmp_path, None if broken == "import" else FakeWandb(broken))
+@pytest.mark.parametrize("broken", ["import", "init", "define_metric", "log", "summary", "finish"])
+def test_a_broken_wandb_stops_nothing(fake_wandb, monkeypatch, tmp_path, capsys, broken):
+    monkeypatch.setenv("BROKEN", broken)
+    log_with_wandb(tmp_path / "a")
     assert capsys.readouterr().out.count("turned off after an error: ") == 1
-    assert len(report.read_log(tmp_path)) == 3
+    assert len(report.read_log(tmp_path / "a")) == 4
+
+
+def test_a_wandb_that_cannot_be_started_stops_nothing(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "nothing"))
+    log_with_wandb(tmp_path / "a")
+    assert "wandb    turned off after an error: [Errno 2]" in capsys.readouterr().out
+
+
+def test_a_late_wandb_gets_all_records_and_costs_the_run_no_time(fake_wandb, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(report, "UPLOAD_SECONDS", 1.5)
+    monkeypatch.setenv("SLOW_INIT", "2")
+    (tmp_path / "config.json").write_text("{}")
+    start = time.monotonic()
+    log = report.Log(tmp_path, CONSOLE, wandb=True)
+    for step in range(100):
+        log.write("step", step=step)
+    assert time.monotonic() - start < 0.5
+    wait_until(lambda: "log" in fake_wandb())
+    log.close()
+    assert [record["step"] for (record,), _ in fake_wandb()["log"]] == [*range(100)]
+    lines = capsys.readouterr().out.splitlines()
+    late = "wandb    no answer yet; the run goes on, and all records are sent once it answers"
+    assert lines == [late, "wandb    https://wandb/a"]
+
+
+@pytest.mark.parametrize(
+    "name, advice", [("init", ""), ("finish", "; to send the rest: wandb sync wandb/run-a")]
+)
+def test_a_wandb_that_hangs_is_left_after_a_limit(fake_wandb, monkeypatch, tmp_path, capsys, name, advice):
+    monkeypatch.setattr(report, "UPLOAD_SECONDS", 1.0)
+    monkeypatch.setenv("SLOW_" + name.upper(), "1000")
+    start = time.monotonic()
+    log = log_with_wandb(tmp_path / "a")
+    assert 1 < time.monotonic() - start < 4 and log.upload.process.poll() is not None
+    assert capsys.readouterr().out.splitlines()[-1] == f"wandb    not everything was sent within 1 s{advice}"
+
+
+HANGING_RUN = """
+import os, pathlib, signal, sys, time
+import report
+class Signals:  # as machine.py's: train.py looks at it during training only
+    def __init__(self):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda number, frame: None)
+Signals()
+report.UPLOAD_SECONDS = float(os.environ.get("LIMIT", 20))
+folder = pathlib.Path(sys.argv[1])
+(folder / "config.json").write_text("{}")
+log = report.Log(folder, report.Console(), wandb=True)
+log.write("step", step=1)
+print("process", log.upload.process.pid, flush=True)
+{end}
+log.close()
+print("closed", flush=True)
+sys.exit(7)
+"""
+
+
+def start_hanging_run(tmp_path, end=""):
+    """A run in a process of its own -> the process, and that of its upload."""
+    tmp_path.joinpath("a").mkdir()
+    command = [sys.executable, "-c", HANGING_RUN.replace("{end}", end), tmp_path / "a"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    return process, int(process.stdout.readline().split()[1])
+
+
+def is_alive(pid):
+    """Whether a process runs; one that has ended may still be waited for by nobody (a zombie)."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="there is no /proc here")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_wait_for_wandb(fake_wandb, monkeypatch, tmp_path, number):
+    monkeypatch.setenv("SLOW_FINISH", "1000")
+    process, upload = start_hanging_run(tmp_path)
+    wait_until(lambda: "finish" in fake_wandb())
+    start = time.monotonic()
+    os.killpg(process.pid, number)  # as Ctrl-C does, and batch systems
+    output = process.communicate(timeout=10)[0]
+    assert time.monotonic() - start < 2 and process.returncode == 7
+    assert output.endswith("wandb    ended before everything was sent\nclosed\n") and not is_alive(upload)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="there is no /proc here")
+@pytest.mark.parametrize("hangs", [False, True])
+def test_the_upload_of_a_run_that_was_killed_ends(fake_wandb, monkeypatch, tmp_path, hangs):
+    """It sends the records so far, marked as a failed run; if wandb hangs, it ends after the limit."""
+    monkeypatch.setenv("LIMIT", "1")
+    monkeypatch.setenv("SLOW_INIT", "1000" if hangs else "0.1")
+    process, upload = start_hanging_run(tmp_path, "log.write('step', step=2); time.sleep(1000)")
+    wait_until(lambda: "init" in fake_wandb())
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2):  # batch systems send them to all processes
+        os.kill(upload, number)
+    process.kill()
+    process.communicate()
+    wait_until(lambda: not is_alive(upload))
+    if not hangs:
+        assert [record["step"] for (record,), _ in fake_wandb()["log"]] == [1, 2]
+        assert fake_wandb()["finish"] == [([], {"exit_code": 1})]
+
+
+WANDB_ANSWERS = {  # {query: what a server answers}; all others: nothing
+    "UpsertBucket": {
+        "upsertBucket": {
+            "bucket": {
+                **{"id": "id", "name": "a", "displayName": "a", "description": "", "config": "{}"},
+                **{"sweepName": None, "historyLineCount": 0},
+                "project": {"id": "p", "name": "onedial", "entity": {"id": "e", "name": "me"}},
+            },
+            "inserted": True,
+        }
+    },
+    "CreateRunFiles": {"createRunFiles": {"runID": "id", "uploadHeaders": [], "files": []}},
+}
+
+
+class WandbServer(http.server.BaseHTTPRequestHandler):
+    """As much of wandb's server as its client needs. It answers after half a second."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.received.append((self.path, body))
+        time.sleep(0.5)
+        data = WANDB_ANSWERS.get(body.get("operationName"), {})
+        if body.get("operationName") == "CreateRunFiles":
+            url = f"http://127.0.0.1:{self.server.server_port}/file"
+            files = [{"name": name, "uploadUrl": url} for name in body["variables"]["files"]]
+            data["createRunFiles"]["files"] = files
+        self.answer(json.dumps({"data": data}).encode() if self.path == "/graphql" else b"{}")
+
+    def do_PUT(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.answer(b"")
+
+    def answer(self, content):
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *arguments):
+        pass
+
+
+def use_wandb_server(monkeypatch, port):
+    for name in [name for name in os.environ if name.startswith("WANDB")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("WANDB_API_KEY", 40 * "a")
+
+
+@pytest.mark.slow
+def test_the_real_wandb_sends_everything_to_a_slow_server(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("wandb")
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), WandbServer)
+    server.received = []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    use_wandb_server(monkeypatch, server.server_port)
+    log_with_wandb(tmp_path / "a")
+    server.shutdown()
+    server.server_close()
+    output = capsys.readouterr().out
+    assert f"wandb    http://127.0.0.1:{server.server_port}/me/onedial/runs/" in output
+    assert "turned off" not in output and "not everything" not in output
+    streams = [body for path, body in server.received if path.endswith("/file_stream")]
+    sent = [body["files"] for body in streams if "files" in body]
+    rows = [row for files in sent for row in files.get("wandb-history.jsonl", {"content": []})["content"]]
+    rows = [json.loads(row) for row in rows]
+    assert [(row["step"], row["train_loss"]) for row in rows] == [(1, 2.0), (2, 2.0)]
+    summaries = [
+        files["wandb-summary.json"]["content"][-1] for files in sent if "wandb-summary.json" in files
+    ]
+    assert json.loads(summaries[-1])["val_bpb"] == 1.5
+    assert streams[-1]["complete"] is True and streams[-1]["exitcode"] == 0
+
+
+@pytest.mark.slow
+def test_the_real_wandb_with_a_server_that_never_answers_costs_no_time(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("wandb")
+    monkeypatch.setattr(report, "UPLOAD_SECONDS", 3.0)
+    with socket.create_server(("127.0.0.1", 0), backlog=50) as server:  # connects, and nothing else
+        use_wandb_server(monkeypatch, server.getsockname()[1])
+        (tmp_path / "config.json").write_text("{}")
+        start = time.monotonic()
+        log = report.Log(tmp_path, CONSOLE, wandb=True)
+        log.write("step", step=1)
+        assert time.monotonic() - start < 0.5
+        log.close()
+        assert 3 < time.monotonic() - start < 6
+    assert capsys.readouterr().out.endswith("wandb    not everything was sent within 3 s\n")
+    assert log.upload.process.poll() is not None
 
 
 def wandb_records(path):
@@ -658,8 +971,9 @@ def wandb_records(path):
 @pytest.mark.slow
 def test_the_real_wandb_without_a_login_does_not_prompt_on_a_terminal(tmp_path):
     pytest.importorskip("wandb")
-    code = "import pathlib, report; log = report.Log(pathlib.Path('.'), report.Console(), True, {});"
-    code += "log.close({}); print('continued')"
+    (tmp_path / "config.json").write_text("{}")
+    code = "import pathlib, report; log = report.Log(pathlib.Path('.'), report.Console(), True);"
+    code += "log.close(); print('continued')"
     env = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
     env |= {"HOME": str(tmp_path), "TERM": "xterm", "PYTHONPATH": str(REPO)}
     here, there = os.openpty()
@@ -671,20 +985,40 @@ def test_the_real_wandb_without_a_login_does_not_prompt_on_a_terminal(tmp_path):
     os.close(here), os.close(there)
 
 
-def test_a_damaged_config_is_named(tmp_path):
-    (tmp_path / "config.json").write_text('{"settings": {')
+@pytest.mark.parametrize("content", [b'{"settings": {', b"", bytes(100), b"[1]", b"null", b"\xff\xfe"])
+def test_a_damaged_config_is_named(tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(ValueError, match="config.json is damaged") as error:
         report.write_report(tmp_path, CONSOLE)
     assert str(error.value).count("\n") == 1
 
 
 @pytest.mark.slow
+def test_the_advice_for_a_damaged_config_works(train):
+    run = train("--num-iterations", 4, "--run-name", "$a b", run="$a b")
+    assert run.code == 0, run.output
+    (run.folder / "config.json").write_text('{"settings": {')
+    command = [sys.executable, REPO / "report.py", run.folder]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 2, done.stderr
+    advice = done.stderr.split("writes it again: python ")[1]
+    env = {**os.environ, "ONEDIAL_HOME": str(train.home / "cache"), "PYTHONPATH": str(train.home / "hidden")}
+    command_line = f"{shlex.quote(sys.executable)} {advice}"
+    resumed = subprocess.run(["bash", "-c", command_line], env=env, capture_output=True, text=True)
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    assert json.loads((run.folder / "config.json").read_text())["settings"] == run.config["settings"]
+
+
+@pytest.mark.slow
 def test_wandb_offline_writes_the_same_axes_numbers_and_summary(tmp_path):
     pytest.importorskip("wandb")
+    (tmp_path / "config.json").write_text('{"depth": 2}')
+    (tmp_path / "summary.json").write_text('{"val_bpb": 1.25, "mfu": 0.5}')
     code = (
-        "import pathlib, report; log = report.Log(pathlib.Path('.'), report.Console(), True, {'depth': 2})\n"
-        "assert log.wandb; log.write('step', step=1, train_loss=2.0, total_training_time=0.5)\n"
-        "log.write('val', step=1, val_bpb=1.5); log.close({'val_bpb': 1.25, 'mfu': 0.5})"
+        "import pathlib, report; log = report.Log(pathlib.Path('.'), report.Console(), True)\n"
+        "log.write('step', step=1, train_loss=2.0, total_training_time=0.5)\n"
+        "log.write('val', step=1, val_bpb=1.5); log.close()"
     )
     env = {**os.environ, "WANDB_MODE": "offline", "WANDB_SILENT": "true", "PYTHONPATH": str(REPO)}
     command = [sys.executable, "-c", code]
@@ -823,6 +1157,39 @@ def test_an_edited_constant_is_in_the_report(make, tmp_path, monkeypatch):
     assert edited["code"] == clean["code"]  # settings are compared separately, and the seed not at all
 
 
+def commit_all(folder, *files):
+    """Make a git repository of some files -> its commit."""
+    git = ["git", "-C", str(folder), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init"], ["add", *files], ["commit", "-m", "first"]):
+        subprocess.run([*git, *words], check=True, capture_output=True)
+    return subprocess.check_output([*git, "rev-parse", "HEAD"], text=True).strip()
+
+
+def test_the_commit_is_that_of_this_code_or_unknown(tmp_path, monkeypatch):
+    """GIT_DIR is set in git's hooks; the files may have been copied into a repository of something else."""
+    foreign, own = tmp_path / "foreign", tmp_path / "own"
+    for folder in (foreign / "copied", own):
+        folder.mkdir(parents=True)
+        (folder / "train.py").write_text("seed: int = 42\n")
+    (foreign / "other.py").write_bytes(b"# caf\xe9")
+    (foreign / "copied" / ".#train.py").symlink_to("somebody@a-host.1234")  # while Emacs edits the file
+    foreign_commit, own_commit = commit_all(foreign, "other.py"), commit_all(own, "train.py")
+    assert foreign_commit != own_commit
+
+    def versions(folder):
+        monkeypatch.setattr(report, "__file__", str(folder / "report.py"))
+        return report.versions()
+
+    assert versions(foreign / "copied")["git_commit"] is None
+    (foreign / "copied" / "other.py").write_bytes(b"# caf\xe9")
+    assert versions(foreign / "copied")["code"]
+    monkeypatch.setenv("GIT_DIR", str(foreign / ".git"))
+    monkeypatch.setenv("GIT_WORK_TREE", str(foreign))
+    monkeypatch.setenv("GIT_INDEX_FILE", "none")
+    assert versions(own)["git_commit"] == own_commit
+    assert versions(foreign / "copied")["git_commit"] is None
+
+
 def test_runs_of_edited_code_are_not_one_group(make, tmp_path, monkeypatch):
     monkeypatch.setattr(report, "curves", lambda groups, folder, console: "")
     monkeypatch.setattr(report, "__file__", str(tmp_path / "report.py"))
@@ -864,7 +1231,8 @@ def test_the_report_has_the_command_that_repeats_the_run(make, monkeypatch):
     assert checkout == "    git checkout 0123abc  # and apply the changes that were not committed"
     assert line == "    " + command
     assert "bit for bit" in exactly and "limited by time" not in exactly
-    assert end("c", versions={"git_commit": None})[0] == "    git checkout unknown"
+    command, *_, unknown = end("c", versions={"git_commit": None})
+    assert command.startswith("    python train.py") and unknown == "The commit of its code is not known."
 
 
 def test_a_horizon_that_a_resume_has_changed_is_in_the_report(make, monkeypatch):
@@ -1131,10 +1499,74 @@ def test_running_and_damaged_runs_are_compared_as_far_as_they_are_logged(by_law,
     assert not any("nothing" in name and "to reach" in name for name in compared(a, nothing))
 
 
-def test_runs_on_different_texts_are_not_compared_at_equal_cost(make, config):
-    other = make("b", corpus=config["corpus"] | {"name": "letters"})
-    text = report.compare([make("a"), other], CONSOLE).read_text()
-    assert "cannot be compared: text, letters." in text and "At equal cost" not in text
+def test_fingerprints_decide_whether_texts_are_the_same(make, config, monkeypatch):
+    monkeypatch.setattr(report, "curves", lambda groups, folder, console: "")
+
+    def one(name, fingerprint, text, **changes):
+        given = {**config["given"], "data": f"/data/{text}", **changes}
+        settings = config["settings"] | given
+        corpus = config["corpus"] | {"name": text, "fingerprint": fingerprint}
+        return make(name, corpus=corpus, settings=settings, given=given)
+
+    a, other_text = one("a", "c0ffee", "text"), bpb(one("b", "facade", "text"), 2.0)
+    text = report.compare([a, other_text], CONSOLE).read_text()
+    assert "cannot be compared: text (c0ffee), text (facade)." in text and "At equal cost" not in text
+    rows = tables(text)
+    assert rows["val_bpb"] == ["1.2500", "2.0000"] and rows["steps"] == ["100", "100 (+0.0%)"]
+    same = bpb(one("c", "c0ffee", "copy", matrix_lr=0.03), 2.0)
+    text = report.compare([a, same], CONSOLE).read_text()
+    assert "cannot be compared" not in text and "At equal cost" in text
+    assert tables(text)["val_bpb"] == ["1.2500", "2.0000 (+60.0%)"]
+    seed = one("a-2", "c0ffee", "copy", seed=7)  # two places of one text do not separate seeds
+    assert tables(report.compare([a, seed], CONSOLE).read_text())["steps"] == ["100 ± 0, n = 2"]
+
+
+OLD_RUNS = sorted((REPO / "tests" / "old_runs").iterdir())
+
+
+@pytest.mark.parametrize("version", [path.name for path in OLD_RUNS])
+def test_a_run_of_an_older_version_has_a_report(tmp_path, version):
+    folder = shutil.copytree(REPO / "tests" / "old_runs" / version, tmp_path / "a")
+    text = report.write_report(folder, CONSOLE).read_text()
+    rows, numbers = tables(text), json.loads((folder / "summary.json").read_text())
+    assert text.splitlines()[2].startswith("finished: 40 steps")
+    assert ", 0.0% of the run" not in text
+    assert rows["val_bpb"] == [f"{numbers['val_bpb']:.4f}"] and rows["peak_memory, resident set"]
+    assert f"\n    git checkout {version}" in text and "None" not in text.split("## How")[1]
+    assert (folder / "curves.png").exists()
+    (folder / "summary.json").write_text('{"steps": ')  # the power failed
+    assert tables(report.write_report(folder, CONSOLE).read_text())["val_bpb"] == rows["val_bpb"]
+    assert "40     3.0" in report.list_runs(tmp_path, CONSOLE)
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_runs_of_all_versions_can_be_compared(make, tmp_path, backwards):
+    folders = [shutil.copytree(folder, tmp_path / folder.name) for folder in OLD_RUNS]
+    folders = [*folders, make("now")][:: -1 if backwards else 1]
+    rows = tables(report.compare(folders, CONSOLE).read_text())
+    by_name = dict(zip(rows["setting"], rows["eval_bytes"]))
+    assert by_name == {"5725d61": "–", "e41caad": "4096", "now": "1024"} and "run" not in rows
+    by_name = dict(zip(rows["setting"], rows["eval_tokens"]))
+    assert by_name == {"5725d61": "32768", "e41caad": "–", "now": "–"}
+
+
+def test_what_a_version_did_not_write_is_a_dash(make):
+    """Without any fact, or any number of the log but steps and val_bpb."""
+    bare, full = make("bare"), make("full")
+    (bare / "config.json").write_text('{"settings": {}}')
+    (bare / "summary.json").unlink()
+    records = [json.loads(line) for line in (bare / "log.jsonl").read_text().splitlines()]
+    keep = ("kind", "step", "val_bpb", "event")
+    records = [{name: value for name, value in record.items() if name in keep} for record in records]
+    (bare / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    rows = tables(report.write_report(bare, CONSOLE).read_text())
+    assert rows["val_bpb"] == ["1.0198"] and rows["tokens"] == rows["mfu"] == rows["mfu_causal"] == ["–"]
+    assert rows["all parameters"] == rows["FLOPs per token, exact causal"] == ["–"] and rows["device"] == [
+        "–"
+    ]
+    rows = tables(report.compare([bare, full], CONSOLE).read_text())
+    assert rows["tokens"] == ["–", "51.2k"] and rows["matrix_lr"] == ["–", "0.01"]
+    assert re.search(r"bare +– +100 ", report.list_runs(bare.parent, CONSOLE))
 
 
 def test_the_frontier_is_the_lowest_value_at_each_cost():
@@ -1263,6 +1695,97 @@ def test_runs_with_the_same_name_are_shown_with_their_folders(make, tmp_path):
     folders = [make("a"), make("x/a", world_size=2), make("empty", steps=0, ending=None)]
     text = report.compare(folders, CONSOLE).read_text()
     assert str(folders[0]) in text and str(folders[1]) in text
+
+
+@pytest.fixture
+def legends(monkeypatch):
+    """The legends of pictures, as [(text, font families)]; a warning of matplotlib's is an error."""
+    from matplotlib.figure import Figure
+
+    shown, savefig = [], Figure.savefig
+
+    def save(figure, *arguments, **options):
+        with warnings.catch_warnings(action="error"):
+            savefig(figure, *arguments, **options)
+        for legend in figure.legends:
+            assert not any(text.get_parse_math() for text in legend.get_texts())
+            shown.extend((text.get_text(), text.get_fontfamily()) for text in legend.get_texts())
+
+    monkeypatch.setattr(Figure, "savefig", save)
+    return shown
+
+
+ODD_NAMES = ["$a$b", "_x_", "-y", "a b", "$\\frac{", "^", "ä|`*<b>"]
+
+
+def test_pictures_show_names_as_they_are(make, config, legends):
+    settings = [config["settings"] | {"matrix_lr": float(n)} for n in range(len(ODD_NAMES))]
+    given = [{"matrix_lr": float(n)} for n in range(len(ODD_NAMES))]
+    folders = [make(n, 10, settings=s, given=g) for n, s, g in zip(ODD_NAMES, settings, given)]
+    page = report.compare(folders, CONSOLE)
+    assert (page.parent / "curves.png").exists() and [name for name, _ in legends] == ODD_NAMES
+    assert page.parent.parent == folders[0].parent
+
+
+def test_a_page_shows_names_as_they_are(make, monkeypatch):
+    """GitHub takes $ for mathematics, * and _ around a word for emphasis, < for HTML."""
+    monkeypatch.setattr(report, "curves", lambda groups, folder, console: "")
+    folders = [make("$a$ <b>", device="x"), make("_c_d_"), make("e|`*", device="y")]
+    text = report.compare(folders, CONSOLE).read_text()
+    assert text.splitlines()[0] == r"# \$a\$ \<b>, \_c_d\_, e\|\`\*"
+    assert r"| result | \$a\$ \<b> | \_c_d\_ | e\|\`\* |" in text and "| val_bpb |" in text
+    assert report.write_report(folders[1], CONSOLE).read_text().startswith("# \\_c_d\\_\n")
+
+
+def test_letters_that_no_font_has_are_escaped_in_pictures(make, legends, monkeypatch, tmp_path):
+    from fontTools.fontBuilder import FontBuilder
+    from fontTools.pens.ttGlyphPen import TTGlyphPen
+    from matplotlib import font_manager
+
+    usual = [font for font in font_manager.fontManager.ttflist if font.name.startswith(("DejaVu", "Last"))]
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", usual)
+    report.write_report(make("运行-中é"), CONSOLE)
+    report.write_report(make("x\x01\ny"), CONSOLE)
+    if sys.platform != "darwin":
+        report.write_report(make("caf\udcff"), CONSOLE)
+    names = [name for name, _ in legends]
+    assert names == ["\\u8fd0\\u884c-\\u4e2dé", "x\\x01\\ny", "caf\\udcff"][: len(names)] and len(names) > 1
+    legends.clear()
+    builder = FontBuilder(1000)
+    builder.setupGlyphOrder([".notdef", "run", "line", "middle"])
+    builder.setupCharacterMap({ord("运"): "run", ord("行"): "line", ord("中"): "middle"})
+    pen = TTGlyphPen(None)
+    for call, place in ((pen.moveTo, (0, 0)), (pen.lineTo, (0, 700)), (pen.lineTo, (700, 0))):
+        call(place)
+    pen.closePath()
+    builder.setupGlyf(dict.fromkeys([".notdef", "run", "line", "middle"], pen.glyph()))
+    builder.setupHorizontalMetrics(dict.fromkeys([".notdef", "run", "line", "middle"], (800, 0)))
+    builder.setupHorizontalHeader(ascent=800, descent=-200)
+    builder.setupNameTable({"familyName": "A Chinese Font", "styleName": "Regular"})
+    builder.setupOS2(sTypoAscender=800)
+    builder.setupPost()
+    builder.save(tmp_path / "chinese.ttf")
+    font_manager.fontManager.addfont(tmp_path / "chinese.ttf")
+    report.write_report(make("运行"), CONSOLE)
+    assert legends == [("运行", [*legends[0][1][:-1], "A Chinese Font"])]
+
+
+def test_a_comparison_of_long_names_has_a_folder_of_its_own(make, config, monkeypatch):
+    """78 Chinese letters are 234 bytes; a file name can have 255."""
+    monkeypatch.setattr(report, "curves", lambda groups, folder, console: "")
+    folders = [make(78 * "中" + name, device=name) for name in "abc"]
+    pages = {report.compare(pair, CONSOLE) for pair in (folders[:2], folders[1:])}
+    assert len(pages) == 2 and all(len(os.fsencode(page.parent.name)) <= 120 for page in pages)
+
+
+def test_two_seeds_of_ten_steps_have_curves(make, config, capsys):
+    """Seconds of training leave out the first ten steps, so they are all 0: an empty logarithmic axis."""
+    folders = [make(f"a-{seed}", 10, settings=config["settings"] | {"seed": seed}) for seed in (1, 2)]
+    for folder in folders:
+        records = [json.loads(line) | {"total_training_time": 0.0} for line in (folder / "log.jsonl").open()]
+        (folder / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    page = report.compare(folders, CONSOLE)
+    assert (page.parent / "curves.png").exists() and capsys.readouterr().out == ""
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="all names are UTF-8 there")
@@ -1414,8 +1937,25 @@ def test_a_run_synchronizes_once_per_record_and_its_time_adds_up(train, tmp_path
     assert max(map(len, run.output[: run.output.index("---")].splitlines())) <= 120
     text = (run.folder / "report.md").read_text()
     assert "\nfinished: 40 steps, 100.0% of the run\n" in text and tables(text)["steps"] == ["40"]
-    assert f"\n    {run.config['command']}\n" in text and "--num-iterations 40 " in run.config["command"]
+    assert f"\n    {run.config['command']}\n" in text and "--num-iterations 40" in run.config["command"]
     assert (run.folder / "curves.png").exists()
+
+
+@pytest.mark.slow
+def test_a_wandb_that_never_answers_takes_no_training_time(train, monkeypatch):
+    """wandb itself waits for 90 s."""
+    pytest.importorskip("wandb")
+    with socket.create_server(("127.0.0.1", 0), backlog=50) as server:  # connects, and nothing else
+        use_wandb_server(monkeypatch, server.getsockname()[1])
+        process = train.start("--num-iterations", 20, "--wandb")
+        wait_for(process, "wandb    sending the last records")
+        process.send_signal(signal.SIGTERM)
+        signalled = time.monotonic()
+        run = train.finish(process)
+    assert time.monotonic() - signalled < 3 and run.code == 0, run.output
+    assert run.summary["steps"] == 20 and run.summary["wall_time"] < 60
+    assert (run.folder / "report.md").exists()
+    assert run.output.endswith("wandb    ended before everything was sent\n")
 
 
 @pytest.mark.slow
