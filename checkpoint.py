@@ -108,7 +108,7 @@ class RunFolder:
 
     def has_begun(self):
         """Whether the folder contains a checkpoint, valid or not."""
-        return any(self.checkpoints.glob("step_*"))
+        return bool(newest_first(self.checkpoints))
 
     def saved_settings(self):
         """

@@ -62,16 +62,37 @@ class MachineError(Exception):
     exit_status = 2
 
 
+# These stop a run: Ctrl-C, a batch system or `kill`, a closed terminal, submitit, the limit of CPU time
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2, signal.SIGXCPU)
+
+
+def handle(numbers, handler):
+    """Install a signal handler, but leave SIGHUP ignored under nohup."""
+    for number in numbers:
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal of STOPPING before the training loop, where Signals takes over; its argument is the number."""
+
+
 class ErrorHook:
     """
     Installs itself as sys.excepthook. User-fixable errors (with an attribute `exit_status`, or out of memory)
-    print their two lines and exit with that status; Ctrl-C exits with 130; all other errors print a traceback
-    and exit with 1. Before that, each function in the list `clean_up` is called with the error.
+    print their two lines and exit with that status; signals of STOPPING exit with 128 + their number; all
+    other errors print a traceback and exit with 1. Before that, each function in the list `clean_up` is
+    called with the error.
     """
 
     def __init__(self, rank=0):
         self.rank, self.clean_up = rank, []
         sys.excepthook = self
+        handle(STOPPING, self.interrupt)
+
+    def interrupt(self, number, frame):
+        """Signal handler."""
+        raise Interrupted(number)
 
     def __call__(self, kind, error, trace):
         if is_out_of_memory(error):
@@ -86,7 +107,7 @@ class ErrorHook:
             except Exception:  # the error itself must still be printed
                 traceback.print_exc()
         if isinstance(error, KeyboardInterrupt):
-            sys.exit(130)
+            sys.exit(128 + (error.args[0] if isinstance(error, Interrupted) else signal.SIGINT))
         status = getattr(error, "exit_status", None)
         if status is None:
             sys.__excepthook__(kind, error, trace)
@@ -331,6 +352,7 @@ class Ranks:
 
     def __init__(self):
         (self.rank, self.local_rank, self.world_size), self.warnings = read_ranks(os.environ)
+        self.per_node = int(os.environ.get("LOCAL_WORLD_SIZE") or self.world_size)
 
     def connect(self, device):
         """Connect the ranks, by NCCL on GPUs and by gloo on CPUs. Call it before any collective call."""
@@ -363,6 +385,16 @@ class Ranks:
         if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def launcher(self):
+        """The start of a command line that starts as many processes, on each of as many nodes."""
+        nodes = self.world_size // self.per_node
+        if self.world_size == 1:
+            return "python"
+        where = "--standalone"
+        if nodes > 1:
+            where = f"--nnodes={nodes} --rdzv_backend=c10d --rdzv_endpoint=HOST:29500"
+        return f"torchrun {where} --nproc_per_node={self.per_node}"
 
     def heartbeat(self):
         """If several ranks do not call this for HANG_SECONDS, they print their threads' stacks and exit."""
@@ -461,9 +493,6 @@ def attempt(work, device, ranks, headroom, collective=False):
 # -----------------------------------------------------------------------------
 # Signals
 
-# They stop a run. Ctrl-C, a batch system or `kill`, a closed terminal, submitit, the limit of CPU time
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2, signal.SIGXCPU)
-
 
 class Signals:
     """
@@ -473,9 +502,7 @@ class Signals:
 
     def __init__(self):
         self.stopped_by, self.save = 0, False
-        for number in (*STOPPING, signal.SIGUSR1):
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
-                signal.signal(number, self.record)
+        handle((*STOPPING, signal.SIGUSR1), self.record)
 
     @property
     def stop(self):

@@ -15,8 +15,10 @@ process_start = time.monotonic()  # --minutes counts from here: the imports belo
 
 import machine  # before torch: it sets environment variables that torch reads
 
+errors = machine.ErrorHook()  # user-fixable errors print two lines, all others a traceback
 ranks = machine.Ranks()  # one process of several that torchrun has started, or a single one
 rank, world_size = ranks.rank, ranks.world_size
+errors.rank = rank
 
 import gc
 import json
@@ -113,7 +115,6 @@ def absolute(path):
 report.open_console()
 console = report.Console(rank)
 print0 = console.print0  # "label    text", on rank 0 only
-errors = machine.ErrorHook(rank)  # user-fixable errors print two lines, all others a traceback
 errors.clean_up = [lambda error: console.end_live()]
 convert = {"data": absolute, "init_from": absolute}
 # from here on each constant has its flag's value
@@ -142,14 +143,18 @@ if run:
 settings.check(LIMITS)
 if rank == 0:
     run = run or RunFolder.create(out_folder, run_name)
-    run.claim()  # held until the process exits, however it exits
     errors.clean_up.append(lambda error: run.abandon())  # a new folder, before the first step
+    missing = run.claim()  # locked until the process exits, however it exits
     print0("run", run.path)
+    for line in missing:  # what the file system cannot do
+        print0("disk", line)
 
 # -----------------------------------------------------------------------------
 # The machine
 
 clock = report.Clock(process_start)
+for line in ranks.warnings:
+    print0("node", line)
 device = machine.find_device(device_type, ranks.local_rank, world_size)
 device_type, on_gpu = device.type, device.type == "cuda"
 if saved_device_type not in (None, device_type) and settings.requested.get("compile") is None:
@@ -542,11 +547,10 @@ print0("train", f"{how} · {kernel} attention · peak {report.short(peak_flops, 
 
 steps_or_minutes = {"num_iterations": None if minutes else last_step, "minutes": minutes}
 to_repeat = settings.values(without=(*OF_THE_CALL, *HORIZONS, "wandb")) | steps_or_minutes
-python = "python" if world_size == 1 else f"torchrun --standalone --nproc_per_node={world_size}"
 run_config = report.run_config(
     settings=settings.values(without=OF_THE_CALL),
     given={name: value for name, value in settings.requested.items() if name not in OF_THE_CALL},
-    command=report.command_line(f"{python} train.py", to_repeat),
+    command=report.command_line(f"{ranks.launcher()} train.py", to_repeat),
     timed=bool(minutes),
     model=model,
     corpus=corpus,
@@ -805,7 +809,7 @@ if failure and rank == 0:
 if stop:
     call = {"out_dir": run.path.parent, "run_name": run.path.name, "resume": True}
     print0("stopped", f"by {signal.Signals(stop).name} after step {step}; to continue:")
-    console.show(report.command_line(f"{python} {report.quoted(Path(__file__).absolute())}", call))
+    console.show(report.command_line(f"{ranks.launcher()} {report.quoted(Path(__file__).absolute())}", call))
 clock.lap("saving")
 if peak_source == "measured":  # the better of two: another program may have slowed the first one
     again = console.attempt("measuring the peak", machine.measure_peak_flops, device, compute_dtype)

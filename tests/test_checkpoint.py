@@ -322,12 +322,23 @@ def test_two_nodes_resume_after_one_of_them_is_lost(train):
     assert seen == sorted(set(seen)) and seen[-1] == step + 10
 
 
-@pytest.mark.parametrize("event, requeued", [("interrupted", True), ("failed", False), ("finished", False)])
-def test_a_slurm_job_is_requeued_only_if_it_was_interrupted(tmp_path, event, requeued):
+@pytest.mark.parametrize(
+    "event, trains, requeued",
+    [
+        ("interrupted", True, True),
+        ("interrupted", False, False),  # a later start that fails before it trains: the log is an older one's
+        ("failed", True, False),
+        ("finished", True, False),
+    ],
+)
+def test_a_slurm_job_is_requeued_only_if_it_was_interrupted(tmp_path, event, trains, requeued):
     status = 0 if event == "finished" else 1
     record = json.dumps({"kind": "event", "step": 3, "event": event})
+    log = f"mkdir -p out/mine; echo '{record}' >> out/mine/log.jsonl"
+    subprocess.run(log, shell=True, cwd=tmp_path)
+    time.sleep(0.05)
     commands = {  # fake commands of a cluster; each logs its arguments
-        "srun": f"mkdir -p out/mine; echo '{record}' >> out/mine/log.jsonl; exit {status}",
+        "srun": f"{'true' if not trains else log}; exit {status}",
         "scontrol": "if [ $1 = show ]; then echo node7; echo node8; fi",
     }
     for name, script in commands.items():
@@ -794,6 +805,7 @@ def test_the_signals_of_batch_systems_save_and_stop(train, number):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGUSR1])
 def test_ranks_save_and_end_if_torchrun_dies(train, number):
+    signal.signal(signal.SIGUSR1, signal.SIG_DFL)  # machine.py ignores it, and processes inherit that
     process = train.start("--num-iterations", 100_003, "--eval-every", -1, processes=2)
     wait_for(process, "step")
     ranks = ranks_of(process)
