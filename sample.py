@@ -101,40 +101,51 @@ def find_run(run_and_prompt):
     if second is not None or (first and (os.path.isdir(first) or os.path.isdir(os.path.dirname(first)))):
         return Path(first), second
     manifests = Path("out").glob("*/checkpoints/*/manifest.json")
-    newest = max(manifests, key=os.path.getmtime, default=None)
+    newest = max(manifests, key=saved_at, default=None)
     if newest is None:
         raise SampleError("no run given, and no run in out/ has saved.\nTrain one with `python train.py`.")
     return newest.parents[2], first
 
 
-def load(run_folder, device, scoring):
-    """The run's best checkpoint -> (GPT with fp32 weights on `device`, tokenizer, one line about them)."""
-    if not (run_folder / "config.json").exists():
-        problem = f"{run_folder} is not a run: it has no config.json"
-        problem = problem if run_folder.exists() else f"there is no run {run_folder}"
-        raise SampleError(f"{problem}.\nGive the folder of a run, such as out/NAME.")
-    folder, faults = checkpoint.best(run_folder / "checkpoints")
-    if folder is None:
-        problem = f"{run_folder} has no valid checkpoint" + "".join(f"; {fault}" for fault in faults[:1])
-        raise SampleError(f"{problem}.\nGive another run, or continue this one with train.py --resume.")
+def saved_at(manifest):
+    """When a checkpoint was saved. If its run deletes it at this moment: when that run last changed one."""
     try:
+        return os.path.getmtime(manifest)
+    except OSError:
+        return os.path.getmtime(manifest.parents[1])
+
+
+def load(run_folder, device, scoring):
+    """The run's best checkpoint -> (GPT with fp32 weights on `device`, tokenizer, settings, a line about it)."""
+    if not os.path.isfile(run_folder / "config.json"):
+        problem = f"{run_folder} is not a run: it has no config.json"
+        problem = problem if os.path.isdir(run_folder) else f"there is no run {run_folder}"
+        raise SampleError(f"{problem}.\nGive the folder of a run, such as out/NAME, before the prompt.")
+    try:
+        folder, weights, state, faults = checkpoint.load_best(run_folder / "checkpoints")
+        if folder is None:
+            problem = f"no valid checkpoint; {faults[0]}" if faults else "no checkpoint yet"
+            advice = "continue this one with train.py --resume" if faults else "wait until this one saves"
+            raise SampleError(f"{run_folder} has {problem}.\nGive another run, or {advice}.")
         config = json.loads((run_folder / "config.json").read_text())
+        settings, evaluated = config["settings"], state.get("val_step", state["step"])
         tokenizer = dataset.load_tokenizer(run_folder / "tokenizer")
         # generation on a CPU multiplies one row at a time: fp32 is as fast as bf16 there
         use_saved = machine.has_fast_bf16(device) and (scoring or device.type != "cpu")
-        dtype = config["settings"]["dtype"] if use_saved else "float32"
+        dtype = settings["dtype"] if use_saved else "float32"
         with torch.device("meta"):
             model = GPT(GPTConfig(**config["model"]), machine.find_dtype(device, dtype))
         model.init_weights(device, seed=0)
-        model.load_state_dict(checkpoint.load(folder, "model"))
+        model.load_state_dict(weights)
     except (OSError, ValueError, LookupError, TypeError, RuntimeError) as error:
         if machine.is_out_of_memory(error):
             raise
         problem = f"{run_folder} is damaged: {type(error).__name__}: {str(error).splitlines()[0]}"
         raise SampleError(f"{problem}.\nRestore its files from a copy.") from None
-    val_bpb, depth = checkpoint.load(folder, "state")["val_bpb"], model.config.n_layer
-    about = f"{folder}, {val_bpb:.4f} bits per byte · depth {depth} · {device.type} · {dtype}"
-    return model, tokenizer, about + "".join(f" · skipped: {fault}" for fault in faults)
+    about = f"{folder}, {state['val_bpb']:.4f} bits per byte"
+    about += f" at step {evaluated}" if evaluated != state["step"] else ""  # saved after that evaluation
+    about += f" · depth {model.config.n_layer} · {device.type} · {dtype}"
+    return model, tokenizer, settings, about + "".join(f" · skipped: {fault}" for fault in faults)
 
 
 # -----------------------------------------------------------------------------
@@ -339,7 +350,7 @@ if __name__ == "__main__":
         args = parse_args()
         run_folder, prompt = find_run(args.run_and_prompt)
         device = machine.find_device(args.device_type)
-        model, tokenizer, about = load(run_folder, device, scoring=args.score is not None)
+        model, tokenizer, settings, about = load(run_folder, device, scoring=args.score is not None)
         print(about, file=sys.stderr, flush=True)
         if args.export is not None:
             print(export(args.export, model, tokenizer, run_folder))

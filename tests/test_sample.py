@@ -1,5 +1,6 @@
 """Generation against the training forward, sampling, scores, the command line of sample.py, export."""
 
+import importlib.util
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -215,6 +217,85 @@ def call(folder, *calls, written=""):
         return json.load(pipe)
 
 
+@pytest.mark.slow
+def test_a_run_can_be_used_while_it_trains_on(home, tmp_path):
+    """It saves at every step and keeps one checkpoint, so a checkpoint exists for a few milliseconds."""
+    flags = ["--data", home / "text", "--num-iterations", 10**6, "--run-name", "a", "--save-every", 1]
+    flags += ["--keep-checkpoints", 1, "--eval-every", -1]
+    command = [str(word) for word in (sys.executable, REPO / "train.py", *TINY, *flags)]
+    env = {**os.environ, "ONEDIAL_HOME": str(home / "cache"), "PYTHONPATH": str(home / "hidden")}
+    training = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=env, cwd=tmp_path)
+    try:
+        deadline = time.monotonic() + 120
+        while not [*tmp_path.glob("out/a/checkpoints/step_*")]:
+            assert training.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        (tmp_path / "file.txt").write_text("def main():\n    pass\n")
+        calls = 6 * [["x", "--tokens", 3], ["out/a", "--score", "file.txt"]]
+        calls += [["out/a", "--export", "taken"]] if importlib.util.find_spec("transformers") else []
+        results = call(tmp_path, *calls)
+        assert [(error, 0) for status, _, error in results if status] == []
+        steps = [re.match(r"out/a/checkpoints/step_(\d+), ", error)[1] for _, _, error in results]
+        assert len(set(steps)) > 6, "the run has to save while it is used"
+        done = subprocess.run([sys.executable, REPO / "report.py", "out/a"], env=env, cwd=tmp_path)
+        assert done.returncode == 0 and training.poll() is None
+    finally:
+        training.kill()
+        training.wait()
+
+
+def save(root, name, val_bpb=1.0):
+    """A checkpoint with a weight that is equal to its step."""
+    step = int(name.split("_")[1])
+    root.mkdir(exist_ok=True)
+    state = {"step": step, "val_bpb": val_bpb}
+    return checkpoint.write(root, name, {"model": {"w": torch.tensor(step)}}, state, keep=None)
+
+
+@pytest.mark.parametrize("after", ["find_fault", "newest_valid", "best", "load"])
+@pytest.mark.parametrize("replaced", [True, False])
+def test_a_checkpoint_that_vanishes_before_it_is_opened_is_no_damage(tmp_path, monkeypatch, after, replaced):
+    """Its run deletes it just before, or just after, each of the steps from choosing to opening."""
+    root, names = tmp_path / "checkpoints", iter(["step_000003", "best_000004", "step_000005"])
+    for name in ("step_000001", "step_000002", "best_000001"):
+        save(root, name, val_bpb=0.5 if "best" in name else 1.0)
+    (tmp_path / "config.json").write_text("{}")
+    original = getattr(checkpoint, after)
+
+    def train_on():
+        if name := next(names, None):
+            old = checkpoint.newest_first(root, name.split("_")[0])
+            if replaced:
+                save(root, name, val_bpb=0.5 if "best" in name else 1.0)
+            for folder in old:
+                checkpoint.discard(folder)
+                checkpoint.clean_up(root)
+
+    def disturbed(*arguments):
+        train_on()
+        result = original(*arguments)
+        train_on()
+        return result
+
+    monkeypatch.setattr(checkpoint, after, disturbed)
+    folder, weights, state, faults = checkpoint.load_best(root)
+    assert faults == []
+    if replaced:
+        assert weights["w"] == state["step"] == int(folder.name.split("_")[1])
+    else:
+        assert (folder, weights, state) == (None, None, None)
+        with pytest.raises(checkpoint.CheckpointError, match="has no valid checkpoint\\.\n"):
+            checkpoint.initial_weights(tmp_path)
+
+
+def test_weights_to_start_from_are_open_before_their_run_deletes_them(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    folder = save(tmp_path / "checkpoints", "step_000007")
+    found, weights, config = checkpoint.initial_weights(tmp_path)
+    shutil.rmtree(folder)
+    assert (found, config) == (folder, {}) and weights["w"] == 7
+
+
 def test_user_fixable_errors_print_two_lines(out, tmp_path):
     shutil.copytree(out / "out", tmp_path / "out")
     for name in ("flipped", "unreadable", "other", "no-tokenizer", "not-saved"):
@@ -246,7 +327,7 @@ def test_user_fixable_errors_print_two_lines(out, tmp_path):
         ("unreadable", "x"): "unreadable is damaged: JSONDecodeError",
         ("other", "x"): "other is damaged: RuntimeError",
         ("no-tokenizer", "x"): "no-tokenizer is damaged: ValueError",
-        ("not-saved", "x"): "not-saved has no valid checkpoint",
+        ("not-saved", "x"): "not-saved has no checkpoint yet",
         ("out/a", "--score", "empty"): "empty: there is no text in it",
         ("out/a", "--score", "nowhere"): "no such file",
         ("out/a", "--score", "x" * 5000): "cannot be read: File name too long",
