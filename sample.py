@@ -62,7 +62,8 @@ def number(kind, low, high):
 
 
 def usage_error(message):
-    raise SampleError(f"{message}.\n`python sample.py --help` lists the flags.")
+    advice = "`python sample.py --help` lists the flags. A prompt that begins with a dash goes after `--`."
+    raise SampleError(f"{message}.\n{advice}")
 
 
 def parse_args():
@@ -82,7 +83,10 @@ def parse_args():
     text = "make a folder for Hugging Face's transformers"
     parser.add_argument("--export", type=Path, metavar="DIR", help=text)
     parser.add_argument("--device-type", help="cuda, mps or cpu [the first one available]")
-    args = parser.parse_args()
+    words = sys.argv[1:]
+    end = words.index("--") if "--" in words else len(words)
+    args = parser.parse_intermixed_args(words[:end])
+    args.run_and_prompt += words[end + 1 :]
     if args.stride and args.score is None:
         usage_error("--stride needs --score")
     if len(args.run_and_prompt) > 2:
@@ -95,10 +99,20 @@ def parse_args():
 # The run
 
 
+def is_run(argument):
+    """Whether a single argument is a run, not a prompt: a folder, or a wrong name in a folder of runs."""
+    folder = os.path.dirname(argument.rstrip("/")).rstrip("/")  # of "// a comment": ""
+    if os.path.isfile(os.path.join(argument, "config.json")):
+        return True
+    if os.path.isdir(argument):
+        return argument.strip("./") != ""
+    return os.path.isdir(folder) and any(Path(folder).glob("*/config.json"))
+
+
 def find_run(run_and_prompt):
     """[RUN] [PROMPT] -> (run folder, by default that of the newest checkpoint; prompt or None)."""
     first, second = [*run_and_prompt, None, None][:2]
-    if second is not None or (first and (os.path.isdir(first) or os.path.isdir(os.path.dirname(first)))):
+    if second is not None or (first and is_run(first)):
         return Path(first), second
     manifests = Path("out").glob("*/checkpoints/*/manifest.json")
     newest = max(manifests, key=saved_at, default=None)
@@ -174,7 +188,9 @@ def generate_bytes(model, tokenizer, ids, args, seed):
 def write(model, tokenizer, prompt, args, seed):
     """Print the prompt and its continuation while it is generated, then the other samples of the batch."""
     prompt = os.fsencode(prompt).decode("utf-8", "replace")
-    ids = [tokenizer.n_vocab - 1, *tokenizer.encode_ordinary(prompt)]
+    ids = [tokenizer.n_vocab - 1]
+    if prompt:  # cut like training text: a tokenizer fails on a million blanks
+        ids = dataset.encode_held_out(tokenizer, [prompt], whole=True).tolist()
     if len(ids) > model.config.max_seq_len:
         print(f"the prompt has {len(ids):,} tokens: only its end is used", file=sys.stderr)
     print(prompt, end="", flush=True)

@@ -111,6 +111,8 @@ def test_tokens_are_sampled_with_the_right_probabilities():
         (frequencies(top_p=1e-9), normalized([1.0, 0, 0, 0, 0])),
         (frequencies(temperature=0), normalized([1.0, 0, 0, 0, 0])),
         (frequencies(temperature=1e-30), normalized([1.0, 0, 0, 0, 0])),
+        (frequencies(temperature=1e-40), normalized([1.0, 0, 0, 0, 0])),  # 1 / 1e-40 is infinite in fp32
+        (frequencies(temperature=1e-46), normalized([1.0, 0, 0, 0, 0])),  # 0 in fp32
     ):
         torch.testing.assert_close(found, expected, atol=0.01, rtol=0)
         assert (found[expected == 0] == 0).all()
@@ -236,7 +238,7 @@ def test_a_run_can_be_used_while_it_trains_on(home, tmp_path):
         results = call(tmp_path, *calls)
         assert [(error, 0) for status, _, error in results if status] == []
         steps = [re.match(r"out/a/checkpoints/step_(\d+), ", error)[1] for _, _, error in results]
-        assert len(set(steps)) > 6, "the run has to save while it is used"
+        assert len(set(steps)) > 2, "the run has to save while it is used"
         done = subprocess.run([sys.executable, REPO / "report.py", "out/a"], env=env, cwd=tmp_path)
         assert done.returncode == 0 and training.poll() is None
     finally:
@@ -323,6 +325,9 @@ def test_user_fixable_errors_print_two_lines(out, tmp_path):
         ("out/b", "x"): "there is no run out/b",
         ("out/b",): "there is no run out/b",  # not a prompt for the newest run
         ("empty", "x"): "empty is not a run",
+        ("empty",): "empty is not a run",
+        ("x" * 5000, "x"): "there is no run xxx",
+        ("out/a", "-x"): "unrecognized arguments: -x",
         ("flipped", "x"): "model.pt is damaged: its sha256 has changed",
         ("unreadable", "x"): "unreadable is damaged: JSONDecodeError",
         ("other", "x"): "other is damaged: RuntimeError",
@@ -361,6 +366,26 @@ def test_unusual_prompts_and_settings_work(out):
     assert "<|bos|>" not in results[10][1] and len(results[10][1]) < 1500  # a bos ends it
     first, *others = re.split(r"\n--- \d\n", results[8][1])
     assert len({first.rstrip("\n"), *others}) == 3 and all(text.startswith("x") for text in others)
+
+
+def test_prompts_that_look_like_paths_or_flags(out):
+    prompts = ["// returns the sum", "//", "/", ".", "a/b", "/usr is", "x" * 5000 + "/y", "-x", "--tokens"]
+    calls = [["--tokens", 3, "--", prompt] for prompt in prompts]
+    calls += [["out/a", "--tokens", 3, "--", "-x"], ["out/a", "--tokens", 3, "x"]]
+    results = call(out, *calls)
+    for arguments, (status, written, error) in zip(calls, results, strict=True):
+        assert status == 0 and written.startswith(arguments[-1]), (arguments, error)
+        assert error.startswith("out/a/checkpoints/step_000012, ")
+
+
+@pytest.mark.slow
+def test_a_prompt_of_a_million_blanks(out):
+    """The tokenizer panics if it gets them at once."""
+    command = [sys.executable, str(REPO / "sample.py"), "out/a", "--tokens", "3"]
+    blanks = " " * 1_500_000
+    done = subprocess.run(command, cwd=out, input=blanks + "\n", capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith(blanks), done.stderr
+    assert re.search(r"the prompt has [\d,]+ tokens: only its end is used", done.stderr)
 
 
 @pytest.mark.slow
