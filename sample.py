@@ -166,12 +166,24 @@ def load(run_folder, device, scoring):
 # Continue prompts
 
 
+def escaped(text):
+    """Text that cannot move a terminal's cursor or change its title: control characters as in "\\x1b"."""
+    return report.CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
+
+
+def show(text, end=""):
+    """Print to stdout: on a terminal escaped, into a file or pipe as it is."""
+    print(escaped(text) if sys.stdout.isatty() else text, end=end, flush=True)
+
+
 def letters(chunks):
-    """A stream of UTF-8 bytes -> a stream of strings. The bytes of an incomplete character are kept back."""
+    """
+    A stream of UTF-8 bytes -> a stream of strings. The bytes of an incomplete character are kept back until
+    it is complete, and left out at the end: the last token may be half a character.
+    """
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     for chunk in chunks:
         yield decoder.decode(chunk)
-    yield decoder.decode(b"", final=True)
 
 
 def generate_bytes(model, tokenizer, ids, args, seed):
@@ -193,7 +205,7 @@ def write(model, tokenizer, prompt, args, seed):
         ids = dataset.encode_held_out(tokenizer, [prompt], whole=True).tolist()
     if len(ids) > model.config.max_seq_len:
         print(f"the prompt has {len(ids):,} tokens: only its end is used", file=sys.stderr)
-    print(prompt, end="", flush=True)
+    show(prompt)
     pieces = []  # for each new token the bytes of all samples
 
     def first_sample():
@@ -202,11 +214,10 @@ def write(model, tokenizer, prompt, args, seed):
             yield new[0]
 
     for text in letters(first_sample()):
-        print(text, end="", flush=True)
+        show(text)
     for n in range(1, args.num_samples):
-        text = b"".join(new[n] for new in pieces).decode("utf-8", "replace")
-        print(f"\n--- {n + 1}\n{prompt}{text}", end="")
-    print(flush=True)
+        show(f"\n--- {n + 1}\n{prompt}" + "".join(letters(new[n] for new in pieces)))
+    show("\n")
 
 
 def talk(model, tokenizer, args):
@@ -280,7 +291,7 @@ def score(model, tokenizer, token_bytes, texts, stride):
 def print_score(name, loss_sum, tokens, bytes_):
     bpb, perplexity = loss_sum / (math.log(2) * bytes_), math.exp(loss_sum / tokens)
     details = f"perplexity {perplexity:.2f} per token, {tokens:,} tokens, {bytes_:,} bytes"
-    print(f"{bpb:.6f} bits per byte, {details}  {name}", flush=True)
+    show(f"{bpb:.6f} bits per byte, {details}  {name}", end="\n")
 
 
 def score_files(model, tokenizer, names, stride, device):
@@ -356,7 +367,7 @@ def explain(error):
         message = str(error)
     else:
         raise
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {escaped(message)}", file=sys.stderr)
     return getattr(error, "exit_status", 2)
 
 
@@ -367,7 +378,7 @@ if __name__ == "__main__":
         run_folder, prompt = find_run(args.run_and_prompt)
         device = machine.find_device(args.device_type)
         model, tokenizer, settings, about = load(run_folder, device, scoring=args.score is not None)
-        print(about, file=sys.stderr, flush=True)
+        print(escaped(about), file=sys.stderr, flush=True)
         if args.export is not None:
             print(export(args.export, model, tokenizer, run_folder))
             sys.exit()
