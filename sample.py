@@ -17,6 +17,7 @@ import json
 import math
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -81,14 +82,19 @@ def parse_args():
     text = "score documents without cutting them; each token has max_seq_len - N tokens of context or more"
     parser.add_argument("--stride", type=number(int, 1, 10**6), metavar="N", help=text)
     text = "make a folder for Hugging Face's transformers"
+    text = "with --score: field or column with the text [of the run]"
+    parser.add_argument("--text-field", metavar="NAME", help=text)
+    text = "with --score: separates the documents in a file [of the run]"
+    parser.add_argument("--document-separator", metavar="TEXT", help=text)
     parser.add_argument("--export", type=Path, metavar="DIR", help=text)
     parser.add_argument("--device-type", help="cuda, mps or cpu [the first one available]")
     words = sys.argv[1:]
     end = words.index("--") if "--" in words else len(words)
     args = parser.parse_intermixed_args(words[:end])
     args.run_and_prompt += words[end + 1 :]
-    if args.stride and args.score is None:
-        usage_error("--stride needs --score")
+    for name in ("stride", "text_field", "document_separator"):
+        if getattr(args, name) is not None and args.score is None:
+            usage_error(f"--{name.replace('_', '-')} needs --score")
     if len(args.run_and_prompt) > 2:
         extra = args.run_and_prompt[2]
         usage_error(f"{extra!r} is a third argument after run and prompt. Put the prompt into quotes")
@@ -244,17 +250,25 @@ def talk(model, tokenizer, args):
 # Score text
 
 
-def read_texts(name):
-    """The documents in a file or folder, or stdin as one document for "-"."""
-    if name == "-":
-        texts = [sys.stdin.buffer.read().decode("utf-8", "replace")]
-    else:
-        try:
-            texts = list(dataset.read_documents(name))
-        except OSError as error:
-            advice = "Check the path and its permissions."
-            raise SampleError(f"{name} cannot be read: {error.strerror}.\n{advice}") from None
-    if not any(texts):
+def reading_options(args, settings):
+    """How to find the documents in a file: as the run did, unless the flags say something else."""
+    names = {"text_field": "text_field", "separator": "document_separator"}
+    options = {key: getattr(args, name) or settings.get(name) for key, name in names.items()}
+    return {key: None if value == "auto" else value for key, value in options.items()}
+
+
+def read_texts(name, reading):
+    """The documents in a file or folder, or for "-" in stdin, which is read like a .txt file."""
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "stdin.txt") if name == "-" else name
+            if name == "-":
+                path.write_bytes(sys.stdin.buffer.read() if sys.stdin else b"")
+            texts = list(dataset.read_documents(path, **reading))
+    except OSError as error:
+        advice = "Check the path and its permissions."
+        raise SampleError(f"{name} cannot be read: {error.strerror}.\n{advice}") from None
+    if not texts:
         raise SampleError(f"{name}: there is no text in it.\nGive a file or a folder of text.")
     return texts
 
@@ -294,12 +308,12 @@ def print_score(name, loss_sum, tokens, bytes_):
     show(f"{bpb:.6f} bits per byte, {details}  {name}", end="\n")
 
 
-def score_files(model, tokenizer, names, stride, device):
+def score_files(model, tokenizer, names, reading, stride, device):
     """Print the score of each file, of each document in a .jsonl, and of several files together."""
     token_bytes = torch.from_numpy(dataset.token_bytes(tokenizer).astype("int64")).to(device)
     all_scores = []
     for name in names:
-        texts, scores = read_texts(name), []
+        texts, scores = read_texts(name, reading), []
         if name.endswith(".jsonl"):
             for n, text in enumerate(texts, 1):
                 scores.append(score(model, tokenizer, token_bytes, [text], stride))
@@ -384,7 +398,7 @@ if __name__ == "__main__":
             sys.exit()
         model.to(model.compute_dtype)  # cast the weights once, not in each layer for each token
         if args.score is not None:
-            score_files(model, tokenizer, args.score, args.stride, device)
+            score_files(model, tokenizer, args.score, reading_options(args, settings), args.stride, device)
         elif prompt is not None:
             write(model, tokenizer, prompt, args, args.seed)
         elif sys.stdin is not None:

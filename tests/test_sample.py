@@ -311,6 +311,7 @@ def test_user_fixable_errors_print_two_lines(out, tmp_path):
     (tmp_path / "no-tokenizer" / "tokenizer" / "tokenizer.tiktoken").write_text("nonsense")
     shutil.rmtree(tmp_path / "not-saved" / "checkpoints")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "words.jsonl").write_text('{"words": "x"}\n')
     cases = {
         ("out/a", "x", "--tokens", "-1"): "--tokens: -1 is out of range",
         ("out/a", "x", "--tokens", "many"): "invalid int value: 'many'",
@@ -321,6 +322,10 @@ def test_user_fixable_errors_print_two_lines(out, tmp_path):
         ("out/a", "x", "--num-samples", "0"): "--num-samples: 0 is out of range",
         ("out/a", "def", "main("): "Put the prompt into quotes",
         ("out/a", "x", "--stride", "8"): "--stride needs --score",
+        ("out/a", "x", "--text-field", "body"): "--text-field needs --score",
+        ("out/a", "x", "--document-separator", "%"): "--document-separator needs --score",
+        ("out/a", "--score", "words.jsonl"): "none of its fields is known to contain the text: words",
+        ("out/a", "--score", "words.jsonl", "--text-field", "text"): "words.jsonl has no field text",
         ("out/a", "x", "--device-type", "abacus"): "abacus is unknown",
         ("out/b", "x"): "there is no run out/b",
         ("out/b",): "there is no run out/b",  # not a prompt for the newest run
@@ -418,6 +423,40 @@ def test_scores_of_documents_files_and_stdin(out, tmp_path):
         assert float(perplexity) == pytest.approx(2 ** (total / int(tokens.replace(",", ""))), rel=1e-3)
     assert alone[1].split()[:9] == plain[1].splitlines()[3].split()[:9]
     assert strided[1].count("\n") == 5 and strided[1].split()[0] != plain[1].split()[0]
+
+
+def test_text_is_found_as_the_run_has_found_it_or_as_flags_say(out, tmp_path):
+    shutil.copytree(out / "out" / "a", tmp_path / "b")
+    config = json.loads((tmp_path / "b" / "config.json").read_text())
+    config["settings"] |= {"text_field": "body", "document_separator": "\\n%%\\n"}
+    (tmp_path / "b" / "config.json").write_text(json.dumps(config))
+    texts = ["def main():\n    pass\n" * 20 + "#", "x = 1", "class A:\n    y = 2"]
+    (tmp_path / "files").mkdir()
+    for n, text in enumerate(texts):
+        (tmp_path / "files" / f"{n}.txt").write_text(text)
+    rows = [{"text": "another text", "body": text} for text in texts]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    joined = "\n%%\n".join(texts)
+    (tmp_path / "parts.txt").write_text(joined)
+    (tmp_path / "marks.txt").write_text("<|endoftext|>".join(texts))
+    a, flags = out / "out" / "a", ["--text-field", "body", "--document-separator", "%%"]
+    results = call(
+        tmp_path,
+        [a, "--score", "texts.jsonl"],  # expected: the documents one by one
+        ["b", "--score", "rows.jsonl"],
+        [a, "--score", "rows.jsonl", *flags],
+        ["b", "--score", "texts.jsonl", "--text-field", "auto"],
+        [a, "--score", "files"],  # expected: the documents together
+        ["b", "--score", "parts.txt"],
+        ["b", "--score", "-"],
+        [a, "--score", "parts.txt", *flags],
+        ["b", "--score", "marks.txt", "--document-separator", "auto"],
+        written=joined,
+    )
+    assert [error for status, _, error in results if status] == []
+    found = [written.splitlines()[-1].rsplit("  ", 1)[0] for _, written, _ in results]
+    assert found == [found[0]] * 4 + [found[4]] * 5
 
 
 @pytest.mark.slow
