@@ -136,7 +136,7 @@ def saved_at(manifest):
 
 
 def load(run_folder, device, scoring):
-    """The run's best checkpoint -> (GPT with fp32 weights on `device`, tokenizer, settings, a line about it)."""
+    """The run's best checkpoint -> (GPT with fp32 weights on `device`, tokenizer, settings, about)."""
     if not os.path.isfile(run_folder / "config.json"):
         problem = f"{run_folder} is not a run: it has no config.json"
         problem = problem if os.path.isdir(run_folder) else f"there is no run {run_folder}"

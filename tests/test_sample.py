@@ -576,6 +576,35 @@ def test_a_model_card_shows_no_folders(data, init_from, flags):
 
 
 @pytest.mark.slow
+def test_exports_with_odd_names_and_from_a_folder_that_was_another_run(out, tmp_path):
+    pytest.importorskip("transformers")
+    odd, longest = os.fsdecode(b"b\xf6 $x"), "x" * 255
+    for name in (odd, "other"):
+        shutil.copytree(out / "out" / "a", tmp_path / name)
+    (tmp_path / "run").symlink_to("other")
+    command = [sys.executable, str(REPO / "sample.py")]
+    files = {}
+    for run, target in ((odd, longest), ("run", odd + "2"), ("run", "again")):
+        if target == "again":  # the same path is another run now, with another tokenizer of the same size
+            folder = tmp_path / "other" / "tokenizer"
+            shutil.copytree(folder, tmp_path / "new" / "tokenizer")
+            for file in ("config.json", "checkpoints", "log.jsonl"):
+                (tmp_path / "new" / file).symlink_to(tmp_path / "other" / file)
+            lines = (folder / "tokenizer.tiktoken").read_bytes().splitlines(keepends=True)
+            tokens = [line.split()[0] for line in lines]
+            tokens[ord("x")], tokens[ord("y")] = tokens[ord("y")], tokens[ord("x")]
+            ranks = b"".join(b"%s %d\n" % (token, rank) for rank, token in enumerate(tokens))
+            (tmp_path / "new" / "tokenizer" / "tokenizer.tiktoken").write_bytes(ranks)
+            (tmp_path / "run").unlink()
+            (tmp_path / "run").symlink_to("new")
+        done = subprocess.run([*command, run, "--export", target], cwd=tmp_path, capture_output=True)
+        assert done.returncode == 0, done.stderr.decode()
+        files[target] = json.loads((tmp_path / target / "tokenizer.json").read_text())["model"]["vocab"]
+    assert "# b\\udcf6 $x\n" in (tmp_path / longest / "README.md").read_text()
+    assert files[longest] == files[odd + "2"] != files["again"] and files["again"]["x"] == ord("y")
+
+
+@pytest.mark.slow
 def test_an_export_works_without_this_repository_and_is_the_same_model(home, out, tmp_path):
     pytest.importorskip("transformers")
     ((status, written, error),) = call(out, ["out/a", "--export", tmp_path / "taken"])
