@@ -186,13 +186,16 @@ def check_name(name):
 
 
 def initial_weights(run_folder):
-    """(best checkpoint, config.json as a dict) of the run in --init-from. CheckpointError if missing."""
-    folder, faults = best(run_folder / "checkpoints")
+    """
+    (best checkpoint, its weights, config.json as a dict) of the run in --init-from. The weights are opened
+    at once, because that run may still train and delete the checkpoint. CheckpointError if missing.
+    """
+    folder, weights, _, faults = load_best(run_folder / "checkpoints")
     if folder is None:
         what = f"--init-from {run_folder} has no valid checkpoint" + "".join(f"; {f}" for f in faults[:1])
         raise CheckpointError(f"{what}.\nGive the folder of a run with a checkpoint, such as out/NAME.")
     try:
-        return folder, json.loads((run_folder / "config.json").read_text())
+        return folder, weights, json.loads((run_folder / "config.json").read_text())
     except (OSError, ValueError) as error:
         what = f"--init-from: cannot read {run_folder / 'config.json'}: {error}"
         raise CheckpointError(f"{what}.\nRestore the file, or give another run.") from None
@@ -407,7 +410,8 @@ def newest_valid(root, kind="step"):
         fault = find_fault(folder)
         if fault is None:
             return folder, faults
-        faults.append(fault)
+        if os.path.lexists(folder):  # otherwise its run, which still trains, has deleted it meanwhile
+            faults.append(fault)
     return None, faults
 
 
@@ -425,6 +429,26 @@ def best(root):
     if len(eval_bytes) == 2:  # older versions saved best_* without settings: then val_bpb is compared
         return max(states, key=lambda folder: states[folder]["step"]), faults
     return min(states, key=lambda folder: states[folder]["val_bpb"]), faults
+
+
+def load_best(root):
+    """
+    Open best(root) -> (checkpoint, its weights, its state, faults); all but faults None if none is valid.
+    A run that still trains may delete a checkpoint before it is opened: then the choice is made again.
+    """
+    while True:
+        candidates = [*newest_first(root), *newest_first(root, "best")]
+        try:
+            folder, faults = best(root)
+            if folder:
+                return folder, load(folder, "model"), load(folder, "state"), faults
+            error = None
+        except (OSError, RuntimeError) as caught:  # a RuntimeError comes from mapping a file that is gone
+            error = caught
+        if all(map(os.path.lexists, candidates)):
+            if error:
+                raise error
+            return None, None, None, faults
 
 
 def load_state(folder, names):

@@ -10,6 +10,7 @@ A corpus is any object with `name`, `fingerprint`, `bos`, `more` (None if no fil
 `open_shard(split, index)` (uint16 (tokens,), verified).
 """
 
+import codecs
 import math
 import time
 from collections import deque
@@ -173,6 +174,20 @@ class ValidationRows:
             text = self.tokens[:length].tolist()
             texts = [text if text[0] == self.bos else [self.bos, *text[:-1]]]
         return [(text[:prompt_length], text[prompt_length:]) for text in texts]
+
+
+def sample_texts(tokenizer, prompt, *continuations):
+    """
+    Decode the ids of a prompt, and of texts that continue it -> their strings. A token may end inside a
+    character: the first bytes of such a character count to the continuations, and at their end are left out.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    texts = [decoder.decode(tokenizer.decode_bytes(prompt))]
+    incomplete = decoder.getstate()
+    for ids in continuations:
+        decoder.setstate(incomplete)
+        texts.append(decoder.decode(tokenizer.decode_bytes(ids)))
+    return texts
 
 
 def validation_tokens(corpus, eval_bytes):

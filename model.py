@@ -439,7 +439,7 @@ class GPT(nn.Module):
         """
         device, T = self.head.weight.device, self.config.max_seq_len
         generator = torch.Generator(device=device).manual_seed(seed)
-        tokens, caches = torch.tensor(rows, device=device), None
+        tokens, caches = torch.tensor([row[-(T + 1) :] for row in rows], device=device), None
         for _ in range(max_new_tokens):
             if tokens.size(1) > T:
                 tokens, caches = F.pad(tokens[:, -(T // 2) :], (1, 0), value=bos), None
@@ -482,9 +482,9 @@ def sample_next_token(logits, temperature, top_k, top_p, generator):
     """
     logits (B, V) -> one id per row (B,). Drawn from the top_k most likely ids (0: from all), and among them
     from the smallest set whose probability reaches top_p (nucleus sampling, arXiv 1904.09751).
-    Temperature 0 takes the most likely id.
+    Temperature 0 takes the most likely id, and so does one that is too small for fp32.
     """
-    if temperature == 0:
+    if temperature < torch.finfo(torch.float32).tiny:
         return logits.argmax(dim=-1)
     logits, ids = logits.topk(min(top_k or logits.size(-1), logits.size(-1)))  # the most likely id first
     p = torch.softmax((logits - logits[:, :1]) / temperature, dim=-1)

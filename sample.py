@@ -17,6 +17,7 @@ import json
 import math
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -62,7 +63,8 @@ def number(kind, low, high):
 
 
 def usage_error(message):
-    raise SampleError(f"{message}.\n`python sample.py --help` lists the flags.")
+    advice = "`python sample.py --help` lists the flags. A prompt that begins with a dash goes after `--`."
+    raise SampleError(f"{message}.\n{advice}")
 
 
 def parse_args():
@@ -80,11 +82,19 @@ def parse_args():
     text = "score documents without cutting them; each token has max_seq_len - N tokens of context or more"
     parser.add_argument("--stride", type=number(int, 1, 10**6), metavar="N", help=text)
     text = "make a folder for Hugging Face's transformers"
+    text = "with --score: field or column with the text [of the run]"
+    parser.add_argument("--text-field", metavar="NAME", help=text)
+    text = "with --score: separates the documents in a file [of the run]"
+    parser.add_argument("--document-separator", metavar="TEXT", help=text)
     parser.add_argument("--export", type=Path, metavar="DIR", help=text)
     parser.add_argument("--device-type", help="cuda, mps or cpu [the first one available]")
-    args = parser.parse_args()
-    if args.stride and args.score is None:
-        usage_error("--stride needs --score")
+    words = sys.argv[1:]
+    end = words.index("--") if "--" in words else len(words)
+    args = parser.parse_intermixed_args(words[:end])
+    args.run_and_prompt += words[end + 1 :]
+    for name in ("stride", "text_field", "document_separator"):
+        if getattr(args, name) is not None and args.score is None:
+            usage_error(f"--{name.replace('_', '-')} needs --score")
     if len(args.run_and_prompt) > 2:
         extra = args.run_and_prompt[2]
         usage_error(f"{extra!r} is a third argument after run and prompt. Put the prompt into quotes")
@@ -95,58 +105,91 @@ def parse_args():
 # The run
 
 
+def is_run(argument):
+    """Whether a single argument is a run, not a prompt: a folder, or a wrong name in a folder of runs."""
+    folder = os.path.dirname(argument.rstrip("/")).rstrip("/")  # of "// a comment": ""
+    if os.path.isfile(os.path.join(argument, "config.json")):
+        return True
+    if os.path.isdir(argument):
+        return argument.strip("./") != ""
+    return os.path.isdir(folder) and any(Path(folder).glob("*/config.json"))
+
+
 def find_run(run_and_prompt):
     """[RUN] [PROMPT] -> (run folder, by default that of the newest checkpoint; prompt or None)."""
     first, second = [*run_and_prompt, None, None][:2]
-    if second is not None or (first and (os.path.isdir(first) or os.path.isdir(os.path.dirname(first)))):
+    if second is not None or (first and is_run(first)):
         return Path(first), second
     manifests = Path("out").glob("*/checkpoints/*/manifest.json")
-    newest = max(manifests, key=os.path.getmtime, default=None)
+    newest = max(manifests, key=saved_at, default=None)
     if newest is None:
         raise SampleError("no run given, and no run in out/ has saved.\nTrain one with `python train.py`.")
     return newest.parents[2], first
 
 
-def load(run_folder, device, scoring):
-    """The run's best checkpoint -> (GPT with fp32 weights on `device`, tokenizer, one line about them)."""
-    if not (run_folder / "config.json").exists():
-        problem = f"{run_folder} is not a run: it has no config.json"
-        problem = problem if run_folder.exists() else f"there is no run {run_folder}"
-        raise SampleError(f"{problem}.\nGive the folder of a run, such as out/NAME.")
-    folder, faults = checkpoint.best(run_folder / "checkpoints")
-    if folder is None:
-        problem = f"{run_folder} has no valid checkpoint" + "".join(f"; {fault}" for fault in faults[:1])
-        raise SampleError(f"{problem}.\nGive another run, or continue this one with train.py --resume.")
+def saved_at(manifest):
+    """When a checkpoint was saved. If its run deletes it at this moment: when that run last changed one."""
     try:
+        return os.path.getmtime(manifest)
+    except OSError:
+        return os.path.getmtime(manifest.parents[1])
+
+
+def load(run_folder, device, scoring):
+    """The run's best checkpoint -> (GPT with fp32 weights on `device`, tokenizer, settings, about)."""
+    if not os.path.isfile(run_folder / "config.json"):
+        problem = f"{run_folder} is not a run: it has no config.json"
+        problem = problem if os.path.isdir(run_folder) else f"there is no run {run_folder}"
+        raise SampleError(f"{problem}.\nGive the folder of a run, such as out/NAME, before the prompt.")
+    try:
+        folder, weights, state, faults = checkpoint.load_best(run_folder / "checkpoints")
+        if folder is None:
+            problem = f"no valid checkpoint; {faults[0]}" if faults else "no checkpoint yet"
+            advice = "continue this one with train.py --resume" if faults else "wait until this one saves"
+            raise SampleError(f"{run_folder} has {problem}.\nGive another run, or {advice}.")
         config = json.loads((run_folder / "config.json").read_text())
+        settings, evaluated = config["settings"], state.get("val_step", state["step"])
         tokenizer = dataset.load_tokenizer(run_folder / "tokenizer")
         # generation on a CPU multiplies one row at a time: fp32 is as fast as bf16 there
         use_saved = machine.has_fast_bf16(device) and (scoring or device.type != "cpu")
-        dtype = config["settings"]["dtype"] if use_saved else "float32"
+        dtype = settings["dtype"] if use_saved else "float32"
         with torch.device("meta"):
             model = GPT(GPTConfig(**config["model"]), machine.find_dtype(device, dtype))
         model.init_weights(device, seed=0)
-        model.load_state_dict(checkpoint.load(folder, "model"))
+        model.load_state_dict(weights)
     except (OSError, ValueError, LookupError, TypeError, RuntimeError) as error:
         if machine.is_out_of_memory(error):
             raise
         problem = f"{run_folder} is damaged: {type(error).__name__}: {str(error).splitlines()[0]}"
         raise SampleError(f"{problem}.\nRestore its files from a copy.") from None
-    val_bpb, depth = checkpoint.load(folder, "state")["val_bpb"], model.config.n_layer
-    about = f"{folder}, {val_bpb:.4f} bits per byte · depth {depth} · {device.type} · {dtype}"
-    return model, tokenizer, about + "".join(f" · skipped: {fault}" for fault in faults)
+    about = f"{folder}, {state['val_bpb']:.4f} bits per byte"
+    about += f" at step {evaluated}" if evaluated != state["step"] else ""  # saved after that evaluation
+    about += f" · depth {model.config.n_layer} · {device.type} · {dtype}"
+    return model, tokenizer, settings, about + "".join(f" · skipped: {fault}" for fault in faults)
 
 
 # -----------------------------------------------------------------------------
 # Continue prompts
 
 
+def escaped(text):
+    """Text that cannot move a terminal's cursor or change its title: control characters as in "\\x1b"."""
+    return report.CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
+
+
+def show(text, end=""):
+    """Print to stdout: on a terminal escaped, into a file or pipe as it is."""
+    print(escaped(text) if sys.stdout.isatty() else text, end=end, flush=True)
+
+
 def letters(chunks):
-    """A stream of UTF-8 bytes -> a stream of strings. The bytes of an incomplete character are kept back."""
+    """
+    A stream of UTF-8 bytes -> a stream of strings. The bytes of an incomplete character are kept back until
+    it is complete, and left out at the end: the last token may be half a character.
+    """
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     for chunk in chunks:
         yield decoder.decode(chunk)
-    yield decoder.decode(b"", final=True)
 
 
 def generate_bytes(model, tokenizer, ids, args, seed):
@@ -163,10 +206,12 @@ def generate_bytes(model, tokenizer, ids, args, seed):
 def write(model, tokenizer, prompt, args, seed):
     """Print the prompt and its continuation while it is generated, then the other samples of the batch."""
     prompt = os.fsencode(prompt).decode("utf-8", "replace")
-    ids = [tokenizer.n_vocab - 1, *tokenizer.encode_ordinary(prompt)]
+    ids = [tokenizer.n_vocab - 1]
+    if prompt:  # cut like training text: a tokenizer fails on a million blanks
+        ids = dataset.encode_held_out(tokenizer, [prompt], whole=True).tolist()
     if len(ids) > model.config.max_seq_len:
         print(f"the prompt has {len(ids):,} tokens: only its end is used", file=sys.stderr)
-    print(prompt, end="", flush=True)
+    show(prompt)
     pieces = []  # for each new token the bytes of all samples
 
     def first_sample():
@@ -175,11 +220,10 @@ def write(model, tokenizer, prompt, args, seed):
             yield new[0]
 
     for text in letters(first_sample()):
-        print(text, end="", flush=True)
+        show(text)
     for n in range(1, args.num_samples):
-        text = b"".join(new[n] for new in pieces).decode("utf-8", "replace")
-        print(f"\n--- {n + 1}\n{prompt}{text}", end="")
-    print(flush=True)
+        show(f"\n--- {n + 1}\n{prompt}" + "".join(letters(new[n] for new in pieces)))
+    show("\n")
 
 
 def talk(model, tokenizer, args):
@@ -206,17 +250,25 @@ def talk(model, tokenizer, args):
 # Score text
 
 
-def read_texts(name):
-    """The documents in a file or folder, or stdin as one document for "-"."""
-    if name == "-":
-        texts = [sys.stdin.buffer.read().decode("utf-8", "replace")]
-    else:
-        try:
-            texts = list(dataset.read_documents(name))
-        except OSError as error:
-            advice = "Check the path and its permissions."
-            raise SampleError(f"{name} cannot be read: {error.strerror}.\n{advice}") from None
-    if not any(texts):
+def reading_options(args, settings):
+    """How to find the documents in a file: as the run did, unless the flags say something else."""
+    names = {"text_field": "text_field", "separator": "document_separator"}
+    options = {key: getattr(args, name) or settings.get(name) for key, name in names.items()}
+    return {key: None if value == "auto" else value for key, value in options.items()}
+
+
+def read_texts(name, reading):
+    """The documents in a file or folder, or for "-" in stdin, which is read like a .txt file."""
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "stdin.txt") if name == "-" else name
+            if name == "-":
+                path.write_bytes(sys.stdin.buffer.read() if sys.stdin else b"")
+            texts = list(dataset.read_documents(path, **reading))
+    except OSError as error:
+        advice = "Check the path and its permissions."
+        raise SampleError(f"{name} cannot be read: {error.strerror}.\n{advice}") from None
+    if not texts:
         raise SampleError(f"{name}: there is no text in it.\nGive a file or a folder of text.")
     return texts
 
@@ -253,15 +305,15 @@ def score(model, tokenizer, token_bytes, texts, stride):
 def print_score(name, loss_sum, tokens, bytes_):
     bpb, perplexity = loss_sum / (math.log(2) * bytes_), math.exp(loss_sum / tokens)
     details = f"perplexity {perplexity:.2f} per token, {tokens:,} tokens, {bytes_:,} bytes"
-    print(f"{bpb:.6f} bits per byte, {details}  {name}", flush=True)
+    show(f"{bpb:.6f} bits per byte, {details}  {name}", end="\n")
 
 
-def score_files(model, tokenizer, names, stride, device):
+def score_files(model, tokenizer, names, reading, stride, device):
     """Print the score of each file, of each document in a .jsonl, and of several files together."""
     token_bytes = torch.from_numpy(dataset.token_bytes(tokenizer).astype("int64")).to(device)
     all_scores = []
     for name in names:
-        texts, scores = read_texts(name), []
+        texts, scores = read_texts(name, reading), []
         if name.endswith(".jsonl"):
             for n, text in enumerate(texts, 1):
                 scores.append(score(model, tokenizer, token_bytes, [text], stride))
@@ -329,7 +381,7 @@ def explain(error):
         message = str(error)
     else:
         raise
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {escaped(message)}", file=sys.stderr)
     return getattr(error, "exit_status", 2)
 
 
@@ -339,14 +391,14 @@ if __name__ == "__main__":
         args = parse_args()
         run_folder, prompt = find_run(args.run_and_prompt)
         device = machine.find_device(args.device_type)
-        model, tokenizer, about = load(run_folder, device, scoring=args.score is not None)
-        print(about, file=sys.stderr, flush=True)
+        model, tokenizer, settings, about = load(run_folder, device, scoring=args.score is not None)
+        print(escaped(about), file=sys.stderr, flush=True)
         if args.export is not None:
             print(export(args.export, model, tokenizer, run_folder))
             sys.exit()
         model.to(model.compute_dtype)  # cast the weights once, not in each layer for each token
         if args.score is not None:
-            score_files(model, tokenizer, args.score, args.stride, device)
+            score_files(model, tokenizer, args.score, reading_options(args, settings), args.stride, device)
         elif prompt is not None:
             write(model, tokenizer, prompt, args, args.seed)
         elif sys.stdin is not None:

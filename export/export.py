@@ -6,6 +6,7 @@ this repository and can be uploaded to their hub. Needs the extra `export`. mode
 import json
 import os
 import shutil
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
@@ -58,20 +59,24 @@ def write_export(target, model, tokenizer, tokenizer_file, name, about, figures)
         import transformers
     except ImportError as error:
         raise ExportError(f'--export needs {error.name}.\nRun pip install ".[export]".') from None
-    temporary = target.with_name(f".tmp-{target.name}")
+    temporary = target.with_name(f".tmp-{os.getpid()}")  # target may have the longest name possible
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
         weights = {f"gpt.{key}": p.contiguous() for key, p in model.cpu().state_dict().items()}
         content = safetensors.torch.save(weights, metadata={"format": "pt"})
         (temporary / "model.safetensors").write_bytes(content)
-        convert_tokenizer(tokenizer, tokenizer_file, transformers).save_pretrained(temporary)
+        with tempfile.TemporaryDirectory() as folder:  # only here can it save if target is not valid Unicode
+            convert_tokenizer(tokenizer, tokenizer_file, transformers).save_pretrained(folder)
+            for file in Path(folder).iterdir():
+                shutil.copy(file, temporary)
         for file, content in json_files(model, tokenizer).items():
             (temporary / file).write_text(json.dumps(content, indent=2) + "\n")
         shutil.copy(HERE / "modeling_onedial.py", temporary)
         shutil.copy(HERE.parent / "model.py", temporary)
         facts = {"name": name, "about": about, "bos": tokenizer.n_vocab - 1, "figures": figures(temporary)}
-        (temporary / "README.md").write_text(CARD.lstrip().format(**facts), encoding="utf-8")
+        card = CARD.lstrip().format(**facts).encode("utf-8", "backslashreplace")
+        (temporary / "README.md").write_bytes(card)
         os.rename(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -94,6 +99,7 @@ def convert_tokenizer(tokenizer, tokenizer_file, transformers):
     from tokenizers.processors import TemplateProcessing
     from transformers.convert_slow_tokenizer import TikTokenConverter
 
+    os.environ["TIKTOKEN_CACHE_DIR"] = ""  # otherwise it returns what this path contained the first time
     ((bos, number),) = tokenizer._special_tokens.items()
     options = {"pattern": tokenizer._pat_str, "extra_special_tokens": [bos]}
     converted = TikTokenConverter(vocab_file=str(tokenizer_file), **options).converted()

@@ -264,6 +264,20 @@ def test_validation_rows_are_the_same_for_any_batch_and_world_size(corpus):
         assert len(prompt) == 5 and corpus.bos not in more
 
 
+def test_samples_do_not_cut_characters_in_half():
+    tokenizer = dataset.train_tokenizer(["abc " * 9], 258)  # nearly one token per byte
+    text = "a你好 🎉é。" * 3
+    ids = tokenizer.encode_ordinary(text)
+    assert len(ids) > len(text)
+    for begin in range(len(ids)):
+        for end in range(begin, len(ids)):
+            prompt, same, other = dataloader.sample_texts(tokenizer, ids[:begin], ids[begin:end], [])
+            assert text.startswith(prompt + same) and text.startswith(prompt) and other == ""
+            assert len(text.encode()) > len((prompt + same).encode()) > end - 5
+    prompt, wrong = dataloader.sample_texts(tokenizer, ids[:2], tokenizer.encode_ordinary("bc"))
+    assert (prompt, wrong) == ("a", "\ufffdbc")  # the model did not complete the character
+
+
 LANGUAGES = "αβγ 你好 🎉🎉 à é\r\n\u2028\u3000 done"
 
 

@@ -1,5 +1,6 @@
 """Generation against the training forward, sampling, scores, the command line of sample.py, export."""
 
+import importlib.util
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -109,6 +111,8 @@ def test_tokens_are_sampled_with_the_right_probabilities():
         (frequencies(top_p=1e-9), normalized([1.0, 0, 0, 0, 0])),
         (frequencies(temperature=0), normalized([1.0, 0, 0, 0, 0])),
         (frequencies(temperature=1e-30), normalized([1.0, 0, 0, 0, 0])),
+        (frequencies(temperature=1e-40), normalized([1.0, 0, 0, 0, 0])),  # 1 / 1e-40 is infinite in fp32
+        (frequencies(temperature=1e-46), normalized([1.0, 0, 0, 0, 0])),  # 0 in fp32
     ):
         torch.testing.assert_close(found, expected, atol=0.01, rtol=0)
         assert (found[expected == 0] == 0).all()
@@ -119,8 +123,8 @@ def test_a_character_is_printed_when_all_its_bytes_have_arrived():
     for size in (1, 2, 3, 5):
         data = text.encode()
         parts = [*letters(data[i : i + size] for i in range(0, len(data), size))]
-        assert "".join(parts) == text and len(parts) == math.ceil(len(data) / size) + 1
-    assert [*letters([b"x\xe2\x82"])] == ["x", "\ufffd"]  # the end of the stream flushes it
+        assert "".join(parts) == text and len(parts) == math.ceil(len(data) / size)
+    assert [*letters([b"x\xe2\x82"])] == ["x"]  # the last token is not the end of the character
     assert "".join(letters([b"x\xe2", b"y\xff\xc3", b"\xa9"])) == "x\ufffdy\ufffdé"
 
 
@@ -215,6 +219,85 @@ def call(folder, *calls, written=""):
         return json.load(pipe)
 
 
+@pytest.mark.slow
+def test_a_run_can_be_used_while_it_trains_on(home, tmp_path):
+    """It saves at every step and keeps one checkpoint, so a checkpoint exists for a few milliseconds."""
+    flags = ["--data", home / "text", "--num-iterations", 10**6, "--run-name", "a", "--save-every", 1]
+    flags += ["--keep-checkpoints", 1, "--eval-every", -1]
+    command = [str(word) for word in (sys.executable, REPO / "train.py", *TINY, *flags)]
+    env = {**os.environ, "ONEDIAL_HOME": str(home / "cache"), "PYTHONPATH": str(home / "hidden")}
+    training = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=env, cwd=tmp_path)
+    try:
+        deadline = time.monotonic() + 120
+        while not [*tmp_path.glob("out/a/checkpoints/step_*")]:
+            assert training.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        (tmp_path / "file.txt").write_text("def main():\n    pass\n")
+        calls = 6 * [["x", "--tokens", 3], ["out/a", "--score", "file.txt"]]
+        calls += [["out/a", "--export", "taken"]] if importlib.util.find_spec("transformers") else []
+        results = call(tmp_path, *calls)
+        assert [(error, 0) for status, _, error in results if status] == []
+        steps = [re.match(r"out/a/checkpoints/step_(\d+), ", error)[1] for _, _, error in results]
+        assert len(set(steps)) > 2, "the run has to save while it is used"
+        done = subprocess.run([sys.executable, REPO / "report.py", "out/a"], env=env, cwd=tmp_path)
+        assert done.returncode == 0 and training.poll() is None
+    finally:
+        training.kill()
+        training.wait()
+
+
+def save(root, name, val_bpb=1.0):
+    """A checkpoint with a weight that is equal to its step."""
+    step = int(name.split("_")[1])
+    root.mkdir(exist_ok=True)
+    state = {"step": step, "val_bpb": val_bpb}
+    return checkpoint.write(root, name, {"model": {"w": torch.tensor(step)}}, state, keep=None)
+
+
+@pytest.mark.parametrize("after", ["find_fault", "newest_valid", "best", "load"])
+@pytest.mark.parametrize("replaced", [True, False])
+def test_a_checkpoint_that_vanishes_before_it_is_opened_is_no_damage(tmp_path, monkeypatch, after, replaced):
+    """Its run deletes it just before, or just after, each of the steps from choosing to opening."""
+    root, names = tmp_path / "checkpoints", iter(["step_000003", "best_000004", "step_000005"])
+    for name in ("step_000001", "step_000002", "best_000001"):
+        save(root, name, val_bpb=0.5 if "best" in name else 1.0)
+    (tmp_path / "config.json").write_text("{}")
+    original = getattr(checkpoint, after)
+
+    def train_on():
+        if name := next(names, None):
+            old = checkpoint.newest_first(root, name.split("_")[0])
+            if replaced:
+                save(root, name, val_bpb=0.5 if "best" in name else 1.0)
+            for folder in old:
+                checkpoint.discard(folder)
+                checkpoint.clean_up(root)
+
+    def disturbed(*arguments):
+        train_on()
+        result = original(*arguments)
+        train_on()
+        return result
+
+    monkeypatch.setattr(checkpoint, after, disturbed)
+    folder, weights, state, faults = checkpoint.load_best(root)
+    assert faults == []
+    if replaced:
+        assert weights["w"] == state["step"] == int(folder.name.split("_")[1])
+    else:
+        assert (folder, weights, state) == (None, None, None)
+        with pytest.raises(checkpoint.CheckpointError, match="has no valid checkpoint\\.\n"):
+            checkpoint.initial_weights(tmp_path)
+
+
+def test_weights_to_start_from_are_open_before_their_run_deletes_them(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    folder = save(tmp_path / "checkpoints", "step_000007")
+    found, weights, config = checkpoint.initial_weights(tmp_path)
+    shutil.rmtree(folder)
+    assert (found, config) == (folder, {}) and weights["w"] == 7
+
+
 def test_user_fixable_errors_print_two_lines(out, tmp_path):
     shutil.copytree(out / "out", tmp_path / "out")
     for name in ("flipped", "unreadable", "other", "no-tokenizer", "not-saved"):
@@ -228,6 +311,7 @@ def test_user_fixable_errors_print_two_lines(out, tmp_path):
     (tmp_path / "no-tokenizer" / "tokenizer" / "tokenizer.tiktoken").write_text("nonsense")
     shutil.rmtree(tmp_path / "not-saved" / "checkpoints")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "words.jsonl").write_text('{"words": "x"}\n')
     cases = {
         ("out/a", "x", "--tokens", "-1"): "--tokens: -1 is out of range",
         ("out/a", "x", "--tokens", "many"): "invalid int value: 'many'",
@@ -238,15 +322,22 @@ def test_user_fixable_errors_print_two_lines(out, tmp_path):
         ("out/a", "x", "--num-samples", "0"): "--num-samples: 0 is out of range",
         ("out/a", "def", "main("): "Put the prompt into quotes",
         ("out/a", "x", "--stride", "8"): "--stride needs --score",
+        ("out/a", "x", "--text-field", "body"): "--text-field needs --score",
+        ("out/a", "x", "--document-separator", "%"): "--document-separator needs --score",
+        ("out/a", "--score", "words.jsonl"): "none of its fields is known to contain the text: words",
+        ("out/a", "--score", "words.jsonl", "--text-field", "text"): "words.jsonl has no field text",
         ("out/a", "x", "--device-type", "abacus"): "abacus is unknown",
         ("out/b", "x"): "there is no run out/b",
         ("out/b",): "there is no run out/b",  # not a prompt for the newest run
         ("empty", "x"): "empty is not a run",
+        ("empty",): "empty is not a run",
+        ("x" * 5000, "x"): "there is no run xxx",
+        ("out/a", "-x"): "unrecognized arguments: -x",
         ("flipped", "x"): "model.pt is damaged: its sha256 has changed",
         ("unreadable", "x"): "unreadable is damaged: JSONDecodeError",
         ("other", "x"): "other is damaged: RuntimeError",
         ("no-tokenizer", "x"): "no-tokenizer is damaged: ValueError",
-        ("not-saved", "x"): "not-saved has no valid checkpoint",
+        ("not-saved", "x"): "not-saved has no checkpoint yet",
         ("out/a", "--score", "empty"): "empty: there is no text in it",
         ("out/a", "--score", "nowhere"): "no such file",
         ("out/a", "--score", "x" * 5000): "cannot be read: File name too long",
@@ -282,6 +373,26 @@ def test_unusual_prompts_and_settings_work(out):
     assert len({first.rstrip("\n"), *others}) == 3 and all(text.startswith("x") for text in others)
 
 
+def test_prompts_that_look_like_paths_or_flags(out):
+    prompts = ["// returns the sum", "//", "/", ".", "a/b", "/usr is", "x" * 5000 + "/y", "-x", "--tokens"]
+    calls = [["--tokens", 3, "--", prompt] for prompt in prompts]
+    calls += [["out/a", "--tokens", 3, "--", "-x"], ["out/a", "--tokens", 3, "x"]]
+    results = call(out, *calls)
+    for arguments, (status, written, error) in zip(calls, results, strict=True):
+        assert status == 0 and written.startswith(arguments[-1]), (arguments, error)
+        assert error.startswith("out/a/checkpoints/step_000012, ")
+
+
+@pytest.mark.slow
+def test_a_prompt_of_a_million_blanks(out):
+    """The tokenizer panics if it gets them at once."""
+    command = [sys.executable, str(REPO / "sample.py"), "out/a", "--tokens", "3"]
+    blanks = " " * 1_500_000
+    done = subprocess.run(command, cwd=out, input=blanks + "\n", capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith(blanks), done.stderr
+    assert re.search(r"the prompt has [\d,]+ tokens: only its end is used", done.stderr)
+
+
 @pytest.mark.slow
 def test_piped_prompts_use_the_best_checkpoint_of_the_newest_run(out, tmp_path):
     shutil.copytree(out / "out", tmp_path / "out")
@@ -312,6 +423,40 @@ def test_scores_of_documents_files_and_stdin(out, tmp_path):
         assert float(perplexity) == pytest.approx(2 ** (total / int(tokens.replace(",", ""))), rel=1e-3)
     assert alone[1].split()[:9] == plain[1].splitlines()[3].split()[:9]
     assert strided[1].count("\n") == 5 and strided[1].split()[0] != plain[1].split()[0]
+
+
+def test_text_is_found_as_the_run_has_found_it_or_as_flags_say(out, tmp_path):
+    shutil.copytree(out / "out" / "a", tmp_path / "b")
+    config = json.loads((tmp_path / "b" / "config.json").read_text())
+    config["settings"] |= {"text_field": "body", "document_separator": "\\n%%\\n"}
+    (tmp_path / "b" / "config.json").write_text(json.dumps(config))
+    texts = ["def main():\n    pass\n" * 20 + "#", "x = 1", "class A:\n    y = 2"]
+    (tmp_path / "files").mkdir()
+    for n, text in enumerate(texts):
+        (tmp_path / "files" / f"{n}.txt").write_text(text)
+    rows = [{"text": "another text", "body": text} for text in texts]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    joined = "\n%%\n".join(texts)
+    (tmp_path / "parts.txt").write_text(joined)
+    (tmp_path / "marks.txt").write_text("<|endoftext|>".join(texts))
+    a, flags = out / "out" / "a", ["--text-field", "body", "--document-separator", "%%"]
+    results = call(
+        tmp_path,
+        [a, "--score", "texts.jsonl"],  # expected: the documents one by one
+        ["b", "--score", "rows.jsonl"],
+        [a, "--score", "rows.jsonl", *flags],
+        ["b", "--score", "texts.jsonl", "--text-field", "auto"],
+        [a, "--score", "files"],  # expected: the documents together
+        ["b", "--score", "parts.txt"],
+        ["b", "--score", "-"],
+        [a, "--score", "parts.txt", *flags],
+        ["b", "--score", "marks.txt", "--document-separator", "auto"],
+        written=joined,
+    )
+    assert [error for status, _, error in results if status] == []
+    found = [written.splitlines()[-1].rsplit("  ", 1)[0] for _, written, _ in results]
+    assert found == [found[0]] * 4 + [found[4]] * 5
 
 
 @pytest.mark.slow
@@ -352,6 +497,46 @@ def test_a_terminal_shows_a_prompt_until_ctrl_d(out):
     os.close(ours)
 
 
+# runs sample.py with a model that writes a given text
+WRITER = """
+import sys
+sys.path.insert(0, {repo!r})
+import dataset, model, runpy
+text = {text!r}.encode()
+# one token per byte
+model.GPT.generate = lambda self, rows, *_, **__: ([byte_ids[byte]] * len(rows) for byte in text)
+load = dataset.load_tokenizer
+def load_tokenizer(folder):
+    global byte_ids
+    tokenizer = load(folder)
+    byte_ids = [tokenizer.encode_single_token(bytes([byte])) for byte in range(256)]
+    return tokenizer
+dataset.load_tokenizer = load_tokenizer
+sys.argv = ["sample.py", *{arguments!r}]
+runpy.run_path({repo!r} + "/sample.py", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_what_a_model_writes_is_escaped_on_a_terminal_and_complete_in_a_pipe(out, terminal):
+    written = "你好\x1b[2J\x1b]0;title\x07\x9b1m\ttab\n好"
+    arguments = ["out/a", "a\x1b[H", "--num-samples", "2"]
+    code = WRITER.format(repo=str(REPO), text=written, arguments=arguments)
+    code = code.replace(".encode()", ".encode()[:-1]")  # the last character is not complete
+    ours, theirs = pty.openpty() if terminal else os.pipe()
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=out, stdout=theirs, stderr=subprocess.PIPE)
+    os.close(theirs)
+    _, error = process.communicate(timeout=120)
+    screen = os.read(ours, 10_000).decode()
+    os.close(ours)
+    text = f"a\x1b[H{written[:-1]}"
+    expected = f"{text}\n--- 2\n{text}\n"
+    if terminal:
+        text = "a\\x1b[H你好\\x1b[2J\\x1b]0;title\\x07\\x9b1m\ttab\n"
+        expected = f"{text}\n--- 2\n{text}\n".replace("\n", "\r\n")
+    assert process.returncode == 0 and screen == expected, error.decode()
+
+
 # -----------------------------------------------------------------------------
 # Export
 
@@ -388,6 +573,35 @@ def test_a_model_card_shows_no_folders(data, init_from, flags):
     config = without_folders({"settings": settings, "command": command, "corpus": {"name": "corpus"}})
     assert config["command"] == f"python train.py --depth 2 {flags} --seed 7"
     assert config["settings"]["data"] in flags and settings["data"] == data
+
+
+@pytest.mark.slow
+def test_exports_with_odd_names_and_from_a_folder_that_was_another_run(out, tmp_path):
+    pytest.importorskip("transformers")
+    odd, longest = os.fsdecode(b"b\xf6 $x"), "x" * 255
+    for name in (odd, "other"):
+        shutil.copytree(out / "out" / "a", tmp_path / name)
+    (tmp_path / "run").symlink_to("other")
+    command = [sys.executable, str(REPO / "sample.py")]
+    files = {}
+    for run, target in ((odd, longest), ("run", odd + "2"), ("run", "again")):
+        if target == "again":  # the same path is another run now, with another tokenizer of the same size
+            folder = tmp_path / "other" / "tokenizer"
+            shutil.copytree(folder, tmp_path / "new" / "tokenizer")
+            for file in ("config.json", "checkpoints", "log.jsonl"):
+                (tmp_path / "new" / file).symlink_to(tmp_path / "other" / file)
+            lines = (folder / "tokenizer.tiktoken").read_bytes().splitlines(keepends=True)
+            tokens = [line.split()[0] for line in lines]
+            tokens[ord("x")], tokens[ord("y")] = tokens[ord("y")], tokens[ord("x")]
+            ranks = b"".join(b"%s %d\n" % (token, rank) for rank, token in enumerate(tokens))
+            (tmp_path / "new" / "tokenizer" / "tokenizer.tiktoken").write_bytes(ranks)
+            (tmp_path / "run").unlink()
+            (tmp_path / "run").symlink_to("new")
+        done = subprocess.run([*command, run, "--export", target], cwd=tmp_path, capture_output=True)
+        assert done.returncode == 0, done.stderr.decode()
+        files[target] = json.loads((tmp_path / target / "tokenizer.json").read_text())["model"]["vocab"]
+    assert "# b\\udcf6 $x\n" in (tmp_path / longest / "README.md").read_text()
+    assert files[longest] == files[odd + "2"] != files["again"] and files["again"]["x"] == ord("y")
 
 
 @pytest.mark.slow
