@@ -1233,9 +1233,12 @@ def cut_into_pieces(text, places, size=PIECE_CHARS):
             at += len(piece.encode())
 
 
-def read_documents(data):
-    """Yield the documents in a file or folder as strings, held out by name or not. Raises DataError."""
-    found, reader, text = find_files(data), TextReader(), Text()
+def read_documents(data, **reading):
+    """
+    Yield the documents in a file or folder as strings, held out by name or not. reading: text_field and
+    separator, see TextReader. Raises DataError.
+    """
+    found, reader, text = find_files(data), TextReader(**reading), Text()
     for file in found.train + found.val + found.unused:
         reader.read(file, text)
     yield from (text[begin:end].decode() for begin, end in text.documents())

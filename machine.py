@@ -372,6 +372,12 @@ class Ranks:
             dist.broadcast_object_list(values, 0)
         return values[0]
 
+    def broadcast_tensors(self, tensors):
+        """Overwrite tensors with those of rank 0."""
+        if self.world_size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, 0)
+
     def all_reduce_max(self, *numbers):
         """-> for each number its maximum over the ranks, as a list (floats if there are several ranks)."""
         if self.world_size == 1:

@@ -172,14 +172,9 @@ def load(run_folder, device, scoring):
 # Continue prompts
 
 
-def escaped(text):
-    """Text that cannot move a terminal's cursor or change its title: control characters as in "\\x1b"."""
-    return report.CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
-
-
 def show(text, end=""):
     """Print to stdout: on a terminal escaped, into a file or pipe as it is."""
-    print(escaped(text) if sys.stdout.isatty() else text, end=end, flush=True)
+    print(report.escaped(text) if sys.stdout.isatty() else text, end=end, flush=True)
 
 
 def letters(chunks):
@@ -381,7 +376,7 @@ def explain(error):
         message = str(error)
     else:
         raise
-    print(f"error: {escaped(message)}", file=sys.stderr)
+    print(f"error: {report.escaped(message)}", file=sys.stderr)
     return getattr(error, "exit_status", 2)
 
 
@@ -392,7 +387,7 @@ if __name__ == "__main__":
         run_folder, prompt = find_run(args.run_and_prompt)
         device = machine.find_device(args.device_type)
         model, tokenizer, settings, about = load(run_folder, device, scoring=args.score is not None)
-        print(escaped(about), file=sys.stderr, flush=True)
+        print(report.escaped(about), file=sys.stderr, flush=True)
         if args.export is not None:
             print(export(args.export, model, tokenizer, run_folder))
             sys.exit()

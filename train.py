@@ -175,7 +175,7 @@ if not any((num_iterations, minutes, target_flops, target_param_data_ratio)):
     minutes, target_param_data_ratio = (None, 12.0) if on_gpu else (5.0, None)
 tokenizer = None
 if init_from and not has_begun:  # shape and tokenizer of the other run; its weights are loaded below
-    initial, initial_config = checkpoint.initial_weights(Path(init_from))
+    initial, initial_weights, initial_config = checkpoint.initial_weights(Path(init_from))
     initial_settings = initial_config["settings"]
     settings.require({name: initial_settings[name] for name in SHAPE}, source="--init-from")
     max_seq_len = max_seq_len or initial_settings["max_seq_len"]
@@ -536,7 +536,9 @@ if resumed_from:
 elif init_from:
     with checkpoint.must_fit(initial):
         config.check_same(initial_config["model"] | {"max_seq_len": max_seq_len})
-        model.load_state_dict(checkpoint.load(initial, "model"))
+        model.load_state_dict(initial_weights)
+    ranks.broadcast_tensors(model.state_dict().values())  # the other run may have saved since rank 0 chose
+    del initial_weights
 corpus_size = report.short(corpus.counts["train"]["tokens"])
 epochs = planned_tokens / corpus.unique_tokens
 corpus_name = f"{corpus.name} · vocabulary of {vocab_size:,} · fingerprint {corpus.fingerprint}"
@@ -571,7 +573,7 @@ if rank == 0:
     saves = min(saves, keep_checkpoints + 1)  # the oldest one is deleted after the newest is complete
     if warning := run.check_disk_space(weight_bytes, checkpoint_bytes, saves, best=epochs > 1):
         print0("disk", warning)
-log = report.Log(run.path if rank == 0 else None, console, wandb, run_config)
+log = report.Log(run.path if rank == 0 else None, console, wandb)
 log.numbers |= logged if rank == 0 else {}
 console.val_bpb = val_bpb
 event = "resumed" if resumed_from else "started"
@@ -583,8 +585,8 @@ def write_samples():
     """For some validation documents: [[their beginning, the model's text, how they go on], ...]."""
     prompts, real = zip(*validation.beginnings(4, 24, 128))
     written = zip(*model.generate(prompts, corpus.bos, 128, seed=seed))
-    decode = corpus.tokenizer.decode
-    return [[decode(a[1:]), decode(b), decode(c)] for a, b, c in zip(prompts, written, real)]
+    texts = partial(dataloader.sample_texts, corpus.tokenizer)
+    return [texts(prompt[1:], *continuations) for prompt, *continuations in zip(prompts, written, real)]
 
 
 # -----------------------------------------------------------------------------
@@ -827,5 +829,5 @@ if rank == 0:
         samples=samples,
     )
     failed = not report.finish(run.path, summary, console) or failed
-    log.close(summary)
+    log.close()
 sys.exit(1 if failed else 128 + stop if stop else 0)

@@ -700,7 +700,8 @@ def test_a_run_folder_finds_its_settings_and_its_checkpoint(tmp_path):
     config = {"settings": {"depth": 3}, "given": {}}
     (run.path / "config.json").write_text(json.dumps(config))
     assert run.saved_settings() == ({"depth": 3}, {}, [])
-    assert checkpoint.initial_weights(run.path) == (folder, config)
+    found, opened, found_config = checkpoint.initial_weights(run.path)
+    assert (found, found_config) == (folder, config) and torch.equal(opened["w"], weights["w"])
     only_weights = checkpoint.write(run.checkpoints, "step_000002", {"model": weights}, state, keep=9)
     with pytest.raises(CheckpointError, match=f"{only_weights} contains only the weights"):
         run.to_resume()
