@@ -418,7 +418,8 @@ def newest_valid(root, kind="step"):
 def best(root):
     """
     (valid checkpoint with the lowest val_bpb, or None; faults as in `newest_valid`). The candidates are the
-    newest and the best_*. If a changed --eval-bytes makes their val_bpb incomparable, the later one wins.
+    newest and the best_*. If a changed --eval-bytes makes their val_bpb incomparable, the later one wins. If
+    the newest has not been evaluated at its step, its val_bpb is that of earlier weights: best_* wins.
     """
     newest, faults = newest_valid(root)
     lowest, _ = newest_valid(root, "best")
@@ -428,6 +429,8 @@ def best(root):
     eval_bytes = {state["settings"]["eval_bytes"] for state in states.values() if "settings" in state}
     if len(eval_bytes) == 2:  # older versions saved best_* without settings: then val_bpb is compared
         return max(states, key=lambda folder: states[folder]["step"]), faults
+    if states[newest].get("val_step", states[newest]["step"]) != states[newest]["step"]:
+        return lowest, faults
     return min(states, key=lambda folder: states[folder]["val_bpb"]), faults
 
 

@@ -187,13 +187,18 @@ def test_the_best_weights_are_kept_beside_the_checkpoints(tmp_path):
 def test_val_bpb_of_different_texts_is_not_compared(tmp_path):
     weights = {"model": {"w": torch.ones(3)}}
 
-    def save(step, kind, val_bpb, eval_bytes):
+    def save(step, kind, val_bpb, eval_bytes, val_step=None):
         state = {"step": step, "val_bpb": val_bpb, "settings": {"eval_bytes": eval_bytes}}
+        state |= {"val_step": val_step or step}
         checkpoint.write(tmp_path, f"{kind}_{step:06d}", weights, state, keep=1)
 
     save(10, "best", 1.1, 4096)
     save(20, "step", 1.2, 4096)
     assert checkpoint.best(tmp_path)[0].name == "best_000010"
+    save(25, "step", 1.0, 4096, val_step=24)  # saved between two evaluations: of weights that are not saved
+    assert checkpoint.best(tmp_path)[0].name == "best_000010"
+    save(26, "step", 1.0, 4096)
+    assert checkpoint.best(tmp_path)[0].name == "step_000026"
     save(30, "step", 1.4, 8192)  # resumed with another --eval-bytes
     assert checkpoint.best(tmp_path)[0].name == "step_000030"
     save(40, "best", 1.5, 4096)  # resumed at step 30 with the first one again
