@@ -429,7 +429,7 @@ def best(root):
     eval_bytes = {state["settings"]["eval_bytes"] for state in states.values() if "settings" in state}
     if len(eval_bytes) == 2:  # older versions saved best_* without settings: then val_bpb is compared
         return max(states, key=lambda folder: states[folder]["step"]), faults
-    if states[newest].get("val_step", states[newest]["step"]) != states[newest]["step"]:
+    if states[newest].get("val_step") != states[newest].get("step"):
         return lowest, faults
     return min(states, key=lambda folder: states[folder]["val_bpb"]), faults
 

@@ -258,7 +258,7 @@ def test_editing_a_constant_is_the_same_as_a_flag(train, tmp_path):
 
 
 def test_a_setting_without_a_comment_is_a_flag_too(train, tmp_path):
-    script = edited_copy(tmp_path, "warmup_steps: int = 40  # of the", "warmup_steps: int = 40\n# of the")
+    script = edited_copy(tmp_path, "warmup_steps: int = 40  # steps", "warmup_steps: int = 40\n# steps")
     result = train("--num-iterations", 2, "--warmup-steps", 7, script=script)
     assert result.code == 0 and result.config["settings"]["warmup_steps"] == 7, result.output
 
@@ -857,7 +857,7 @@ def test_a_resume_with_another_model_is_refused(train):
 def test_a_resume_with_another_validation_text_forgets_the_lowest_val_bpb(train):
     first = train("--num-iterations", 12)
     assert first.config["settings"]["eval_every"] == 2
-    again = train("--resume", "--num-iterations", 24, "--eval-bytes", 500)
+    again = train("--resume", "--num-iterations", 24, "--eval-bytes", 40_000)
     assert again.code == 0 and again.config["settings"]["eval_every"] == 3  # about ten over the new run
     vals = [r for r in again.log if r["kind"] == "val"]
     on_12, on_15 = [r for r in vals if r["step"] in (12, 15)][-2:]
