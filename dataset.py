@@ -65,14 +65,13 @@ SPLIT_PATTERN = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}|"
 SPLIT_PATTERN += r" ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
-# Files
-SUFFIXES = """
-    .txt .text .md .rst .org .tex .adoc .bib .log .csv .tsv .json .xml .html .htm .css .yaml .yml .toml .py
+# Files of text; READERS has the suffixes of tables
+TEXT_SUFFIXES = """
+    .txt .text .md .rst .org .tex .adoc .bib .log .xml .html .htm .css .yaml .yml .toml .py
     .pyi .c .h .cc .cpp .cxx .hpp .cu .java .js .jsx .ts .tsx .go .rs .rb .php .pl .sh .bash .sql .swift .kt
-    .scala .hs .ml .lua .r .jl .m .lisp .el .clj .ex .erl .f90 .cs .vb .dart .zig .nim .proto
-    .jsonl .ndjson .parquet""".split()
+    .scala .hs .ml .lua .r .jl .m .lisp .el .clj .ex .erl .f90 .cs .vb .dart .zig .nim .proto""".split()
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")  # may follow another suffix
-DATA_FILES = (".txt", ".text", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".bin")
+PROSE = (".txt", ".text")  # hold data like tables do; the other texts may be sources of a program
 # Words in a data file's name that mark it as held out. The lowest number present is the validation split.
 HELD_OUT = {"val": 0, "valid": 0, "validation": 0, "dev": 1, "test": 2, "eval": 3, "heldout": 4, "holdout": 4}
 HELD_OUT |= {f"{word}set": kind for word, kind in HELD_OUT.items()}
@@ -106,7 +105,7 @@ LETTERS = {
 MARKS = "’“”–…—\u00a0«»„‚‘°€£§©®™²³·•±µ×½─│┌┐└┘═║░▒▓█"  # in any language
 # Two letters that no word contains: of two scripts, or an upper-case letter after a lower-case one
 ODD_PAIR = "[A-Za-zß-ɏ][Ͱ-\u0fff]|[Ͱ-\u0fff][A-Za-zß-ɏ]|[a-zß-ÿα-ωа-џ][A-ZÀ-ÞΑ-ΩЀ-Я]"
-MISFIT = None  # key of a row of a table that has another number of cells than the header
+MISFIT = "with another number of cells than the header"  # a fault of a row of a table
 
 # Advice that several errors share
 FIX_FILE = "Fix the file, or remove it."
@@ -403,7 +402,7 @@ def read_files(data, found, reader, folder):
     if not num_train:
         left_out = found.left_out + reader.left_out
         reasons = f" (left out: {describe_left_out(left_out)})" if left_out else ""
-        known = ".txt, .md, .py and other sources, .jsonl, .json, .csv, .tsv, .parquet, .bin shards"
+        known = f".txt, .md, .py and other sources, {', '.join(READERS)}, .bin shards"
         raise DataError(f"--data {data} has no text to train on{reasons}.\nSupported files: {known}.")
     too_small = is_too_small(text.size - train_size, text.size)
     return text, text.documents()[: num_train if too_small else None], num_train
@@ -530,7 +529,7 @@ def find_files(data, out_dir=None):
     found = FoundFiles(root, [])
     files = list_files(root, found.left_out, out_dir)
     binary = [file for file in files if file.suffix == ".bin"]
-    texts = [file for file in files if suffix_of(file) in SUFFIXES]
+    texts = [file for file in files if suffix_of(file) in (*TEXT_SUFFIXES, *READERS)]
     has_shards = any(MAGIC in np.fromfile(file, dtype="<i4", count=1) for file in binary)
     known, why = (
         set(binary if has_shards else texts),
@@ -639,7 +638,7 @@ def held_out_word(root, file):
     (test-00000-of-00007.parquet, wiki_val_000.txt.gz, my_test_set.txt).
     """
     suffix = suffix_of(file)
-    if suffix not in DATA_FILES:
+    if suffix not in (*PROSE, *READERS, ".bin"):
         return None
     path = unicodedata.normalize("NFC", str(file.relative_to(root)).casefold())
     *folders, name = re.sub(r"(held|hold)[-_ ]out", r"\1out", path).split(os.sep)
@@ -696,7 +695,7 @@ class TextReader:
 
     text_field: field or column that contains the text, even if many rows lack it; None: one of TEXT_FIELDS
     separator: separates documents in a plain text file; None: <|endoftext|> in .txt files
-    plain: read every file as UTF-8, one document per file
+    plain: every file is UTF-8 and one document
     left_out: [(path, reason)]; notes: {note: {file name: count}}; empty_files: number without a document
     """
 
@@ -718,9 +717,9 @@ class TextReader:
 
     def read(self, file, text):
         """Append the documents of a file to a Text. DataError if the file cannot be read."""
-        before = text.num_documents
+        before = text.num_documents, len(self.left_out)
         try:
-            is_text = self.add_documents(file, text)
+            self.add_documents(file, text)
         except (DataError, MemoryError):
             raise
         except ImportError as error:
@@ -736,43 +735,40 @@ class TextReader:
                 what = f"{file} is cut off or damaged: {reason.rstrip('.')}"
                 advice = "Copy or download it again, or remove it."
             raise DataError(f"{what}.\n{advice}") from None
-        self.empty_files += is_text and text.num_documents == before
+        self.empty_files += (text.num_documents, len(self.left_out)) == before
 
     def add_documents(self, file, text):
-        """Append the documents of a file to a Text -> False if the file is not text."""
-        suffix = suffix_of(file)
-        if suffix == ".parquet":
-            self.add_rows(file, read_parquet(file, self), text)
-            return True
-        encoding = self.find_encoding(file)
-        if encoding is None:
-            return False
-        if suffix in TABLES:
-            with open_text(file, encoding) as stream:
-                if self.add_rows(file, TABLES[suffix](file, stream, self), text):
-                    return True
-            what = "JSON files" if suffix == ".json" else "tables"
+        """Append the documents of a file to a Text, or list it in left_out if it is not text."""
+        read_table = READERS.get(suffix_of(file))
+        if self.plain:
+            return self.add_plain_text(file, "utf-8", text)
+        encoding = "binary" if suffix_of(file) in BINARY else self.find_encoding(file)
+        if not encoding:
+            return
+        if read_table:
+            with open(file, "rb") if encoding == "binary" else open_text(file, encoding) as stream:
+                if table := read_table(file, stream, self):
+                    return self.add_rows(file, *table, text)
+            what = "JSON files" if suffix_of(file) == ".json" else "tables"
             self.note(f"{what} without a known text column, read as plain text", file)
-        with open_text(file, encoding) as stream:
-            self.add_plain_text(file, stream, text)
-        return True
+        self.add_plain_text(file, encoding, text)
 
     def find_encoding(self, file):
-        """The encoding of a text file, or None if it is not text. Reads the file once."""
+        """The encoding of a text file; None, and an entry in left_out, if it is not text. Reads it once."""
         decoder = codecs.getincrementaldecoder("utf-8")()
         valid, invalid, sample = 0, 0, b""  # characters beyond ASCII; words that contain them
         with open_bytes(file) as stream:
-            block = stream.read(BLOCK)
-            mark = next((mark for mark in BYTE_ORDER_MARKS if block.startswith(mark)), None)
-            if mark and not self.plain:
-                return BYTE_ORDER_MARKS[mark]
-            beginning, encoding, is_first = block[:8192], None, True
+            block = first_block = stream.read(BLOCK)
+            beginning, encoding = block[:8192], None
+            for mark, encoding_of_mark in BYTE_ORDER_MARKS.items():
+                if block.startswith(mark):
+                    return encoding_of_mark
             if b"\0" in beginning:
-                encoding = None if self.plain else guess_utf16(beginning)
+                encoding = guess_utf16(beginning)
                 if not encoding:
                     self.left_out.append((str(file), "not text: contains a zero byte"))
                     return None
-            while block and not self.plain and not encoding:
+            while block and not encoding:
                 try:
                     text = decoder.decode(block)
                 except UnicodeDecodeError:
@@ -781,12 +777,12 @@ class TextReader:
                     decoder.errors = "strict"
                     invalid += text.count("\ufffd")
                     if len(sample) < 2**14:  # the first word of a later block may begin inside a character
-                        words = (word for word in block.split()[not is_first :] if not word.isascii())
-                        sample += b" ".join(words)[: 2**12] + b"\n"
+                        words = block.split()[block is not first_block :]
+                        sample += b" ".join(word for word in words if not word.isascii())[: 2**12] + b"\n"
                 if not text.isascii():
                     valid += len(text) - len(block.translate(None, bytes(range(128, 256))))
-                block, is_first = stream.read(BLOCK), False
-        if b"\x1b$" in beginning and not invalid and not self.plain:  # bytes that switch to other characters
+                block = stream.read(BLOCK)
+        if b"\x1b$" in beginning and not invalid:  # bytes that switch to other characters
             encoding = "iso2022_kr" if b"\x1b$)C" in beginning else "iso2022_jp_ext"
         if not encoding and invalid <= valid - invalid:  # mostly valid; some bytes may be damaged
             return "utf-8"
@@ -804,12 +800,13 @@ class TextReader:
                 content = content.replace("\ufeff", "")
         text.write(content)
 
-    def add_plain_text(self, file, stream, text):
+    def add_plain_text(self, file, encoding, text):
         """Append plain text, split into documents at the separator and one line end on each side of it."""
         begin, before = text.size, text.num_documents
-        for block in iter(partial(stream.read, BLOCK), ""):
-            self.write(block, file, text)
-        separator = self.separator or ("<|endoftext|>" if suffix_of(file) in (".txt", ".text") else None)
+        with open_text(file, encoding) as stream:
+            for block in iter(partial(stream.read, BLOCK), ""):
+                self.write(block, file, text)
+        separator = self.separator or ("<|endoftext|>" if suffix_of(file) in PROSE else None)
         if separator and not self.plain:
             line_end = rb"(?>\r\n?|\n)"  # of any kind; the atomic group never ends inside of \r\n
             parts, at = [re.escape(part.encode()) for part in separator.split("\n")], begin
@@ -829,60 +826,76 @@ class TextReader:
         elif self.separator and documents:
             self.note(f"files in which {separator!r} separates nothing", file)
 
-    def add_rows(self, file, rows, text):
+    def add_rows(self, file, name, rows, text):
         """
-        Append the texts of (place, row) pairs as documents -> False if this is not a table of texts.
-        Bad rows are counted. DataError if there are many of them, unless the user has named the field.
+        Append the texts of a table as documents. rows: (place, text or None, *other faults) of each row, as
+        read from the field `name`. Faults are counted. DataError if more than 1% of the rows, and more than
+        2, have the same one, unless the user has named the field.
         """
-        first_rows, count, bad, first_bad = [], 0, Counter(), {}
-        try:
-            first_rows += islice(rows, 16)
-        except (ValueError, RecursionError):
-            if suffix_of(file) == ".parquet" or self.text_field or find_text_field(first_rows):
-                raise
-            return False
-        name = self.text_field or find_text_field(first_rows)
-        if not name and suffix_of(file) in (".csv", ".tsv", ".parquet"):
-            name = next((name for _, row in first_rows for name in row if name), None)  # their only column
-        if name is None:
-            if not first_rows or suffix_of(file) in (".json", ".csv", ".tsv"):
-                return not first_rows and suffix_of(file) != ".json"
-            raise DataError(f"{file}: {describe_fields(first_rows)}.\n{NAME_FIELD}")
-        for place, row in chain(first_rows, rows):
-            row, begin, faults = row if isinstance(row, dict) else {}, text.size, []
-            if isinstance(content := row.get(name), str):
+        count, bad = 0, {}  # {fault: [number of rows, place of the first one]}
+        for place, content, *faults in rows:
+            count += 1
+            if content is None:
+                faults.append("without a text")
+            else:
+                begin = text.size
                 self.write(content, file, text)
                 text.add_document(begin, text.size)
-            else:
-                faults.append("without a text")
-            if MISFIT in row:
-                faults.append("with another number of cells than the header")
             for fault in faults:
-                bad[fault] += 1
-                first_bad.setdefault(fault, place)
-            count += 1
-        if bad["without a text"] == count > 0:
-            raise DataError(f"{file} has no field {name} with strings.\n{NAME_FIELD}")
-        for fault, number in bad.items():
-            if number > max(0.01 * count, min(10, 0.1 * count)) and not self.text_field:
-                what = f"{number:,} of {count:,} rows are {fault} (field {name})"
-                advice = f"Fix them, or pass --text-field {name} to accept them."
-                raise DataError(f"{file}, {first_bad[fault]}: {what}.\n{advice}")
+                bad.setdefault(fault, [0, place])[0] += 1
+        without = bad.get("without a text", [0])[0]
+        if without == count > 0:
+            raise no_field(file, name)
+        for fault, (number, first) in bad.items():
+            if number > max(2, 0.01 * count) and not self.text_field:
+                what = f"{file} has {number:,} rows {fault}, of {count:,}; the first is {first}"
+                raise DataError(f"{what}.\nFix them, or pass --text-field {name} to accept them.")
             self.note(f"rows {fault}", file, number)
         if name != (self.text_field or "text"):
-            self.note(f"texts read from the field {name}", file, count - bad["without a text"])
-        return True
+            self.note(f"texts read from the field {name}", file, count - without)
 
 
-def find_text_field(rows, names=TEXT_FIELDS):
-    """The first of the names that is a field with a string in one of the (place, row) pairs, or None."""
-    rows = [row for _, row in rows if isinstance(row, dict)]
-    return next((name for name in names if any(isinstance(row.get(name), str) for row in rows)), None)
+def no_field(file, name):
+    """The DataError for a table without the field that contains the text."""
+    return DataError(f"{file} has no field {name} with strings.\n{NAME_FIELD}")
 
 
-def describe_fields(rows):
-    """Why the (place, row) pairs have no known text."""
-    rows = [row for _, row in rows if isinstance(row, dict)]
+def read_json_lines(file, stream, reader):
+    """Read the texts of JSON lines. DataError if a line is not JSON or no field is known."""
+    values = parse_lines(file, stream)
+    first = list(islice(values, 16))
+    name = reader.text_field or find_text_field(first) or ("text" if not first else None)
+    if not name:
+        raise DataError(f"{file}: {describe_fields(first)}.\n{NAME_FIELD}")
+    return name, texts_of(name, chain(first, values))
+
+
+def parse_lines(file, stream):
+    """Yield (place, value) for each line that is not blank."""
+    for number, line in enumerate(stream, 1):
+        if line := line.strip().strip("\ufeff"):  # files with byte order marks may have been joined
+            try:
+                yield f"line {number}", json.loads(line)
+            except (ValueError, RecursionError):
+                what = f"{file}, line {number}: not valid JSON"
+                raise DataError(f"{what}.\nFix or delete that line.") from None
+
+
+def texts_of(name, values):
+    """Yield (place, text or None) for each (place, value): the string in its field `name`."""
+    for place, row in values:
+        content = row.get(name) if isinstance(row, dict) else None
+        yield place, content if isinstance(content, str) else None
+
+
+def find_text_field(values, names=TEXT_FIELDS):
+    """The first of the names that is a field with a string in one of the (place, value) pairs, or None."""
+    return next((name for name in names if any(text is not None for _, text in texts_of(name, values))), None)
+
+
+def describe_fields(values):
+    """Why the (place, value) pairs have no known text."""
+    rows = [row for _, row in values if isinstance(row, dict)]
     for name, value in rows[0].items() if rows else ():
         if isinstance(value, list) and value and isinstance(value[0], dict):
             return f"its field {name} contains chats (lists of turns), not texts"
@@ -891,30 +904,26 @@ def describe_fields(rows):
     return "its lines are not JSON objects"
 
 
-def read_json_lines(file, stream, reader):
-    """Yield (place, value) for each line that is not blank."""
-    for number, line in enumerate(stream, 1):
-        if line := line.strip().strip("\ufeff"):  # files with byte order marks may have been joined
-            try:
-                yield f"line {number}", json.loads(line)
-            except ValueError:
-                what = f"{file}, line {number}: not valid JSON"
-                raise DataError(f"{what}.\nFix or delete that line.") from None
-
-
 def read_json(file, stream, reader):
     """
-    Yield (place, value) for each value of a JSON array, or of values one after another. If the only value is
-    an object without a text, yield the rows of the list with texts that it contains, if there is one.
+    Read the texts of a JSON array, or of values one after another. If the only value has no text, read the
+    one list with texts in it.
     """
-    values, names = read_values(file, stream), [reader.text_field] if reader.text_field else TEXT_FIELDS
-    first = list(islice(values, 2))
+    names = [reader.text_field] if reader.text_field else TEXT_FIELDS
+    values, first = parse_values(file, stream), []
+    try:
+        first += islice(values, 16)
+    except (ValueError, RecursionError):  # not JSON; an error if it has texts
+        if reader.text_field or find_text_field(first):
+            raise
+        return None
     if len(first) == 1 and not find_text_field(first, names):
         lists = [rows for rows in find_lists(first[0][1]) if find_text_field(enumerate(rows), names)]
         if len(lists) == 1:
             reader.note("rows read from a list inside a JSON object", file, len(lists[0]))
-            first = ((f"row {number}", row) for number, row in enumerate(lists[0], 1))
-    yield from chain(first, values)
+            first = [(f"row {number}", row) for number, row in enumerate(lists[0], 1)]
+    name = reader.text_field or find_text_field(first)
+    return (name, texts_of(name, chain(first, values))) if name and first else None
 
 
 def find_lists(value):
@@ -925,7 +934,7 @@ def find_lists(value):
         yield from find_lists(child)
 
 
-def read_values(file, stream):
+def parse_values(file, stream):
     """Yield (place, value) for each value of a JSON array, or of values one after another; else nothing."""
     decoder, text, count = json.JSONDecoder(), stream.read(BLOCK).lstrip(), 0
     if not text.startswith(("[", "{")):
@@ -954,9 +963,8 @@ def read_values(file, stream):
 
 def read_csv(file, stream, reader):
     """
-    Yield (place, {column: text}) for each row of a table with a header, separated by , or ; or tabs, only
-    with the column of the text. In .tsv files quotes belong to the text and in others they enclose cells,
-    unless more rows have as many cells as the header in the other way.
+    Read the texts of a table with a header, separated by , or ; or tabs. In .tsv files quotes belong to the
+    text and in others they enclose cells, unless more rows have as many cells as the header in the other way.
     """
     csv.field_size_limit(2**31 - 1)
     header, usual, other = stream.readline(), csv.QUOTE_MINIMAL, csv.QUOTE_NONE
@@ -970,16 +978,19 @@ def read_csv(file, stream, reader):
     rows = table(usual, strict=not reader.text_field)
     names = [name.strip() for name in next(rows, (0, []))[1]]
     name = reader.text_field or next((name for name in TEXT_FIELDS if name in names), None)
-    if name not in names:
-        if header:
-            yield "line 1", {}
-        return
-    column = names.index(name)
+    if name in names:
+        return name, texts_of_column(names.index(name), len(names), delimiter, rows)
+    if header and reader.text_field:
+        raise no_field(file, name)
+    return None if header else ("text", [])
+
+
+def texts_of_column(column, width, delimiter, rows):
+    """Yield (place, text or None, *faults) for each row of read_table."""
     for line, cells in rows:
-        surplus = len(cells) - len(names)  # surplus cells come from separators in the text
-        content = delimiter.join(cells[column : column + 1 + max(0, surplus)])
-        row = {name: content if column < len(cells) else None}
-        yield f"line {line}", row | ({MISFIT: True} if surplus else {})
+        surplus = max(0, len(cells) - width)  # surplus cells come from separators in the text
+        text = delimiter.join(cells[column : column + 1 + surplus]) if column < len(cells) else None
+        yield f"line {line}", text, *[MISFIT] * (len(cells) != width)
 
 
 def read_table(file, encoding, delimiter, quoting, strict=True):
@@ -1001,15 +1012,15 @@ def count_misfits(rows):
     return sum(len(cells) != width for _, cells in rows)
 
 
-def read_parquet(file, reader):
-    """Yield (place, {column: text}) for each row, only with the column of the text. Raises DataError."""
+def read_parquet(file, stream, reader):
+    """Read a column of strings. Raises DataError."""
     import pyarrow  # optional dependency
     import pyarrow.parquet as parquet
 
     if [int(number) for number in re.findall(r"\d+", pyarrow.__version__)[:3]] < [14, 0, 1]:
         what = f"pyarrow {pyarrow.__version__} can run code that a Parquet file contains (CVE-2023-47248)"
         raise DataError(f"{what}.\nRun `pip install --upgrade pyarrow`.")
-    table, count = parquet.ParquetFile(file, buffer_size=BLOCK), 0
+    table = parquet.ParquetFile(file, buffer_size=BLOCK)
     types = {column.name: str(column.type) for column in table.schema_arrow}
     names = [reader.text_field] if reader.text_field else TEXT_FIELDS
     name = next((name for name in names if TEXT_TYPE.match(types.get(name, ""))), None)
@@ -1017,16 +1028,22 @@ def read_parquet(file, reader):
         columns = ", ".join(f"{name} ({kind})" for name, kind in types.items())
         what = f"{file} has no column {reader.text_field or 'text'} of strings; its columns are {columns}"
         raise DataError(f"{what}.\n{NAME_FIELD}")
-    for batch in table.iter_batches(batch_size=64, columns=[name]):
-        for content in batch.column(name).cast("binary").to_pylist():
-            row, count = {name: None}, count + 1
-            with suppress(AttributeError, UnicodeDecodeError):  # null, or bytes that are no text
-                row[name] = content.decode()
-            yield f"row {count}", row
+    batches = table.iter_batches(batch_size=64, columns=[name])
+    rows = (row for batch in batches for row in batch.column(0).cast("binary").to_pylist())
+    return name, ((f"row {number}", decoded(row)) for number, row in enumerate(rows, 1))
 
 
-TABLES = {".jsonl": read_json_lines, ".ndjson": read_json_lines, ".json": read_json}
-TABLES |= {".csv": read_csv, ".tsv": read_csv}
+def decoded(content):
+    """The string of UTF-8 bytes; None for None and for bytes that are no UTF-8."""
+    with suppress(AttributeError, UnicodeDecodeError):
+        return content.decode()
+
+
+# A reader gets the file, its open stream and the TextReader. It returns the name of the field with the text,
+# and (place, text or None, *faults) of each row. If it returns None the file is read as plain text.
+READERS = {".jsonl": read_json_lines, ".ndjson": read_json_lines, ".json": read_json}
+READERS |= {".csv": read_csv, ".tsv": read_csv, ".parquet": read_parquet}
+BINARY = (".parquet",)  # their readers open the file themselves
 
 
 def open_bytes(file):
@@ -1462,7 +1479,7 @@ def choose_files(data, inside, sizes, configs=()):
     amount = lambda suffix: sum(  # noqa: E731  compressed text is about 4 times as long as its file
         sizes[str(file)] * (4 if file.suffix in (".parquet", *COMPRESSED) else 1) for file in kinds[suffix]
     )
-    formats = sorted(sorted(kinds.keys() & {*DATA_FILES} - {".bin"}), key=amount)
+    formats = sorted(sorted(kinds.keys() & {*PROSE, *READERS}), key=amount)
     if not formats:
         what = f"{data} contains no parquet, JSONL or text files, only {summarize(words or sizes)}"
         raise DataError(f"{what}.\nChoose another data set, or another folder of it.")
