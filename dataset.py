@@ -250,43 +250,36 @@ def prepare(
     One process does the work and the others wait. Of a public data set only the validation file and the
     first training file are fetched; fetch_more adds others.
     """
-    reader = TextReader(**reading, plain=data == "stdlib")
-    folder = Path(data).expanduser()
-    options = reader, vocab_size, say, largest_vocab, tokenizer
+    folder, reading = Path(data).expanduser(), reading | {"plain": data == "stdlib"}
+    options = reading, vocab_size, say, largest_vocab, tokenizer
+    public = None
     try:
-        public = find_public(data) if is_public(data) else None
         if (folder / "manifest.json").exists() and (folder / "tokenizer").exists():
             corpus = load_corpus(folder)
-        elif public and public.val:
-            corpus = prepare_public(public, reading, *options)
-        elif public:
-            file, unused = fetch_file(public, *public.train, say), [Path(name) for name in public.unused]
-            found = FoundFiles(file.parent, [file], unused=unused, left_out=public.left_out)
-            corpus = prepare_files(data, found, *options)
-            corpus.public = public
         else:
-            corpus = prepare_files(data, find_files(data, out_dir), *options)
+            if is_public(data):
+                public = find_public(data)
+                found = files_of(public, say)
+            else:
+                found = find_files(data, out_dir)
+            if public and public.val:
+                corpus = prepare_public(public, *options)
+            elif found.train and found.train[0].suffix == ".bin":
+                corpus = prepare_shards(data, found, vocab_size, say)
+            else:
+                corpus = prepare_text(data, found, *options)
+            corpus.public, corpus.left_out = public, corpus.left_out + found.left_out
+            corpus.notes[:0] = describe_split(found, corpus)
     except OSError as error:
         raise DataError(f"{error.filename or data}: {error.strerror}.\nFix this and start again.") from None
     except MemoryError:
         advice = "Split its largest files or rows into smaller ones."
         raise DataError(f"there is not enough memory to prepare {data}.\n{advice}") from None
-    if corpus.public and folder.exists():
+    if public and folder.exists():
         corpus.notes.append(f"{data} is the public data set; the folder of this name is --data ./{data}")
     if tokenizer and tokenizer_fingerprint(corpus.tokenizer) != tokenizer_fingerprint(tokenizer):
         what = f"{corpus.name} is already tokenized, with another tokenizer than that of --init-from"
         raise DataError(f"{what}.\nPass its text as --data, or remove --init-from.")
-    return corpus
-
-
-def prepare_files(data, found, reader, vocab_size, say, largest_vocab, tokenizer):
-    """The corpus of local files: .bin shards or text."""
-    if found.train and found.train[0].suffix == ".bin":
-        corpus = prepare_shards(data, found, vocab_size, say)
-    else:
-        corpus = prepare_text(data, found, reader, vocab_size, say, largest_vocab, tokenizer)
-    corpus.left_out = corpus.left_out + found.left_out
-    corpus.notes[:0] = describe_split(found, corpus)
     return corpus
 
 
@@ -301,15 +294,14 @@ def prepare_shards(data, found, vocab_size, say):
     return corpus
 
 
-def prepare_text(data, found, reader, vocab_size, say, largest_vocab, tokenizer):
+def prepare_text(data, found, reading, vocab_size, say, largest_vocab, tokenizer):
     """The corpus of local text files. It is built again when the content of a file or an option changes."""
-    name = Path(data).resolve().stem
-    stats = stat_files(found)
+    name, reader, stats = Path(data).resolve().stem, TextReader(**reading), stat_files(found)
     sources = hash_files(name, found, stats, say)
     if tokenizer:
         vocab_size = tokenizer.n_vocab
-    elif not vocab_size:  # compressed text is about 4 times as long as its file
-        sizes = (size * (4 if Path(path).suffix.lower() in COMPRESSED else 1) for path, size, _ in sources)
+    elif not vocab_size:
+        sizes = (uncompressed_size(path, size) for path, size, _ in sources)
         vocab_size = min(largest_vocab, default_vocab_size(sum(sizes)))
 
     def make(temporary):
@@ -413,6 +405,11 @@ def is_too_small(held_out, total):
     return held_out < min(128_000, 0.005 * total)
 
 
+def uncompressed_size(path, size):
+    """About the size of the text in a file of `size`, in the same unit."""
+    return size * (4 if Path(path).suffix.lower() in (*COMPRESSED, ".parquet") else 1)
+
+
 def default_vocab_size(num_bytes):
     """√bytes, rounded to a power of two: 4,096 for 20 MB of text, 32,768 for 1 GB, 320 for 4 kB."""
     return max(min(512, 257 + num_bytes // 64), int(2 ** round(np.log2(max(1, num_bytes)) / 2)))
@@ -461,10 +458,10 @@ def describe_split(found, corpus):
     """Lines that say how the split was made and what was left out."""
     how = {"hash": "5% of the documents, chosen by content", "tail": "the last 5% of each document"}
     if corpus.split == "files":
-        parts = such_as(found.val, "by name") or ["nothing"]
+        parts = such_as(found.val) or ["nothing"]
     else:
-        parts = [how[corpus.split], *such_as(found.val, "by name, too small to validate on")]
-    yield f"held out: {'; '.join(parts + such_as(found.unused, 'not used'))}"
+        parts = [how[corpus.split], *such_as(found.val, " by name, too small to validate on")]
+    yield f"held out: {'; '.join(parts + such_as(found.unused, ' not used'))}"
     yield from found.notes
     if corpus.left_out:
         yield f"left out: {describe_left_out(corpus.left_out)}"
@@ -476,9 +473,11 @@ def describe_left_out(left_out):
     return f"{summarize([path for path, _ in left_out])}, such as {Path(path).name}: {reason}"
 
 
-def such_as(paths, what):
-    """`3 files (3 .txt) not used, such as a.txt`; an empty list for no files."""
-    return [f"{summarize(paths)} {what}, such as {Path(paths[0]).name}"] if paths else []
+def such_as(paths, what=""):
+    """[`3 files (3 .txt) not used, such as a.txt`], [`a.txt not used`] or []."""
+    if len(paths) > 1:
+        return [f"{summarize(paths)}{what}, such as {Path(paths[0]).name}"]
+    return [f"{Path(path).name}{what}" for path in paths]
 
 
 def summarize(paths):
@@ -531,19 +530,18 @@ def find_files(data, out_dir=None):
     binary = [file for file in files if file.suffix == ".bin"]
     texts = [file for file in files if suffix_of(file) in (*TEXT_SUFFIXES, *READERS)]
     has_shards = any(MAGIC in np.fromfile(file, dtype="<i4", count=1) for file in binary)
-    known, why = (
-        set(binary if has_shards else texts),
-        "not a token shard" if has_shards else "unknown type of file",
-    )
     no_header = "has no header of a token shard"  # nanoGPT's .bin files have none
-    found.left_out += [
-        (file, no_header if file.suffix == ".bin" else why) for file in files if file not in known
-    ]
+    reasons = dict.fromkeys(files, "not a token shard" if has_shards else "unknown type of file")
+    reasons |= dict.fromkeys(binary, no_header)
+    kept = binary if has_shards else texts
+    for file in kept:
+        del reasons[file]
+    found.left_out += reasons.items()
     if has_shards and texts:
         found.notes.append(f"token shards are read, and no text beside them, such as {texts[0].name}")
     elif binary and texts:
         found.notes.append(f"{binary[0].name} {no_header}; text beside it is read, such as {texts[0].name}")
-    words = {file: held_out_word(root, file) for file in files if file in known}
+    words = {file: held_out_word(root, file) for file in kept}
     found.train, found.val, found.unused = split_by_word(data, words)
     if found.train and (word := words[found.train[0]]):
         found.notes.append(f"all files are named as held out ({word}), and are split like any other text")
@@ -1476,10 +1474,11 @@ def choose_files(data, inside, sizes, configs=()):
     kinds = {}  # {suffix: files}
     for name in sorted(words):
         kinds.setdefault(suffix_of(Path(name)), []).append(Path(name))
-    amount = lambda suffix: sum(  # noqa: E731  compressed text is about 4 times as long as its file
-        sizes[str(file)] * (4 if file.suffix in (".parquet", *COMPRESSED) else 1) for file in kinds[suffix]
-    )
-    formats = sorted(sorted(kinds.keys() & {*PROSE, *READERS}), key=amount)
+    amount = {
+        suffix: sum(uncompressed_size(file, sizes[str(file)]) for file in kinds[suffix])
+        for suffix in sorted(kinds.keys() & {*PROSE, *READERS})
+    }
+    formats = sorted(amount, key=amount.get)
     if not formats:
         what = f"{data} contains no parquet, JSONL or text files, only {summarize(words or sizes)}"
         raise DataError(f"{what}.\nChoose another data set, or another folder of it.")
@@ -1555,16 +1554,27 @@ def several_sets(data, names):
     return DataError(f"{what}.\nChoose one of them, for example {data}/{min(names)}.")
 
 
-def prepare_public(public, reading, reader, vocab_size, say, largest_vocab, tokenizer):
+def files_of(public, say):
+    """The FoundFiles of a public data set. A training file that has to be split is fetched."""
+    root, val, unused = cache_folder() / public.name, [], [Path(name) for name in public.unused]
+    if public.val:
+        train, val = [root / name for name in public.train], [root / public.val]
+    else:
+        train = [fetch_file(public, *public.train, say)]
+    return FoundFiles(root, train, val, unused, public.left_out)
+
+
+def prepare_public(public, reading, vocab_size, say, largest_vocab, tokenizer):
     """The corpus of a public data set, with its validation file and its first training file."""
-    first, *more = public.train
+    reader, (first, *more) = TextReader(**reading), public.train
     options = [LAYOUT, reader.text_field, reader.separator]
     if first.endswith(".bin"):
         encoding, identity, options = gpt2_tokenizer(vocab_size), "gpt2", []
     elif tokenizer:
         encoding, identity = tokenizer, tokenizer_fingerprint(tokenizer)
     else:
-        vocab_size = vocab_size or min(largest_vocab, default_vocab_size(1e6 * sum(public.train.values())))
+        sizes = (1e6 * uncompressed_size(name, size) for name, size in public.train.items())
+        vocab_size = vocab_size or min(largest_vocab, default_vocab_size(sum(sizes)))
 
         def make(temporary):
             text = Text(temporary)
@@ -1576,12 +1586,8 @@ def prepare_public(public, reading, reader, vocab_size, say, largest_vocab, toke
         encoding = load_tokenizer(folder, identity)
     content = fingerprint(public.name, public.repository, public.revision, identity, *options)
     corpus = Corpus(public.name, content, encoding, more=more, public=public, reading=reading)
-    corpus.notes.append(f"held out: {'; '.join([public.val, *such_as(public.unused, 'not used')])}")
-    corpus.left_out += public.left_out
     add_file(corpus, "val", cache_folder() / public.name / public.val, say)
     add_file(corpus, "train", cache_folder() / public.name / first, say)
-    if corpus.left_out:
-        corpus.notes.append(f"left out: {describe_left_out(corpus.left_out)}")
     return corpus
 
 
