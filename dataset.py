@@ -207,9 +207,10 @@ class Corpus:
         return round(tokens * total / fetched) if fetched > 0 else math.inf  # inf: no sizes are known
 
     def row_length(self, longest):
-        """The number of tokens of a row: `longest`, or less where that gives fewer than 16 training rows."""
-        sizes = [len(open_shard(path)) for path, _ in self.shards["train"]]
-        while longest > 32 and sum(size // longest for size in sizes) < 16:
+        """The tokens of a row: `longest`, or less for at least 16 training rows and a validation row."""
+        shards = [[len(open_shard(path)) for path, _ in self.shards[split]] for split in ("train", "val")]
+        rows = lambda T: [sum(size // T for size in sizes) for sizes in shards]  # noqa: E731
+        while longest > 32 and (rows(longest)[0] < 16 or rows(longest)[1] < 1):
             longest //= 2
         return longest
 
@@ -218,8 +219,8 @@ class Corpus:
         rows = [len(open_shard(path)) // T for path, _ in self.shards[split]]
         if not any(rows):
             what = f"{self.name}: the {split} split is shorter than one row of {T} tokens"
-            advice = "Provide more text, or a smaller --max-seq-len (from 32 on) and --total-batch-size."
-            raise DataError(f"{what}.\n{advice}")
+            smaller = ", or a smaller --max-seq-len (from 32 on) and --total-batch-size" if T > 32 else ""
+            raise DataError(f"{what}.\nProvide more text{smaller}.")
         return rows
 
     def open_shard(self, split, index):
@@ -1276,14 +1277,16 @@ def train_tokenizer(pieces, vocab_size, fraction=1.0, say=lambda line: None):
 
     def some_pieces():
         seen = used = blanks = 0
+        start = time.monotonic()
         for piece in pieces:
             seen += len(piece)
             if used < fraction * seen:
                 used += len(piece)
                 blanks += piece.count(" ") + piece.count("\n")
                 yield piece
-        if used > max(2.5e6, 50 * blanks):  # rustbpe holds the GIL now: no thread could print
-            say(f"the text has hardly any blanks: its BPE may take {used / 5e5:.0f} s")
+        seconds = used / 5e5 if used > 50 * blanks else 0.4 * (time.monotonic() - start)
+        if seconds > 5:  # rustbpe merges now and holds the GIL: no thread can print meanwhile
+            say(f"the BPE may take another {seconds:.0f} s")
 
     trainer = rustbpe.Tokenizer()
     trainer.train_from_iterator(some_pieces(), vocab_size - 1, buffer_size=64, pattern=SPLIT_PATTERN)
@@ -1485,10 +1488,13 @@ def choose_files(data, inside, sizes, configs=()):
     files = kinds.pop(formats[-1])
     others = sorted(str(file) for group in kinds.values() for file in group if not file.name.startswith("."))
     left_out += [(name, f"not {formats[-1]}, the format with most text") for name in others]
-    if root is not None:
-        check_one_set(data, root, files)
-    train, val, unused = split_by_word(data, {file: words[str(file)] for file in files})
     megabytes = lambda files: sum(sizes[str(file)] for file in files)  # noqa: E731
+    if root is not None:
+        groups = [[file for file in group if not words[str(file)]] for group in by_place(data, root, files)]
+        others = set(min(groups, key=lambda group: (megabytes(group), len(group))))
+        left_out += [(str(file), "most of the training text is in another folder") for file in sorted(others)]
+        files = [file for file in files if file not in others]
+    train, val, unused = split_by_word(data, {file: words[str(file)] for file in files})
     if is_too_small(1e6 * megabytes(val), 1e6 * megabytes(train + val)):
         val, unused = [], val + unused
     if not val and len(train) > 1:
@@ -1537,15 +1543,20 @@ def glob_pattern(pattern):
     return re.compile("".join(map(translate, parts)))
 
 
-def check_one_set(data, root, files):
-    """DataError if training files are in folders, on any level, whose names differ by more than a number."""
-    folders, splits = {}, {"train", *HELD_OUT}
+def by_place(data, root, files):
+    """
+    The files in `root` and those in folders of it, on any level; folders named like a split do not count.
+    DataError if there are folders whose names differ by more than a number: those are several data sets.
+    """
+    folders, splits, groups = {}, {"train", *HELD_OUT}, ([], [])
     for file in files:
         parts = [part for part in file.relative_to(root).parts[:-1] if part.casefold() not in splits]
-        folders.setdefault(tuple(re.sub(r"[\W\d_]+", "", part) for part in parts), "/".join(parts))
-    folders.pop((), None)
+        groups[bool(parts)].append(file)
+        if parts:
+            folders.setdefault(tuple(re.sub(r"[\W\d_]+", "", part) for part in parts), "/".join(parts))
     if len(folders) > 1:
         raise several_sets(data, folders.values())
+    return groups
 
 
 def several_sets(data, names):

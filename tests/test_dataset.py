@@ -284,6 +284,25 @@ def test_a_line_without_text_is_named(tmp_path, line):
     assert "a.jsonl" in two_lines(error) and "line 3" in str(error.value)
 
 
+@pytest.mark.parametrize("size, trained, held_out", [(300, 0.7, 0.25), (1000, 0.8, 0.2), (4000, 0.9, 0.1)])
+def test_most_of_a_short_text_is_trained_on(tmp_path, size, trained, held_out):
+    (tmp_path / "a.txt").write_text((REPO / "README.md").read_text()[:size])
+    corpus = prepare(str(tmp_path / "a.txt"))
+    T = corpus.row_length(512)
+    rows = {split: sum(corpus.rows_per_shard(split, T)) for split in ("train", "val")}
+    tokens = {split: count["tokens"] for split, count in corpus.counts.items()}
+    assert rows["train"] * T >= trained * sum(tokens.values()) and rows["val"] >= 1
+    assert tokens["val"] <= held_out * sum(tokens.values())
+
+
+def test_a_text_of_less_than_a_row_is_an_error(tmp_path):
+    (tmp_path / "a.txt").write_text(prose(0, 12))
+    corpus = prepare(str(tmp_path / "a.txt"))
+    with pytest.raises(DataError) as error:
+        corpus.rows_per_shard("val", corpus.row_length(512))
+    assert two_lines(error).endswith("Provide more text.")  # a smaller T is not possible
+
+
 def test_nothing_to_read(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "binary").mkdir()
@@ -927,7 +946,7 @@ def test_slow_work_is_not_silent(text, monkeypatch):
     for blank in ("", " "):  # a text without blanks takes minutes, and rustbpe lets no thread print
         pieces = (("abcdefghi" + blank) * 1000 for _ in range(300))
         train(pieces, 260, 1.0, said.append)
-    assert said == ["the text has hardly any blanks: its BPE may take 5 s"]
+    assert said == ["the BPE may take another 5 s"]
 
 
 def test_tokenizer_reads_a_limited_amount_from_all_over_the_corpus(text, monkeypatch):
@@ -1570,6 +1589,18 @@ def test_several_sets_on_any_level_are_not_mixed(hub_files):
     hub_files(parts([f"data/{kind}/dump-{n}/0.jsonl" for kind in ("train", "test") for n in (2023, 2024)]))
     corpus = prepare("hf:some/dumps")  # folders that differ by a number are one set
     assert list(corpus.public.train) == ["data/train/dump-2023/0.jsonl", "data/train/dump-2024/0.jsonl"]
+
+
+def test_a_folder_beside_training_files_is_left_out_and_reported(hub_files):
+    hub_files(parts(["a.jsonl", "b.jsonl", "test/c.jsonl"]) | parts(["old/a.jsonl"], 20))
+    public = prepare("hf:some/set", 300).public
+    assert list(public.train) == ["a.jsonl", "b.jsonl"] and public.val == "test/c.jsonl"
+    assert public.left_out == [["old/a.jsonl", "most of the training text is in another folder"]]
+    assert list(prepare("hf:some/set/old", 300).public.train) == ["old/a.jsonl"]
+    hub_files(parts(["sample.jsonl"], 20) | parts(["test.jsonl", "data/train/a.jsonl", "data/train/b.jsonl"]))
+    public = prepare("hf:some/sample", 300).public
+    assert list(public.train) == ["data/train/a.jsonl", "data/train/b.jsonl"] and public.val == "test.jsonl"
+    assert [path for path, _ in public.left_out] == ["sample.jsonl"]
 
 
 def test_the_configurations_of_a_data_card_are_used(hub_files, hub):
