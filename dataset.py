@@ -75,7 +75,8 @@ PROSE = (".txt", ".text")  # hold data like tables do; the other texts may be so
 # Words in a data file's name that mark it as held out. The lowest number present is the validation split.
 HELD_OUT = {"val": 0, "valid": 0, "validation": 0, "dev": 1, "test": 2, "eval": 3, "heldout": 4, "holdout": 4}
 HELD_OUT |= {f"{word}set": kind for word, kind in HELD_OUT.items()}
-FILLERS = "set split data dataset text texts tokens raw clean full small part shard".split()  # say nothing
+# Words that may stand beside those
+FILLERS = "set split data dataset text texts tokens raw clean full small part shard".split()
 TEXT_FIELDS = "text content story document body article passage page_content raw_content contents".split()
 TEXT_TYPE = re.compile(r"(dictionary<values=)?(large_)?(string|binary)\b")  # pyarrow's names of types
 BYTE_ORDER_MARKS = {  # UTF-32 first: its little-endian mark begins with UTF-16's
@@ -83,8 +84,8 @@ BYTE_ORDER_MARKS = {  # UTF-32 first: its little-endian mark begins with UTF-16'
     **{codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"},
     **{codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"},
 }
-# Encodings other than UTF-8: the letters of languages that are written in them, the most frequent first,
-# without those of ASCII. The first encodings are the more common ones. Escapes are vowel signs.
+# Encodings other than UTF-8, and for each of their languages its letters beyond ASCII, the most frequent
+# first. Of the encodings in one key the first is the most common. Escapes are vowel signs.
 LETTERS = {
     "cp1252 mac_roman cp437 cp850": """éèàêçùôâîûïëœ óíáéñúü¿¡ ãçáéíõóêâúôà èàùòéì üäößé öäåé æøåé áíðöéóþúæý
         éëïèü ëç äõüöšž""",  # French Spanish Portuguese Italian German Swedish Danish Icelandic Dutch …
@@ -251,18 +252,17 @@ def prepare(
     One process does the work and the others wait. Of a public data set only the validation file and the
     first training file are fetched; fetch_more adds others.
     """
-    folder, reading = Path(data).expanduser(), reading | {"plain": data == "stdlib"}
-    options = reading, vocab_size, say, largest_vocab, tokenizer
-    public = None
+    folder, public = Path(data).expanduser(), None
+    options = reading | {"plain": data == "stdlib"}, vocab_size, say, largest_vocab, tokenizer
     try:
         if (folder / "manifest.json").exists() and (folder / "tokenizer").exists():
-            corpus = load_corpus(folder)
+            corpus, found = load_corpus(folder), None
+        elif is_public(data):
+            public = find_public(data)
+            found = files_of(public, say)
         else:
-            if is_public(data):
-                public = find_public(data)
-                found = files_of(public, say)
-            else:
-                found = find_files(data, out_dir)
+            found = find_files(data, out_dir)
+        if found:
             if public and public.val:
                 corpus = prepare_public(public, *options)
             elif found.train and found.train[0].suffix == ".bin":
@@ -384,7 +384,8 @@ def hash_files(name, found, stats, say):
 def read_files(data, found, reader, folder):
     """
     Read all files -> (Text, the places of its documents, number of documents to train on, which come first).
-    Held-out text that is too small to validate on has no places. DataError if there is nothing to train on.
+    If the held-out text is too small to validate on, its places are left out. DataError if there is nothing
+    to train on.
     """
     text = Text(folder)
     for file in found.train:
@@ -402,7 +403,7 @@ def read_files(data, found, reader, folder):
 
 
 def is_too_small(held_out, total):
-    """Whether so many held-out bytes are no validation split: `requirements-dev.txt` between sources."""
+    """Whether so few held-out bytes are no validation split: a `requirements-dev.txt` among sources."""
     return held_out < min(128_000, 0.005 * total)
 
 
@@ -539,9 +540,9 @@ def find_files(data, out_dir=None):
         del reasons[file]
     found.left_out += reasons.items()
     if has_shards and texts:
-        found.notes.append(f"token shards are read, and no text beside them, such as {texts[0].name}")
+        found.notes.append(f"only token shards are read, no text files such as {texts[0].name}")
     elif binary and texts:
-        found.notes.append(f"{binary[0].name} {no_header}; text beside it is read, such as {texts[0].name}")
+        found.notes.append(f"{binary[0].name} {no_header}; text files are read, such as {texts[0].name}")
     words = {file: held_out_word(root, file) for file in kept}
     found.train, found.val, found.unused = split_by_word(data, words)
     if found.train and (word := words[found.train[0]]):
@@ -711,7 +712,7 @@ class TextReader:
     def note_lines(self):
         """One line per note: `rows without a text: 3 (posts.csv and 2 other files)`."""
         for what, files in self.notes.items():
-            more = f" and {len(files) - 1:,} other files" if len(files) > 1 else ""
+            more = f" and {plural(len(files) - 1, 'other file')}" if len(files) > 1 else ""
             yield f"{what}: {files.total():,} ({next(iter(files))}{more})"
 
     def read(self, file, text):
@@ -748,8 +749,7 @@ class TextReader:
             with open(file, "rb") if encoding == "binary" else open_text(file, encoding) as stream:
                 if table := read_table(file, stream, self):
                     return self.add_rows(file, *table, text)
-            what = "JSON files" if suffix_of(file) == ".json" else "tables"
-            self.note(f"{what} without a known text column, read as plain text", file)
+            self.note("files without a known text field, read as plain text", file)
         self.add_plain_text(file, encoding, text)
 
     def find_encoding(self, file):
@@ -823,7 +823,7 @@ class TextReader:
         if (documents := text.num_documents - before) > 1:
             self.note(f"documents separated by {separator!r}", file, documents)
         elif self.separator and documents:
-            self.note(f"files in which {separator!r} separates nothing", file)
+            self.note(f"files that {separator!r} does not split", file)
 
     def add_rows(self, file, name, rows, text):
         """
@@ -993,7 +993,7 @@ def texts_of_column(column, width, delimiter, rows):
 
 
 def read_table(file, encoding, delimiter, quoting, strict=True):
-    """Yield (line number, cells) for each row of a table; no cells if its quotes are in wrong places."""
+    """Yield (line number, cells) for each row of a table; a row with misplaced quotes has no cells."""
     with open_text(file, encoding) as stream:
         lines = csv.reader(stream, delimiter=delimiter, quoting=quoting, strict=strict)
         while True:
@@ -1070,7 +1070,7 @@ class ZstdFile(io.RawIOBase):
             block = self.frame and self.frame.unused_data or self.file.read(2**14)
             if not block:
                 if self.frame and not self.frame.eof:
-                    raise EOFError("it ends before its last frame does")
+                    raise EOFError("the last frame is incomplete")
                 return 0
             if not self.frame or self.frame.eof:
                 self.frame = self.decompressor.decompressobj()
@@ -1094,7 +1094,7 @@ def guess_utf16(sample):
     letters, languages = min(1024, len(sample) // 2), " ".join(LETTERS.values())
     orders = ("utf-16-le", "utf-16-be")
     scores = [log_likelihood(sample[: 2 * letters].decode(order, "replace"), languages) for order in orders]
-    # in the wrong order of bytes most letters are rare ones, -9 each; in other texts they are so in both
+    # in the wrong byte order most letters are rare, -9 each; if it is not UTF-16, they are rare in both
     is_utf16 = max(scores) > max(min(scores) + letters, -8.6 * letters)
     return orders[scores.index(max(scores))] if is_utf16 else None
 
@@ -1195,7 +1195,7 @@ def describe_shared(text, train, held_out, where):
 def similar_pieces(text, places):
     """
     Yield the bytes of documents, given in the order of the text, in pieces of about 1 kB. A piece ends with
-    its document, or where a hash of 4 bytes is small: equal text is cut in equal places wherever it occurs.
+    its document, or where a hash of 4 bytes is small, so that equal texts are cut into equal pieces.
     """
     begins, ends = np.ascontiguousarray(places.T)
     for start in range(0, text.size, BLOCK):
@@ -1219,9 +1219,9 @@ def similar_pieces(text, places):
 
 def shuffle_documents(text, places):
     """
-    Shuffle training documents over the whole corpus, always in the same way: a corpus of books, then code
-    would train in phases. Documents of more than PART_BYTES are shuffled in parts. Ten million documents take
-    0.8 GB of memory here, 80 bytes each.
+    Shuffle training documents over the whole corpus, always in the same way: otherwise a run would train on
+    books first, then on code. Documents of more than PART_BYTES are shuffled in parts. Ten million documents
+    take 0.8 GB of memory here, 80 bytes each.
     """
     is_long = places[:, 1] - places[:, 0] > PART_BYTES
     parts = [places[~is_long]]
@@ -1633,7 +1633,7 @@ def add_file(corpus, split, path, say):
     place = os.path.relpath(path.resolve(), cache_folder().resolve())
     identity = fingerprint(LAYOUT, place, corpus.fingerprint)
     folder = cache_folder() / ("checked" if is_shard else "tokens") / f"{path.stem}-{identity}"
-    if is_shard and not path.exists():  # the earlier check is about a file that was deleted
+    if is_shard and not path.exists():  # it was checked, and then deleted
         shutil.rmtree(folder, ignore_errors=True)
 
     def make(temporary):
@@ -1689,7 +1689,7 @@ def download(public, name, folder, say):
     megabytes = public.train.get(name) or max(public.train.values())
     free = shutil.disk_usage(place).free / 1e6
     say(f"downloading {name} of {public.repository}, about {megabytes:,.0f} MB")
-    if public.revision != "main" and megabytes > free:  # a listing has exact sizes, PUBLIC has not
+    if public.revision != "main" and megabytes > free:  # the sizes in PUBLIC are rough
         what = f"{place / name} needs {megabytes:,.0f} MB of disk space, and {free:,.0f} MB are free"
         raise DataError(f"{what}.\n{FREE_SPACE}")
     try:

@@ -798,7 +798,7 @@ def test_a_folder_in_the_manner_of_nanogpt_says_what_is_read(tmp_path):
     (tmp_path / "train.bin").write_bytes(np.arange(5000, dtype="<u2").tobytes())
     corpus = prepare(str(tmp_path), 300)
     what = "train.bin has no header of a token shard"
-    assert f"{what}; text beside it is read, such as prepare.py" in corpus.notes
+    assert f"{what}; text files are read, such as prepare.py" in corpus.notes
     assert [Path(path).name for path, _ in corpus.left_out] == ["train.bin"]
 
 

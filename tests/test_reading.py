@@ -276,7 +276,7 @@ def test_single_line_ends_are_no_blank_line(tmp_path):
 
 def test_a_separator_that_never_occurs_is_reported(tmp_path):
     assert read(tmp_path / "a.txt", prose(1), separator="%%")[1] == [
-        "files in which '%%' separates nothing: 1 (a.txt)"
+        "files that '%%' does not split: 1 (a.txt)"
     ]
     assert read(tmp_path / "a.txt", prose(1))[1] == []
 
@@ -310,7 +310,7 @@ def test_other_json_is_plain_text_and_reported(tmp_path):
         content = json.dumps(value)
         found, notes = read(tmp_path / "a.json", content)
         assert found == [content]
-        assert notes == ["JSON files without a known text column, read as plain text: 1 (a.json)"]
+        assert notes == ["files without a known text field, read as plain text: 1 (a.json)"]
 
 
 def test_a_json_value_that_is_too_long_is_an_error(tmp_path, monkeypatch):
