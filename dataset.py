@@ -667,7 +667,7 @@ class Text:
 
     def __init__(self, folder=None):
         self.file = tempfile.TemporaryFile(dir=folder)
-        self.size, self.num_documents = 0, 0  # bytes, documents
+        self.size = 0  # bytes
         self.places = array("Q")  # begin, end, begin, end, …
 
     def write(self, text):
@@ -678,7 +678,11 @@ class Text:
         """Add a document by its place in bytes. Empty documents are ignored."""
         if begin < end:
             self.places.extend((begin, end))
-            self.num_documents += 1
+
+    @property
+    def num_documents(self):
+        """The number of documents."""
+        return len(self.places) // 2
 
     def documents(self):
         """The (begin, end) of each document in bytes, int64 (documents, 2)."""
@@ -739,9 +743,12 @@ class TextReader:
 
     def add_documents(self, file, text):
         """Append the documents of a file to a Text, or list it in left_out if it is not text."""
-        read_table = READERS.get(suffix_of(file))
         if self.plain:
-            return self.add_plain_text(file, "utf-8", text)
+            begin = text.size
+            with open_text(file, "utf-8") as stream:
+                text.write(stream.read())
+            return text.add_document(begin, text.size)
+        read_table = READERS.get(suffix_of(file))
         encoding = "binary" if suffix_of(file) in BINARY else self.find_encoding(file)
         if not encoding:
             return
@@ -791,13 +798,11 @@ class TextReader:
 
     def write(self, content, file, text):
         """Append a string to a Text. Byte order marks are removed; files that were joined contain some."""
-        if not self.plain:
-            if "\ufffd" in content:
-                self.note("unreadable characters (U+FFFD)", file, content.count("\ufffd"))
-            if "\ufeff" in content:
-                self.note("byte order marks inside a text, removed", file, content.count("\ufeff"))
-                content = content.replace("\ufeff", "")
-        text.write(content)
+        if "\ufffd" in content:
+            self.note("unreadable characters (U+FFFD)", file, content.count("\ufffd"))
+        if "\ufeff" in content:
+            self.note("byte order marks inside a text, removed", file, content.count("\ufeff"))
+        text.write(content.replace("\ufeff", ""))
 
     def add_plain_text(self, file, encoding, text):
         """Append plain text, split into documents at the separator and one line end on each side of it."""
@@ -806,7 +811,7 @@ class TextReader:
             for block in iter(partial(stream.read, BLOCK), ""):
                 self.write(block, file, text)
         separator = self.separator or ("<|endoftext|>" if suffix_of(file) in PROSE else None)
-        if separator and not self.plain:
+        if separator:
             line_end = rb"(?>\r\n?|\n)"  # of any kind; the atomic group never ends inside of \r\n
             parts, at = [re.escape(part.encode()) for part in separator.split("\n")], begin
             pattern = line_end.join(parts) + line_end + b"?"  # fast if it begins with a letter
@@ -1467,80 +1472,81 @@ def choose_files(data, inside, sizes, configs=()):
     Choose files of a hub data set, {file: MB} -> the fields train, val, unused and left_out of a PublicSet.
     `configs` of its data card come first, then the names of files. The format with most text is taken.
     """
-    safe = [name for name in sorted(sizes) if not {"..", "/"} & set(Path(name).parts)]
-    left_out = [(name, "its path leads out of the data set") for name in sizes.keys() - safe]
-    words, root = choose_config(data, inside, safe, configs), None
-    if not words:
-        root, below = Path(inside).parent if inside in sizes else Path(inside), f"{inside}/" if inside else ""
-        names = [name for name in safe if f"{name}/".startswith(below)]
-        words = {name: held_out_word(root, Path(name)) for name in names}
-    kinds = {}  # {suffix: files}
-    for name in sorted(words):
-        kinds.setdefault(suffix_of(Path(name)), []).append(Path(name))
-    amount = {
-        suffix: sum(uncompressed_size(file, sizes[str(file)]) for file in kinds[suffix])
-        for suffix in sorted(kinds.keys() & {*PROSE, *READERS})
-    }
-    formats = sorted(amount, key=amount.get)
-    if not formats:
+    sizes = {Path(name): size for name, size in sorted(sizes.items())}
+    safe = [file for file in sizes if not {"..", "/"} & {*file.parts}]
+    reasons = dict.fromkeys(sizes.keys() - safe, "its path leads out of the data set")
+    root = Path(inside).parent if Path(inside) in sizes else Path(inside)
+    configured = choose_config(data, inside, safe, configs)
+    words = configured or {file: held_out_word(root, file) for file in safe if file.is_relative_to(inside)}
+
+    def amount(files):
+        return sum(uncompressed_size(file, sizes[file]) for file in files)
+
+    formats = {suffix: [] for suffix in (*PROSE, *READERS)}
+    for file in safe:
+        if file in words:
+            formats.get(suffix_of(file), []).append(file)
+    best = max(formats, key=lambda suffix: (amount(formats[suffix]), len(formats[suffix])))
+    files = formats[best]
+    if not files:
         what = f"{data} contains no parquet, JSONL or text files, only {summarize(words or sizes)}"
         raise DataError(f"{what}.\nChoose another data set, or another folder of it.")
-    files = kinds.pop(formats[-1])
-    others = sorted(str(file) for group in kinds.values() for file in group if not file.name.startswith("."))
-    left_out += [(name, f"not {formats[-1]}, the format with most text") for name in others]
-    megabytes = lambda files: sum(sizes[str(file)] for file in files)  # noqa: E731
-    if root is not None:
-        groups = [[file for file in group if not words[str(file)]] for group in by_place(data, root, files)]
-        others = set(min(groups, key=lambda group: (megabytes(group), len(group))))
-        left_out += [(str(file), "most of the training text is in another folder") for file in sorted(others)]
-        files = [file for file in files if file not in others]
-    train, val, unused = split_by_word(data, {file: words[str(file)] for file in files})
-    if is_too_small(1e6 * megabytes(val), 1e6 * megabytes(train + val)):
+    others = [file for file in words.keys() - files if not file.name.startswith(".")]
+    reasons |= dict.fromkeys(others, f"not {best}, the format with most text")
+    if not configured:
+        groups = [[file for file in group if not words[file]] for group in by_place(data, root, files)]
+        others = min(groups, key=lambda group: (amount(group), len(group)))
+        reasons |= dict.fromkeys(others, "most of the training text is in another folder")
+    train, val, unused = split_by_word(data, {file: words[file] for file in files if file not in reasons})
+    if is_too_small(1e6 * amount(val), 1e6 * amount(train + val)):
         val, unused = [], val + unused
     if not val and len(train) > 1:
         val = [train.pop()]
-    unused = [str(file) for file in val[1:] + unused]
-    train = {str(file): sizes[str(file)] for file in train}
-    return {"train": train, "val": str(val[0]) if val else None, "unused": unused, "left_out": left_out}
+    return {
+        "train": {str(file): sizes[file] for file in train},
+        "val": str(val[0]) if val else None,
+        "unused": [str(file) for file in val[1:] + unused],
+        "left_out": sorted((str(file), reason) for file, reason in reasons.items()),
+    }
 
 
-def choose_config(data, inside, names, configs):
+def choose_config(data, inside, files, configs):
     """
     The files of the configuration of a data card that `inside` names, or of its default one -> {file: word of
     HELD_OUT or None}, empty if there is none. DataError if the card has several and no default.
     """
-    configs = {
-        str(config.get("config_name", "default")): config for config in configs if isinstance(config, dict)
-    }
-    files = {name: config_files(config, names) for name, config in configs.items()}
-    files = {name: found for name, found in files.items() if found}
-    default = next((name for name in files if configs[name].get("default")), "default")
-    name = inside or (default if default in files else next(iter(files), None))
-    if not inside and len(files) > 1 and default not in files:
-        raise several_sets(data, files)
-    return files.get(name, {})
+    found, default = {}, "default"  # {name: files}
+    for config in configs:
+        if isinstance(config, dict) and (words := config_files(config, files)):
+            name = str(config.get("config_name", "default"))
+            found[name], default = words, name if config.get("default") else default
+    if not inside and len(found) > 1 and default not in found:
+        raise several_sets(data, found)
+    return found.get(inside or (default if default in found else next(iter(found), None)), {})
 
 
-def config_files(config, names):
+def config_files(config, files):
     """The files of a configuration of a data card, with the word of HELD_OUT of their split or name."""
-    folder, entries, found = config.get("data_dir") or "", config.get("data_files") or "**", {}
+    folder, entries, words = config.get("data_dir") or "", config.get("data_files") or [], {}
+    if folder and not entries:
+        entries = "**"
     for entry in entries if isinstance(entries, list) else [entries]:
         entry = entry if isinstance(entry, dict) else {"path": entry}
         paths, split = entry.get("path") or [], str(entry.get("split") or "")
         for path in paths if isinstance(paths, list) else [paths]:
             pattern = glob_pattern(os.path.normpath(f"{folder}/{path}").lstrip("/"))
-            for name in filter(pattern.fullmatch, names):
-                word = held_out_word(Path(), Path(f"{split}.txt") if split else Path(name))
-                found.setdefault(name, word)
-    return found if config.get("data_files") or folder else {}
+            for file in files:
+                if pattern.fullmatch(file.as_posix()):
+                    words.setdefault(file, held_out_word(Path(), Path(f"{split}.txt") if split else file))
+    return words
 
 
 def glob_pattern(pattern):
     """The regular expression of a pattern of file names: * and ? stay in one folder, ** does not."""
     wild = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
     parts = re.findall(r"\*\*/|\*\*|\[[^]]+\]|.", pattern)
-    translate = lambda part: wild.get(part) or (part.replace("[!", "[^") if part[1:] else re.escape(part))  # noqa: E731
-    return re.compile("".join(map(translate, parts)))
+    groups = (part.replace("[!", "[^") if part[1:] else re.escape(part) for part in parts)
+    return re.compile("".join(wild.get(part, group) for part, group in zip(parts, groups)))
 
 
 def by_place(data, root, files):

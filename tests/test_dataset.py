@@ -947,6 +947,11 @@ def test_slow_work_is_not_silent(text, monkeypatch):
         pieces = (("abcdefghi" + blank) * 1000 for _ in range(300))
         train(pieces, 260, 1.0, said.append)
     assert said == ["the BPE may take another 5 s"]
+    said.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(dataset.time, "monotonic", iter((0, 20)).__next__)  # the words are counted in 20 s
+        train(("a few words " * 9 for _ in range(30)), 260, 1.0, said.append)
+    assert said == ["the BPE may take another 8 s"]
 
 
 def test_tokenizer_reads_a_limited_amount_from_all_over_the_corpus(text, monkeypatch):

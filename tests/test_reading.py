@@ -451,6 +451,23 @@ def test_broken_rows_at_the_beginning_do_not_hide_the_table(tmp_path):
         assert found == [header + rows] and "read as plain text: 1 (a.csv)" in notes[-1]
 
 
+def test_a_new_format_is_one_entry_of_the_table(tmp_path, monkeypatch):
+    def read_poems(file, stream, reader):
+        return "verse", ((f"line {number}", line.strip() or None) for number, line in enumerate(stream, 1))
+
+    monkeypatch.setitem(dataset.READERS, ".poems", read_poems)
+    found, notes = read(tmp_path / "a.poems", "one\n\ntwo\n")
+    assert found == ["one", "two"]
+    assert notes == ["rows without a text: 1 (a.poems)", "texts read from the field verse: 2 (a.poems)"]
+    (tmp_path / "val.poems.gz").write_bytes(gzip.compress(b"three"))
+    found = dataset.find_files(str(tmp_path))
+    assert [file.name for file in found.train + found.val] == ["a.poems", "val.poems.gz"] and found.val
+    chosen = dataset.choose_files(
+        "hf:some/set", "", {"a.poems": 2, "b.poems": 2, "test.poems": 1, "x.pdf": 9}
+    )
+    assert list(chosen["train"]) == ["a.poems", "b.poems"] and chosen["val"] == "test.poems"
+
+
 # -----------------------------------------------------------------------------
 # Parquet
 
