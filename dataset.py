@@ -301,9 +301,7 @@ def prepare_text(data, found, reading, vocab_size, say, largest_vocab, tokenizer
     sources = hash_files(name, found, stats, say)
     if tokenizer:
         vocab_size = tokenizer.n_vocab
-    elif not vocab_size:
-        sizes = (uncompressed_size(path, size) for path, size, _ in sources)
-        vocab_size = min(largest_vocab, default_vocab_size(sum(sizes)))
+    vocab_size = vocab_size or default_vocab_size({path: size for path, size, _ in sources}, largest_vocab)
 
     def make(temporary):
         with still_running(say, "reading the text"):
@@ -337,11 +335,7 @@ def stat_files(found):
     """[[path below root, size in bytes, mtime, ctime, file], ...] of all files to read, sorted."""
     stats = []
     for file in found.train + found.val:
-        try:
-            status = file.stat()
-        except OSError as error:
-            raise DataError(f"{file} cannot be read: {error.strerror}.\n{FIX_FILE}") from None
-        name = composed(file.relative_to(found.root))
+        status, name = file.stat(), composed(file.relative_to(found.root))
         stats.append([name, status.st_size, status.st_mtime_ns, status.st_ctime_ns, str(file)])
     return sorted(stats)
 
@@ -371,11 +365,8 @@ def hash_files(name, found, stats, say):
     """[[path below root, size in bytes, sha256], ...]. The hashes are kept until a file is written again."""
 
     def make(temporary):
-        try:
-            with still_running(say, "hashing the files"):
-                return [[path, size, file_sha256(file)] for path, size, *_, file in stats]
-        except OSError as error:
-            raise DataError(f"{error.filename} cannot be read: {error.strerror}.\n{FIX_FILE}") from None
+        with still_running(say, "hashing the files"):
+            return [[path, size, file_sha256(file)] for path, size, *_, file in stats]
 
     identity = fingerprint(str(found.root.resolve()), stats)
     return make_once(cache_folder() / "seen" / f"{name}-{identity}", make)
@@ -403,7 +394,7 @@ def read_files(data, found, reader, folder):
 
 
 def is_too_small(held_out, total):
-    """Whether so few held-out bytes are no validation split: a `requirements-dev.txt` among sources."""
+    """Whether this many held-out bytes are too few to validate on: a `requirements-dev.txt` among sources."""
     return held_out < min(128_000, 0.005 * total)
 
 
@@ -412,9 +403,13 @@ def uncompressed_size(path, size):
     return size * (4 if Path(path).suffix.lower() in (*COMPRESSED, ".parquet") else 1)
 
 
-def default_vocab_size(num_bytes):
-    """√bytes, rounded to a power of two: 4,096 for 20 MB of text, 32,768 for 1 GB, 320 for 4 kB."""
-    return max(min(512, 257 + num_bytes // 64), int(2 ** round(np.log2(max(1, num_bytes)) / 2)))
+def default_vocab_size(sizes, largest):
+    """
+    √bytes of the text in files, {path: bytes}, rounded to a power of two, at most `largest`: 4,096 for 20 MB
+    of text, 32,768 for 1 GB, 320 for 4 kB.
+    """
+    num_bytes = max(1, sum(uncompressed_size(path, size) for path, size in sizes.items()))
+    return int(min(largest, max(min(512, 257 + num_bytes // 64), 2 ** round(np.log2(num_bytes) / 2))))
 
 
 def load_corpus(folder):
@@ -1043,11 +1038,12 @@ def decoded(content):
         return content.decode()
 
 
-# A reader gets the file, its open stream and the TextReader. It returns the name of the field with the text,
-# and (place, text or None, *faults) of each row. If it returns None the file is read as plain text.
+# A new format is one entry here. Its reader gets the file, the open stream and the TextReader. It returns the
+# name of the field with the text and an iterator of (place, text or None, *faults) over the rows. If it
+# returns None, the file is read as plain text.
 READERS = {".jsonl": read_json_lines, ".ndjson": read_json_lines, ".json": read_json}
 READERS |= {".csv": read_csv, ".tsv": read_csv, ".parquet": read_parquet}
-BINARY = (".parquet",)  # their readers open the file themselves
+BINARY = (".parquet",)  # not text: their streams yield bytes, and the encoding is not guessed
 
 
 def open_bytes(file):
@@ -1474,12 +1470,13 @@ def choose_files(data, inside, sizes, configs=()):
     """
     sizes = {Path(name): size for name, size in sorted(sizes.items())}
     safe = [file for file in sizes if not {"..", "/"} & {*file.parts}]
+    # {file: why it is left out}
     reasons = dict.fromkeys(sizes.keys() - safe, "its path leads out of the data set")
     root = Path(inside).parent if Path(inside) in sizes else Path(inside)
     configured = choose_config(data, inside, safe, configs)
     words = configured or {file: held_out_word(root, file) for file in safe if file.is_relative_to(inside)}
 
-    def amount(files):
+    def amount(files):  # MB of text
         return sum(uncompressed_size(file, sizes[file]) for file in files)
 
     formats = {suffix: [] for suffix in (*PROSE, *READERS)}
@@ -1590,8 +1587,8 @@ def prepare_public(public, reading, vocab_size, say, largest_vocab, tokenizer):
     elif tokenizer:
         encoding, identity = tokenizer, tokenizer_fingerprint(tokenizer)
     else:
-        sizes = (1e6 * uncompressed_size(name, size) for name, size in public.train.items())
-        vocab_size = vocab_size or min(largest_vocab, default_vocab_size(sum(sizes)))
+        sizes = {name: 1e6 * size for name, size in public.train.items()}
+        vocab_size = vocab_size or default_vocab_size(sizes, largest_vocab)
 
         def make(temporary):
             text = Text(temporary)
@@ -1713,7 +1710,7 @@ def hub_reason(error):
     """Why a request to the hub failed, in a few words."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status in (401, 403):
-        return f"{status}, it is private, does not exist, or your login may not read it"
+        return f"status {status}: it is private, does not exist, or your login may not read it"
     return str(error.__cause__ or error).split("\n")[0].rstrip(".") or type(error).__name__
 
 
@@ -1744,6 +1741,8 @@ def make_once(folder, make):
     try:
         build_once(folder, folder / "manifest.json", make_folder)
     except OSError as error:
+        if error.filename and cache_folder() not in Path(error.filename).parents:
+            raise  # a file of the user
         raise DataError(f"{folder} cannot be written: {error.strerror or error}.\n{FREE_SPACE}") from None
     return read_manifest(folder)
 
@@ -1818,8 +1817,8 @@ def describe(data, **reading):
 
     corpus = prepare(data, say=say, **reading)
     for split, count in corpus.counts.items():
-        facts = [f"{value:,} {key}" for key, value in count.items()]
-        T = min(128, corpus.row_length(128))
+        facts = [plural(number, key.removesuffix("s")) for key, number in count.items()]
+        T = corpus.row_length(128)
         rows = sum(len(open_shard(path)) // T for path, _ in corpus.shards[split])
         facts.append(f"{plural(rows, 'row')} of {T}")
         if "bytes" in count and count["tokens"]:

@@ -303,6 +303,16 @@ def test_a_text_of_less_than_a_row_is_an_error(tmp_path):
     assert two_lines(error).endswith("Provide more text.")  # a smaller T is not possible
 
 
+def test_an_unreadable_file_is_not_called_a_full_cache(text, monkeypatch):
+    def fails(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(dataset, "file_sha256", fails)
+    with pytest.raises(DataError) as error:
+        prepare(str(text))
+    assert two_lines(error) == f"{text / '00.txt'}: Permission denied.\nFix this and start again."
+
+
 def test_nothing_to_read(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "binary").mkdir()
@@ -1721,7 +1731,7 @@ def test_command_line_prints_into_any_output(text, tmp_path):
         assert "\x1b" not in result.stdout and "\x07" not in result.stdout
     (tmp_path / "line.txt").write_text("x")
     result = command(tmp_path / "line.txt")  # too short for anything, but described
-    assert result.returncode == 0 and "1 bytes" in result.stdout, result.stderr
+    assert result.returncode == 0 and "1 byte;" in result.stdout, result.stderr
 
 
 @pytest.mark.slow
