@@ -65,18 +65,18 @@ SPLIT_PATTERN = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}|"
 SPLIT_PATTERN += r" ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
-# Files
-SUFFIXES = """
-    .txt .text .md .rst .org .tex .adoc .bib .log .csv .tsv .json .xml .html .htm .css .yaml .yml .toml .py
+# Files of text; READERS has the suffixes of tables
+TEXT_SUFFIXES = """
+    .txt .text .md .rst .org .tex .adoc .bib .log .xml .html .htm .css .yaml .yml .toml .py
     .pyi .c .h .cc .cpp .cxx .hpp .cu .java .js .jsx .ts .tsx .go .rs .rb .php .pl .sh .bash .sql .swift .kt
-    .scala .hs .ml .lua .r .jl .m .lisp .el .clj .ex .erl .f90 .cs .vb .dart .zig .nim .proto
-    .jsonl .ndjson .parquet""".split()
+    .scala .hs .ml .lua .r .jl .m .lisp .el .clj .ex .erl .f90 .cs .vb .dart .zig .nim .proto""".split()
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")  # may follow another suffix
-DATA_FILES = (".txt", ".text", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".bin")
+PROSE = (".txt", ".text")  # hold data like tables do; the other texts may be sources of a program
 # Words in a data file's name that mark it as held out. The lowest number present is the validation split.
 HELD_OUT = {"val": 0, "valid": 0, "validation": 0, "dev": 1, "test": 2, "eval": 3, "heldout": 4, "holdout": 4}
 HELD_OUT |= {f"{word}set": kind for word, kind in HELD_OUT.items()}
-FILLERS = "set split data dataset text texts tokens raw clean full small part shard".split()  # say nothing
+# Words that may stand beside those
+FILLERS = "set split data dataset text texts tokens raw clean full small part shard".split()
 TEXT_FIELDS = "text content story document body article passage page_content raw_content contents".split()
 TEXT_TYPE = re.compile(r"(dictionary<values=)?(large_)?(string|binary)\b")  # pyarrow's names of types
 BYTE_ORDER_MARKS = {  # UTF-32 first: its little-endian mark begins with UTF-16's
@@ -84,8 +84,8 @@ BYTE_ORDER_MARKS = {  # UTF-32 first: its little-endian mark begins with UTF-16'
     **{codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"},
     **{codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"},
 }
-# Encodings other than UTF-8: the letters of languages that are written in them, the most frequent first,
-# without those of ASCII. The first encodings are the more common ones. Escapes are vowel signs.
+# Encodings other than UTF-8, and for each of their languages its letters beyond ASCII, the most frequent
+# first. Of the encodings in one key the first is the most common. Escapes are vowel signs.
 LETTERS = {
     "cp1252 mac_roman cp437 cp850": """éèàêçùôâîûïëœ óíáéñúü¿¡ ãçáéíõóêâúôà èàùòéì üäößé öäåé æøåé áíðöéóþúæý
         éëïèü ëç äõüöšž""",  # French Spanish Portuguese Italian German Swedish Danish Icelandic Dutch …
@@ -106,7 +106,7 @@ LETTERS = {
 MARKS = "’“”–…—\u00a0«»„‚‘°€£§©®™²³·•±µ×½─│┌┐└┘═║░▒▓█"  # in any language
 # Two letters that no word contains: of two scripts, or an upper-case letter after a lower-case one
 ODD_PAIR = "[A-Za-zß-ɏ][Ͱ-\u0fff]|[Ͱ-\u0fff][A-Za-zß-ɏ]|[a-zß-ÿα-ωа-џ][A-ZÀ-ÞΑ-ΩЀ-Я]"
-MISFIT = None  # key of a row of a table that has another number of cells than the header
+MISFIT = "with another number of cells than the header"  # a fault of a row of a table
 
 # Advice that several errors share
 FIX_FILE = "Fix the file, or remove it."
@@ -208,9 +208,10 @@ class Corpus:
         return round(tokens * total / fetched) if fetched > 0 else math.inf  # inf: no sizes are known
 
     def row_length(self, longest):
-        """The number of tokens of a row: `longest`, or less where that gives fewer than 16 training rows."""
-        sizes = [len(open_shard(path)) for path, _ in self.shards["train"]]
-        while longest > 32 and sum(size // longest for size in sizes) < 16:
+        """The tokens of a row: `longest`, or less for at least 16 training rows and a validation row."""
+        shards = [[len(open_shard(path)) for path, _ in self.shards[split]] for split in ("train", "val")]
+        rows = lambda T: [sum(size // T for size in sizes) for sizes in shards]  # noqa: E731
+        while longest > 32 and (rows(longest)[0] < 16 or rows(longest)[1] < 1):
             longest //= 2
         return longest
 
@@ -219,8 +220,8 @@ class Corpus:
         rows = [len(open_shard(path)) // T for path, _ in self.shards[split]]
         if not any(rows):
             what = f"{self.name}: the {split} split is shorter than one row of {T} tokens"
-            advice = "Provide more text, or a smaller --max-seq-len (from 32 on) and --total-batch-size."
-            raise DataError(f"{what}.\n{advice}")
+            smaller = ", or a smaller --max-seq-len (from 32 on) and --total-batch-size" if T > 32 else ""
+            raise DataError(f"{what}.\nProvide more text{smaller}.")
         return rows
 
     def open_shard(self, split, index):
@@ -251,43 +252,35 @@ def prepare(
     One process does the work and the others wait. Of a public data set only the validation file and the
     first training file are fetched; fetch_more adds others.
     """
-    reader = TextReader(**reading, plain=data == "stdlib")
-    folder = Path(data).expanduser()
-    options = reader, vocab_size, say, largest_vocab, tokenizer
+    folder, public = Path(data).expanduser(), None
+    options = reading | {"plain": data == "stdlib"}, vocab_size, say, largest_vocab, tokenizer
     try:
-        public = find_public(data) if is_public(data) else None
         if (folder / "manifest.json").exists() and (folder / "tokenizer").exists():
-            corpus = load_corpus(folder)
-        elif public and public.val:
-            corpus = prepare_public(public, reading, *options)
-        elif public:
-            file, unused = fetch_file(public, *public.train, say), [Path(name) for name in public.unused]
-            found = FoundFiles(file.parent, [file], unused=unused, left_out=public.left_out)
-            corpus = prepare_files(data, found, *options)
-            corpus.public = public
+            corpus, found = load_corpus(folder), None
+        elif is_public(data):
+            public = find_public(data)
+            found = files_of(public, say)
         else:
-            corpus = prepare_files(data, find_files(data, out_dir), *options)
+            found = find_files(data, out_dir)
+        if found:
+            if public and public.val:
+                corpus = prepare_public(public, *options)
+            elif found.train and found.train[0].suffix == ".bin":
+                corpus = prepare_shards(data, found, vocab_size, say)
+            else:
+                corpus = prepare_text(data, found, *options)
+            corpus.public, corpus.left_out = public, corpus.left_out + found.left_out
+            corpus.notes[:0] = describe_split(found, corpus)
     except OSError as error:
         raise DataError(f"{error.filename or data}: {error.strerror}.\nFix this and start again.") from None
     except MemoryError:
         advice = "Split its largest files or rows into smaller ones."
         raise DataError(f"there is not enough memory to prepare {data}.\n{advice}") from None
-    if corpus.public and folder.exists():
+    if public and folder.exists():
         corpus.notes.append(f"{data} is the public data set; the folder of this name is --data ./{data}")
     if tokenizer and tokenizer_fingerprint(corpus.tokenizer) != tokenizer_fingerprint(tokenizer):
         what = f"{corpus.name} is already tokenized, with another tokenizer than that of --init-from"
         raise DataError(f"{what}.\nPass its text as --data, or remove --init-from.")
-    return corpus
-
-
-def prepare_files(data, found, reader, vocab_size, say, largest_vocab, tokenizer):
-    """The corpus of local files: .bin shards or text."""
-    if found.train and found.train[0].suffix == ".bin":
-        corpus = prepare_shards(data, found, vocab_size, say)
-    else:
-        corpus = prepare_text(data, found, reader, vocab_size, say, largest_vocab, tokenizer)
-    corpus.left_out = corpus.left_out + found.left_out
-    corpus.notes[:0] = describe_split(found, corpus)
     return corpus
 
 
@@ -302,16 +295,13 @@ def prepare_shards(data, found, vocab_size, say):
     return corpus
 
 
-def prepare_text(data, found, reader, vocab_size, say, largest_vocab, tokenizer):
+def prepare_text(data, found, reading, vocab_size, say, largest_vocab, tokenizer):
     """The corpus of local text files. It is built again when the content of a file or an option changes."""
-    name = Path(data).resolve().stem
-    stats = stat_files(found)
+    name, reader, stats = Path(data).resolve().stem, TextReader(**reading), stat_files(found)
     sources = hash_files(name, found, stats, say)
     if tokenizer:
         vocab_size = tokenizer.n_vocab
-    elif not vocab_size:  # compressed text is about 4 times as long as its file
-        sizes = (size * (4 if Path(path).suffix.lower() in COMPRESSED else 1) for path, size, _ in sources)
-        vocab_size = min(largest_vocab, default_vocab_size(sum(sizes)))
+    vocab_size = vocab_size or default_vocab_size({path: size for path, size, _ in sources}, largest_vocab)
 
     def make(temporary):
         with still_running(say, "reading the text"):
@@ -345,11 +335,7 @@ def stat_files(found):
     """[[path below root, size in bytes, mtime, ctime, file], ...] of all files to read, sorted."""
     stats = []
     for file in found.train + found.val:
-        try:
-            status = file.stat()
-        except OSError as error:
-            raise DataError(f"{file} cannot be read: {error.strerror}.\n{FIX_FILE}") from None
-        name = composed(file.relative_to(found.root))
+        status, name = file.stat(), composed(file.relative_to(found.root))
         stats.append([name, status.st_size, status.st_mtime_ns, status.st_ctime_ns, str(file)])
     return sorted(stats)
 
@@ -379,11 +365,8 @@ def hash_files(name, found, stats, say):
     """[[path below root, size in bytes, sha256], ...]. The hashes are kept until a file is written again."""
 
     def make(temporary):
-        try:
-            with still_running(say, "hashing the files"):
-                return [[path, size, file_sha256(file)] for path, size, *_, file in stats]
-        except OSError as error:
-            raise DataError(f"{error.filename} cannot be read: {error.strerror}.\n{FIX_FILE}") from None
+        with still_running(say, "hashing the files"):
+            return [[path, size, file_sha256(file)] for path, size, *_, file in stats]
 
     identity = fingerprint(str(found.root.resolve()), stats)
     return make_once(cache_folder() / "seen" / f"{name}-{identity}", make)
@@ -392,7 +375,8 @@ def hash_files(name, found, stats, say):
 def read_files(data, found, reader, folder):
     """
     Read all files -> (Text, the places of its documents, number of documents to train on, which come first).
-    Held-out text that is too small to validate on has no places. DataError if there is nothing to train on.
+    If the held-out text is too small to validate on, its places are left out. DataError if there is nothing
+    to train on.
     """
     text = Text(folder)
     for file in found.train:
@@ -403,20 +387,29 @@ def read_files(data, found, reader, folder):
     if not num_train:
         left_out = found.left_out + reader.left_out
         reasons = f" (left out: {describe_left_out(left_out)})" if left_out else ""
-        known = ".txt, .md, .py and other sources, .jsonl, .json, .csv, .tsv, .parquet, .bin shards"
+        known = f".txt, .md, .py and other sources, {', '.join(READERS)}, .bin shards"
         raise DataError(f"--data {data} has no text to train on{reasons}.\nSupported files: {known}.")
     too_small = is_too_small(text.size - train_size, text.size)
     return text, text.documents()[: num_train if too_small else None], num_train
 
 
 def is_too_small(held_out, total):
-    """Whether so many held-out bytes are no validation split: `requirements-dev.txt` between sources."""
+    """Whether this many held-out bytes are too few to validate on: a `requirements-dev.txt` among sources."""
     return held_out < min(128_000, 0.005 * total)
 
 
-def default_vocab_size(num_bytes):
-    """√bytes, rounded to a power of two: 4,096 for 20 MB of text, 32,768 for 1 GB, 320 for 4 kB."""
-    return max(min(512, 257 + num_bytes // 64), int(2 ** round(np.log2(max(1, num_bytes)) / 2)))
+def uncompressed_size(path, size):
+    """About the size of the text in a file of `size`, in the same unit."""
+    return size * (4 if Path(path).suffix.lower() in (*COMPRESSED, ".parquet") else 1)
+
+
+def default_vocab_size(sizes, largest):
+    """
+    √bytes of the text in files, {path: bytes}, rounded to a power of two, at most `largest`: 4,096 for 20 MB
+    of text, 32,768 for 1 GB, 320 for 4 kB.
+    """
+    num_bytes = max(1, sum(uncompressed_size(path, size) for path, size in sizes.items()))
+    return int(min(largest, max(min(512, 257 + num_bytes // 64), 2 ** round(np.log2(num_bytes) / 2))))
 
 
 def load_corpus(folder):
@@ -462,10 +455,10 @@ def describe_split(found, corpus):
     """Lines that say how the split was made and what was left out."""
     how = {"hash": "5% of the documents, chosen by content", "tail": "the last 5% of each document"}
     if corpus.split == "files":
-        parts = such_as(found.val, "by name") or ["nothing"]
+        parts = such_as(found.val) or ["nothing"]
     else:
-        parts = [how[corpus.split], *such_as(found.val, "by name, too small to validate on")]
-    yield f"held out: {'; '.join(parts + such_as(found.unused, 'not used'))}"
+        parts = [how[corpus.split], *such_as(found.val, " by name, too small to validate on")]
+    yield f"held out: {'; '.join(parts + such_as(found.unused, ' not used'))}"
     yield from found.notes
     if corpus.left_out:
         yield f"left out: {describe_left_out(corpus.left_out)}"
@@ -477,9 +470,11 @@ def describe_left_out(left_out):
     return f"{summarize([path for path, _ in left_out])}, such as {Path(path).name}: {reason}"
 
 
-def such_as(paths, what):
-    """`3 files (3 .txt) not used, such as a.txt`; an empty list for no files."""
-    return [f"{summarize(paths)} {what}, such as {Path(paths[0]).name}"] if paths else []
+def such_as(paths, what=""):
+    """[`3 files (3 .txt) not used, such as a.txt`], [`a.txt not used`] or []."""
+    if len(paths) > 1:
+        return [f"{summarize(paths)}{what}, such as {Path(paths[0]).name}"]
+    return [f"{Path(path).name}{what}" for path in paths]
 
 
 def summarize(paths):
@@ -530,21 +525,20 @@ def find_files(data, out_dir=None):
     found = FoundFiles(root, [])
     files = list_files(root, found.left_out, out_dir)
     binary = [file for file in files if file.suffix == ".bin"]
-    texts = [file for file in files if suffix_of(file) in SUFFIXES]
+    texts = [file for file in files if suffix_of(file) in (*TEXT_SUFFIXES, *READERS)]
     has_shards = any(MAGIC in np.fromfile(file, dtype="<i4", count=1) for file in binary)
-    known, why = (
-        set(binary if has_shards else texts),
-        "not a token shard" if has_shards else "unknown type of file",
-    )
     no_header = "has no header of a token shard"  # nanoGPT's .bin files have none
-    found.left_out += [
-        (file, no_header if file.suffix == ".bin" else why) for file in files if file not in known
-    ]
+    reasons = dict.fromkeys(files, "not a token shard" if has_shards else "unknown type of file")
+    reasons |= dict.fromkeys(binary, no_header)
+    kept = binary if has_shards else texts
+    for file in kept:
+        del reasons[file]
+    found.left_out += reasons.items()
     if has_shards and texts:
-        found.notes.append(f"token shards are read, and no text beside them, such as {texts[0].name}")
+        found.notes.append(f"only token shards are read, no text files such as {texts[0].name}")
     elif binary and texts:
-        found.notes.append(f"{binary[0].name} {no_header}; text beside it is read, such as {texts[0].name}")
-    words = {file: held_out_word(root, file) for file in files if file in known}
+        found.notes.append(f"{binary[0].name} {no_header}; text files are read, such as {texts[0].name}")
+    words = {file: held_out_word(root, file) for file in kept}
     found.train, found.val, found.unused = split_by_word(data, words)
     if found.train and (word := words[found.train[0]]):
         found.notes.append(f"all files are named as held out ({word}), and are split like any other text")
@@ -639,7 +633,7 @@ def held_out_word(root, file):
     (test-00000-of-00007.parquet, wiki_val_000.txt.gz, my_test_set.txt).
     """
     suffix = suffix_of(file)
-    if suffix not in DATA_FILES:
+    if suffix not in (*PROSE, *READERS, ".bin"):
         return None
     path = unicodedata.normalize("NFC", str(file.relative_to(root)).casefold())
     *folders, name = re.sub(r"(held|hold)[-_ ]out", r"\1out", path).split(os.sep)
@@ -668,7 +662,7 @@ class Text:
 
     def __init__(self, folder=None):
         self.file = tempfile.TemporaryFile(dir=folder)
-        self.size, self.num_documents = 0, 0  # bytes, documents
+        self.size = 0  # bytes
         self.places = array("Q")  # begin, end, begin, end, …
 
     def write(self, text):
@@ -679,7 +673,11 @@ class Text:
         """Add a document by its place in bytes. Empty documents are ignored."""
         if begin < end:
             self.places.extend((begin, end))
-            self.num_documents += 1
+
+    @property
+    def num_documents(self):
+        """The number of documents."""
+        return len(self.places) // 2
 
     def documents(self):
         """The (begin, end) of each document in bytes, int64 (documents, 2)."""
@@ -696,7 +694,7 @@ class TextReader:
 
     text_field: field or column that contains the text, even if many rows lack it; None: one of TEXT_FIELDS
     separator: separates documents in a plain text file; None: <|endoftext|> in .txt files
-    plain: read every file as UTF-8, one document per file
+    plain: every file is UTF-8 and one document
     left_out: [(path, reason)]; notes: {note: {file name: count}}; empty_files: number without a document
     """
 
@@ -713,14 +711,14 @@ class TextReader:
     def note_lines(self):
         """One line per note: `rows without a text: 3 (posts.csv and 2 other files)`."""
         for what, files in self.notes.items():
-            more = f" and {len(files) - 1:,} other files" if len(files) > 1 else ""
+            more = f" and {plural(len(files) - 1, 'other file')}" if len(files) > 1 else ""
             yield f"{what}: {files.total():,} ({next(iter(files))}{more})"
 
     def read(self, file, text):
         """Append the documents of a file to a Text. DataError if the file cannot be read."""
-        before = text.num_documents
+        before = text.num_documents, len(self.left_out)
         try:
-            is_text = self.add_documents(file, text)
+            self.add_documents(file, text)
         except (DataError, MemoryError):
             raise
         except ImportError as error:
@@ -736,43 +734,42 @@ class TextReader:
                 what = f"{file} is cut off or damaged: {reason.rstrip('.')}"
                 advice = "Copy or download it again, or remove it."
             raise DataError(f"{what}.\n{advice}") from None
-        self.empty_files += is_text and text.num_documents == before
+        self.empty_files += (text.num_documents, len(self.left_out)) == before
 
     def add_documents(self, file, text):
-        """Append the documents of a file to a Text -> False if the file is not text."""
-        suffix = suffix_of(file)
-        if suffix == ".parquet":
-            self.add_rows(file, read_parquet(file, self), text)
-            return True
-        encoding = self.find_encoding(file)
-        if encoding is None:
-            return False
-        if suffix in TABLES:
-            with open_text(file, encoding) as stream:
-                if self.add_rows(file, TABLES[suffix](file, stream, self), text):
-                    return True
-            what = "JSON files" if suffix == ".json" else "tables"
-            self.note(f"{what} without a known text column, read as plain text", file)
-        with open_text(file, encoding) as stream:
-            self.add_plain_text(file, stream, text)
-        return True
+        """Append the documents of a file to a Text, or list it in left_out if it is not text."""
+        if self.plain:
+            begin = text.size
+            with open_text(file, "utf-8") as stream:
+                text.write(stream.read())
+            return text.add_document(begin, text.size)
+        read_table = READERS.get(suffix_of(file))
+        encoding = "binary" if suffix_of(file) in BINARY else self.find_encoding(file)
+        if not encoding:
+            return
+        if read_table:
+            with open(file, "rb") if encoding == "binary" else open_text(file, encoding) as stream:
+                if table := read_table(file, stream, self):
+                    return self.add_rows(file, *table, text)
+            self.note("files without a known text field, read as plain text", file)
+        self.add_plain_text(file, encoding, text)
 
     def find_encoding(self, file):
-        """The encoding of a text file, or None if it is not text. Reads the file once."""
+        """The encoding of a text file; None, and an entry in left_out, if it is not text. Reads it once."""
         decoder = codecs.getincrementaldecoder("utf-8")()
         valid, invalid, sample = 0, 0, b""  # characters beyond ASCII; words that contain them
         with open_bytes(file) as stream:
-            block = stream.read(BLOCK)
-            mark = next((mark for mark in BYTE_ORDER_MARKS if block.startswith(mark)), None)
-            if mark and not self.plain:
-                return BYTE_ORDER_MARKS[mark]
-            beginning, encoding, is_first = block[:8192], None, True
+            block = first_block = stream.read(BLOCK)
+            beginning, encoding = block[:8192], None
+            for mark, encoding_of_mark in BYTE_ORDER_MARKS.items():
+                if block.startswith(mark):
+                    return encoding_of_mark
             if b"\0" in beginning:
-                encoding = None if self.plain else guess_utf16(beginning)
+                encoding = guess_utf16(beginning)
                 if not encoding:
                     self.left_out.append((str(file), "not text: contains a zero byte"))
                     return None
-            while block and not self.plain and not encoding:
+            while block and not encoding:
                 try:
                     text = decoder.decode(block)
                 except UnicodeDecodeError:
@@ -781,12 +778,12 @@ class TextReader:
                     decoder.errors = "strict"
                     invalid += text.count("\ufffd")
                     if len(sample) < 2**14:  # the first word of a later block may begin inside a character
-                        words = (word for word in block.split()[not is_first :] if not word.isascii())
-                        sample += b" ".join(words)[: 2**12] + b"\n"
+                        words = block.split()[block is not first_block :]
+                        sample += b" ".join(word for word in words if not word.isascii())[: 2**12] + b"\n"
                 if not text.isascii():
                     valid += len(text) - len(block.translate(None, bytes(range(128, 256))))
-                block, is_first = stream.read(BLOCK), False
-        if b"\x1b$" in beginning and not invalid and not self.plain:  # bytes that switch to other characters
+                block = stream.read(BLOCK)
+        if b"\x1b$" in beginning and not invalid:  # bytes that switch to other characters
             encoding = "iso2022_kr" if b"\x1b$)C" in beginning else "iso2022_jp_ext"
         if not encoding and invalid <= valid - invalid:  # mostly valid; some bytes may be damaged
             return "utf-8"
@@ -796,21 +793,20 @@ class TextReader:
 
     def write(self, content, file, text):
         """Append a string to a Text. Byte order marks are removed; files that were joined contain some."""
-        if not self.plain:
-            if "\ufffd" in content:
-                self.note("unreadable characters (U+FFFD)", file, content.count("\ufffd"))
-            if "\ufeff" in content:
-                self.note("byte order marks inside a text, removed", file, content.count("\ufeff"))
-                content = content.replace("\ufeff", "")
-        text.write(content)
+        if "\ufffd" in content:
+            self.note("unreadable characters (U+FFFD)", file, content.count("\ufffd"))
+        if "\ufeff" in content:
+            self.note("byte order marks inside a text, removed", file, content.count("\ufeff"))
+        text.write(content.replace("\ufeff", ""))
 
-    def add_plain_text(self, file, stream, text):
+    def add_plain_text(self, file, encoding, text):
         """Append plain text, split into documents at the separator and one line end on each side of it."""
         begin, before = text.size, text.num_documents
-        for block in iter(partial(stream.read, BLOCK), ""):
-            self.write(block, file, text)
-        separator = self.separator or ("<|endoftext|>" if suffix_of(file) in (".txt", ".text") else None)
-        if separator and not self.plain:
+        with open_text(file, encoding) as stream:
+            for block in iter(partial(stream.read, BLOCK), ""):
+                self.write(block, file, text)
+        separator = self.separator or ("<|endoftext|>" if suffix_of(file) in PROSE else None)
+        if separator:
             line_end = rb"(?>\r\n?|\n)"  # of any kind; the atomic group never ends inside of \r\n
             parts, at = [re.escape(part.encode()) for part in separator.split("\n")], begin
             pattern = line_end.join(parts) + line_end + b"?"  # fast if it begins with a letter
@@ -827,62 +823,78 @@ class TextReader:
         if (documents := text.num_documents - before) > 1:
             self.note(f"documents separated by {separator!r}", file, documents)
         elif self.separator and documents:
-            self.note(f"files in which {separator!r} separates nothing", file)
+            self.note(f"files that {separator!r} does not split", file)
 
-    def add_rows(self, file, rows, text):
+    def add_rows(self, file, name, rows, text):
         """
-        Append the texts of (place, row) pairs as documents -> False if this is not a table of texts.
-        Bad rows are counted. DataError if there are many of them, unless the user has named the field.
+        Append the texts of a table as documents. rows: (place, text or None, *other faults) of each row, as
+        read from the field `name`. Faults are counted. DataError if more than 1% of the rows, and more than
+        2, have the same one, unless the user has named the field.
         """
-        first_rows, count, bad, first_bad = [], 0, Counter(), {}
-        try:
-            first_rows += islice(rows, 16)
-        except (ValueError, RecursionError):
-            if suffix_of(file) == ".parquet" or self.text_field or find_text_field(first_rows):
-                raise
-            return False
-        name = self.text_field or find_text_field(first_rows)
-        if not name and suffix_of(file) in (".csv", ".tsv", ".parquet"):
-            name = next((name for _, row in first_rows for name in row if name), None)  # their only column
-        if name is None:
-            if not first_rows or suffix_of(file) in (".json", ".csv", ".tsv"):
-                return not first_rows and suffix_of(file) != ".json"
-            raise DataError(f"{file}: {describe_fields(first_rows)}.\n{NAME_FIELD}")
-        for place, row in chain(first_rows, rows):
-            row, begin, faults = row if isinstance(row, dict) else {}, text.size, []
-            if isinstance(content := row.get(name), str):
+        count, bad = 0, {}  # {fault: [number of rows, place of the first one]}
+        for place, content, *faults in rows:
+            count += 1
+            if content is None:
+                faults.append("without a text")
+            else:
+                begin = text.size
                 self.write(content, file, text)
                 text.add_document(begin, text.size)
-            else:
-                faults.append("without a text")
-            if MISFIT in row:
-                faults.append("with another number of cells than the header")
             for fault in faults:
-                bad[fault] += 1
-                first_bad.setdefault(fault, place)
-            count += 1
-        if bad["without a text"] == count > 0:
-            raise DataError(f"{file} has no field {name} with strings.\n{NAME_FIELD}")
-        for fault, number in bad.items():
-            if number > max(0.01 * count, min(10, 0.1 * count)) and not self.text_field:
-                what = f"{number:,} of {count:,} rows are {fault} (field {name})"
-                advice = f"Fix them, or pass --text-field {name} to accept them."
-                raise DataError(f"{file}, {first_bad[fault]}: {what}.\n{advice}")
+                bad.setdefault(fault, [0, place])[0] += 1
+        without = bad.get("without a text", [0])[0]
+        if without == count > 0:
+            raise no_field(file, name)
+        for fault, (number, first) in bad.items():
+            if number > max(2, 0.01 * count) and not self.text_field:
+                what = f"{file} has {number:,} rows {fault}, of {count:,}; the first is {first}"
+                raise DataError(f"{what}.\nFix them, or pass --text-field {name} to accept them.")
             self.note(f"rows {fault}", file, number)
         if name != (self.text_field or "text"):
-            self.note(f"texts read from the field {name}", file, count - bad["without a text"])
-        return True
+            self.note(f"texts read from the field {name}", file, count - without)
 
 
-def find_text_field(rows, names=TEXT_FIELDS):
-    """The first of the names that is a field with a string in one of the (place, row) pairs, or None."""
-    rows = [row for _, row in rows if isinstance(row, dict)]
-    return next((name for name in names if any(isinstance(row.get(name), str) for row in rows)), None)
+def no_field(file, name):
+    """The DataError for a table without the field that contains the text."""
+    return DataError(f"{file} has no field {name} with strings.\n{NAME_FIELD}")
 
 
-def describe_fields(rows):
-    """Why the (place, row) pairs have no known text."""
-    rows = [row for _, row in rows if isinstance(row, dict)]
+def read_json_lines(file, stream, reader):
+    """Read the texts of JSON lines. DataError if a line is not JSON or no field is known."""
+    values = parse_lines(file, stream)
+    first = list(islice(values, 16))
+    name = reader.text_field or find_text_field(first) or ("text" if not first else None)
+    if not name:
+        raise DataError(f"{file}: {describe_fields(first)}.\n{NAME_FIELD}")
+    return name, texts_of(name, chain(first, values))
+
+
+def parse_lines(file, stream):
+    """Yield (place, value) for each line that is not blank."""
+    for number, line in enumerate(stream, 1):
+        if line := line.strip().strip("\ufeff"):  # files with byte order marks may have been joined
+            try:
+                yield f"line {number}", json.loads(line)
+            except (ValueError, RecursionError):
+                what = f"{file}, line {number}: not valid JSON"
+                raise DataError(f"{what}.\nFix or delete that line.") from None
+
+
+def texts_of(name, values):
+    """Yield (place, text or None) for each (place, value): the string in its field `name`."""
+    for place, row in values:
+        content = row.get(name) if isinstance(row, dict) else None
+        yield place, content if isinstance(content, str) else None
+
+
+def find_text_field(values, names=TEXT_FIELDS):
+    """The first of the names that is a field with a string in one of the (place, value) pairs, or None."""
+    return next((name for name in names if any(text is not None for _, text in texts_of(name, values))), None)
+
+
+def describe_fields(values):
+    """Why the (place, value) pairs have no known text."""
+    rows = [row for _, row in values if isinstance(row, dict)]
     for name, value in rows[0].items() if rows else ():
         if isinstance(value, list) and value and isinstance(value[0], dict):
             return f"its field {name} contains chats (lists of turns), not texts"
@@ -891,30 +903,26 @@ def describe_fields(rows):
     return "its lines are not JSON objects"
 
 
-def read_json_lines(file, stream, reader):
-    """Yield (place, value) for each line that is not blank."""
-    for number, line in enumerate(stream, 1):
-        if line := line.strip().strip("\ufeff"):  # files with byte order marks may have been joined
-            try:
-                yield f"line {number}", json.loads(line)
-            except ValueError:
-                what = f"{file}, line {number}: not valid JSON"
-                raise DataError(f"{what}.\nFix or delete that line.") from None
-
-
 def read_json(file, stream, reader):
     """
-    Yield (place, value) for each value of a JSON array, or of values one after another. If the only value is
-    an object without a text, yield the rows of the list with texts that it contains, if there is one.
+    Read the texts of a JSON array, or of values one after another. If the only value has no text, read the
+    one list with texts in it.
     """
-    values, names = read_values(file, stream), [reader.text_field] if reader.text_field else TEXT_FIELDS
-    first = list(islice(values, 2))
+    names = [reader.text_field] if reader.text_field else TEXT_FIELDS
+    values, first = parse_values(file, stream), []
+    try:
+        first += islice(values, 16)
+    except (ValueError, RecursionError):  # not JSON; an error if it has texts
+        if reader.text_field or find_text_field(first):
+            raise
+        return None
     if len(first) == 1 and not find_text_field(first, names):
         lists = [rows for rows in find_lists(first[0][1]) if find_text_field(enumerate(rows), names)]
         if len(lists) == 1:
             reader.note("rows read from a list inside a JSON object", file, len(lists[0]))
-            first = ((f"row {number}", row) for number, row in enumerate(lists[0], 1))
-    yield from chain(first, values)
+            first = [(f"row {number}", row) for number, row in enumerate(lists[0], 1)]
+    name = reader.text_field or find_text_field(first)
+    return (name, texts_of(name, chain(first, values))) if name and first else None
 
 
 def find_lists(value):
@@ -925,7 +933,7 @@ def find_lists(value):
         yield from find_lists(child)
 
 
-def read_values(file, stream):
+def parse_values(file, stream):
     """Yield (place, value) for each value of a JSON array, or of values one after another; else nothing."""
     decoder, text, count = json.JSONDecoder(), stream.read(BLOCK).lstrip(), 0
     if not text.startswith(("[", "{")):
@@ -954,9 +962,8 @@ def read_values(file, stream):
 
 def read_csv(file, stream, reader):
     """
-    Yield (place, {column: text}) for each row of a table with a header, separated by , or ; or tabs, only
-    with the column of the text. In .tsv files quotes belong to the text and in others they enclose cells,
-    unless more rows have as many cells as the header in the other way.
+    Read the texts of a table with a header, separated by , or ; or tabs. In .tsv files quotes belong to the
+    text and in others they enclose cells, unless more rows have as many cells as the header in the other way.
     """
     csv.field_size_limit(2**31 - 1)
     header, usual, other = stream.readline(), csv.QUOTE_MINIMAL, csv.QUOTE_NONE
@@ -970,20 +977,23 @@ def read_csv(file, stream, reader):
     rows = table(usual, strict=not reader.text_field)
     names = [name.strip() for name in next(rows, (0, []))[1]]
     name = reader.text_field or next((name for name in TEXT_FIELDS if name in names), None)
-    if name not in names:
-        if header:
-            yield "line 1", {}
-        return
-    column = names.index(name)
+    if name in names:
+        return name, texts_of_column(names.index(name), len(names), delimiter, rows)
+    if header and reader.text_field:
+        raise no_field(file, name)
+    return None if header else ("text", [])
+
+
+def texts_of_column(column, width, delimiter, rows):
+    """Yield (place, text or None, *faults) for each row of read_table."""
     for line, cells in rows:
-        surplus = len(cells) - len(names)  # surplus cells come from separators in the text
-        content = delimiter.join(cells[column : column + 1 + max(0, surplus)])
-        row = {name: content if column < len(cells) else None}
-        yield f"line {line}", row | ({MISFIT: True} if surplus else {})
+        surplus = max(0, len(cells) - width)  # surplus cells come from separators in the text
+        text = delimiter.join(cells[column : column + 1 + surplus]) if column < len(cells) else None
+        yield f"line {line}", text, *[MISFIT] * (len(cells) != width)
 
 
 def read_table(file, encoding, delimiter, quoting, strict=True):
-    """Yield (line number, cells) for each row of a table; no cells if its quotes are in wrong places."""
+    """Yield (line number, cells) for each row of a table; a row with misplaced quotes has no cells."""
     with open_text(file, encoding) as stream:
         lines = csv.reader(stream, delimiter=delimiter, quoting=quoting, strict=strict)
         while True:
@@ -1001,15 +1011,15 @@ def count_misfits(rows):
     return sum(len(cells) != width for _, cells in rows)
 
 
-def read_parquet(file, reader):
-    """Yield (place, {column: text}) for each row, only with the column of the text. Raises DataError."""
+def read_parquet(file, stream, reader):
+    """Read a column of strings. Raises DataError."""
     import pyarrow  # optional dependency
     import pyarrow.parquet as parquet
 
     if [int(number) for number in re.findall(r"\d+", pyarrow.__version__)[:3]] < [14, 0, 1]:
         what = f"pyarrow {pyarrow.__version__} can run code that a Parquet file contains (CVE-2023-47248)"
         raise DataError(f"{what}.\nRun `pip install --upgrade pyarrow`.")
-    table, count = parquet.ParquetFile(file, buffer_size=BLOCK), 0
+    table = parquet.ParquetFile(file, buffer_size=BLOCK)
     types = {column.name: str(column.type) for column in table.schema_arrow}
     names = [reader.text_field] if reader.text_field else TEXT_FIELDS
     name = next((name for name in names if TEXT_TYPE.match(types.get(name, ""))), None)
@@ -1017,16 +1027,23 @@ def read_parquet(file, reader):
         columns = ", ".join(f"{name} ({kind})" for name, kind in types.items())
         what = f"{file} has no column {reader.text_field or 'text'} of strings; its columns are {columns}"
         raise DataError(f"{what}.\n{NAME_FIELD}")
-    for batch in table.iter_batches(batch_size=64, columns=[name]):
-        for content in batch.column(name).cast("binary").to_pylist():
-            row, count = {name: None}, count + 1
-            with suppress(AttributeError, UnicodeDecodeError):  # null, or bytes that are no text
-                row[name] = content.decode()
-            yield f"row {count}", row
+    batches = table.iter_batches(batch_size=64, columns=[name])
+    rows = (row for batch in batches for row in batch.column(0).cast("binary").to_pylist())
+    return name, ((f"row {number}", decoded(row)) for number, row in enumerate(rows, 1))
 
 
-TABLES = {".jsonl": read_json_lines, ".ndjson": read_json_lines, ".json": read_json}
-TABLES |= {".csv": read_csv, ".tsv": read_csv}
+def decoded(content):
+    """The string of UTF-8 bytes; None for None and for bytes that are no UTF-8."""
+    with suppress(AttributeError, UnicodeDecodeError):
+        return content.decode()
+
+
+# A new format is one entry here. Its reader gets the file, the open stream and the TextReader. It returns the
+# name of the field with the text and an iterator of (place, text or None, *faults) over the rows. If it
+# returns None, the file is read as plain text.
+READERS = {".jsonl": read_json_lines, ".ndjson": read_json_lines, ".json": read_json}
+READERS |= {".csv": read_csv, ".tsv": read_csv, ".parquet": read_parquet}
+BINARY = (".parquet",)  # not text: their streams yield bytes, and the encoding is not guessed
 
 
 def open_bytes(file):
@@ -1054,7 +1071,7 @@ class ZstdFile(io.RawIOBase):
             block = self.frame and self.frame.unused_data or self.file.read(2**14)
             if not block:
                 if self.frame and not self.frame.eof:
-                    raise EOFError("it ends before its last frame does")
+                    raise EOFError("the last frame is incomplete")
                 return 0
             if not self.frame or self.frame.eof:
                 self.frame = self.decompressor.decompressobj()
@@ -1078,7 +1095,7 @@ def guess_utf16(sample):
     letters, languages = min(1024, len(sample) // 2), " ".join(LETTERS.values())
     orders = ("utf-16-le", "utf-16-be")
     scores = [log_likelihood(sample[: 2 * letters].decode(order, "replace"), languages) for order in orders]
-    # in the wrong order of bytes most letters are rare ones, -9 each; in other texts they are so in both
+    # in the wrong byte order most letters are rare, -9 each; if it is not UTF-16, they are rare in both
     is_utf16 = max(scores) > max(min(scores) + letters, -8.6 * letters)
     return orders[scores.index(max(scores))] if is_utf16 else None
 
@@ -1179,7 +1196,7 @@ def describe_shared(text, train, held_out, where):
 def similar_pieces(text, places):
     """
     Yield the bytes of documents, given in the order of the text, in pieces of about 1 kB. A piece ends with
-    its document, or where a hash of 4 bytes is small: equal text is cut in equal places wherever it occurs.
+    its document, or where a hash of 4 bytes is small, so that equal texts are cut into equal pieces.
     """
     begins, ends = np.ascontiguousarray(places.T)
     for start in range(0, text.size, BLOCK):
@@ -1203,9 +1220,9 @@ def similar_pieces(text, places):
 
 def shuffle_documents(text, places):
     """
-    Shuffle training documents over the whole corpus, always in the same way: a corpus of books, then code
-    would train in phases. Documents of more than PART_BYTES are shuffled in parts. Ten million documents take
-    0.8 GB of memory here, 80 bytes each.
+    Shuffle training documents over the whole corpus, always in the same way: otherwise a run would train on
+    books first, then on code. Documents of more than PART_BYTES are shuffled in parts. Ten million documents
+    take 0.8 GB of memory here, 80 bytes each.
     """
     is_long = places[:, 1] - places[:, 0] > PART_BYTES
     parts = [places[~is_long]]
@@ -1264,14 +1281,16 @@ def train_tokenizer(pieces, vocab_size, fraction=1.0, say=lambda line: None):
 
     def some_pieces():
         seen = used = blanks = 0
+        start = time.monotonic()
         for piece in pieces:
             seen += len(piece)
             if used < fraction * seen:
                 used += len(piece)
                 blanks += piece.count(" ") + piece.count("\n")
                 yield piece
-        if used > max(2.5e6, 50 * blanks):  # rustbpe holds the GIL now: no thread could print
-            say(f"the text has hardly any blanks: its BPE may take {used / 5e5:.0f} s")
+        seconds = used / 5e5 if used > 50 * blanks else 0.4 * (time.monotonic() - start)
+        if seconds > 5:  # rustbpe merges now and holds the GIL: no thread can print meanwhile
+            say(f"the BPE may take another {seconds:.0f} s")
 
     trainer = rustbpe.Tokenizer()
     trainer.train_from_iterator(some_pieces(), vocab_size - 1, buffer_size=64, pattern=SPLIT_PATTERN)
@@ -1452,87 +1471,98 @@ def choose_files(data, inside, sizes, configs=()):
     Choose files of a hub data set, {file: MB} -> the fields train, val, unused and left_out of a PublicSet.
     `configs` of its data card come first, then the names of files. The format with most text is taken.
     """
-    safe = [name for name in sorted(sizes) if not {"..", "/"} & set(Path(name).parts)]
-    left_out = [(name, "its path leads out of the data set") for name in sizes.keys() - safe]
-    words, root = choose_config(data, inside, safe, configs), None
-    if not words:
-        root, below = Path(inside).parent if inside in sizes else Path(inside), f"{inside}/" if inside else ""
-        names = [name for name in safe if f"{name}/".startswith(below)]
-        words = {name: held_out_word(root, Path(name)) for name in names}
-    kinds = {}  # {suffix: files}
-    for name in sorted(words):
-        kinds.setdefault(suffix_of(Path(name)), []).append(Path(name))
-    amount = lambda suffix: sum(  # noqa: E731  compressed text is about 4 times as long as its file
-        sizes[str(file)] * (4 if file.suffix in (".parquet", *COMPRESSED) else 1) for file in kinds[suffix]
-    )
-    formats = sorted(sorted(kinds.keys() & {*DATA_FILES} - {".bin"}), key=amount)
-    if not formats:
+    sizes = {Path(name): size for name, size in sorted(sizes.items())}
+    safe = [file for file in sizes if not {"..", "/"} & {*file.parts}]
+    # {file: why it is left out}
+    reasons = dict.fromkeys(sizes.keys() - safe, "its path leads out of the data set")
+    root = Path(inside).parent if Path(inside) in sizes else Path(inside)
+    configured = choose_config(data, inside, safe, configs)
+    words = configured or {file: held_out_word(root, file) for file in safe if file.is_relative_to(inside)}
+
+    def amount(files):  # MB of text
+        return sum(uncompressed_size(file, sizes[file]) for file in files)
+
+    formats = {suffix: [] for suffix in (*PROSE, *READERS)}
+    for file in safe:
+        if file in words:
+            formats.get(suffix_of(file), []).append(file)
+    best = max(formats, key=lambda suffix: (amount(formats[suffix]), len(formats[suffix])))
+    files = formats[best]
+    if not files:
         what = f"{data} contains no parquet, JSONL or text files, only {summarize(words or sizes)}"
         raise DataError(f"{what}.\nChoose another data set, or another folder of it.")
-    files = kinds.pop(formats[-1])
-    others = sorted(str(file) for group in kinds.values() for file in group if not file.name.startswith("."))
-    left_out += [(name, f"not {formats[-1]}, the format with most text") for name in others]
-    if root is not None:
-        check_one_set(data, root, files)
-    train, val, unused = split_by_word(data, {file: words[str(file)] for file in files})
-    megabytes = lambda files: sum(sizes[str(file)] for file in files)  # noqa: E731
-    if is_too_small(1e6 * megabytes(val), 1e6 * megabytes(train + val)):
+    others = [file for file in words.keys() - files if not file.name.startswith(".")]
+    reasons |= dict.fromkeys(others, f"not {best}, the format with most text")
+    if not configured:
+        groups = [[file for file in group if not words[file]] for group in by_place(data, root, files)]
+        others = min(groups, key=lambda group: (amount(group), len(group)))
+        reasons |= dict.fromkeys(others, "most of the training text is in another folder")
+    train, val, unused = split_by_word(data, {file: words[file] for file in files if file not in reasons})
+    if is_too_small(1e6 * amount(val), 1e6 * amount(train + val)):
         val, unused = [], val + unused
     if not val and len(train) > 1:
         val = [train.pop()]
-    unused = [str(file) for file in val[1:] + unused]
-    train = {str(file): sizes[str(file)] for file in train}
-    return {"train": train, "val": str(val[0]) if val else None, "unused": unused, "left_out": left_out}
+    return {
+        "train": {str(file): sizes[file] for file in train},
+        "val": str(val[0]) if val else None,
+        "unused": [str(file) for file in val[1:] + unused],
+        "left_out": sorted((str(file), reason) for file, reason in reasons.items()),
+    }
 
 
-def choose_config(data, inside, names, configs):
+def choose_config(data, inside, files, configs):
     """
     The files of the configuration of a data card that `inside` names, or of its default one -> {file: word of
     HELD_OUT or None}, empty if there is none. DataError if the card has several and no default.
     """
-    configs = {
-        str(config.get("config_name", "default")): config for config in configs if isinstance(config, dict)
-    }
-    files = {name: config_files(config, names) for name, config in configs.items()}
-    files = {name: found for name, found in files.items() if found}
-    default = next((name for name in files if configs[name].get("default")), "default")
-    name = inside or (default if default in files else next(iter(files), None))
-    if not inside and len(files) > 1 and default not in files:
-        raise several_sets(data, files)
-    return files.get(name, {})
+    found, default = {}, "default"  # {name: files}
+    for config in configs:
+        if isinstance(config, dict) and (words := config_files(config, files)):
+            name = str(config.get("config_name", "default"))
+            found[name], default = words, name if config.get("default") else default
+    if not inside and len(found) > 1 and default not in found:
+        raise several_sets(data, found)
+    return found.get(inside or (default if default in found else next(iter(found), None)), {})
 
 
-def config_files(config, names):
+def config_files(config, files):
     """The files of a configuration of a data card, with the word of HELD_OUT of their split or name."""
-    folder, entries, found = config.get("data_dir") or "", config.get("data_files") or "**", {}
+    folder, entries, words = config.get("data_dir") or "", config.get("data_files") or [], {}
+    if folder and not entries:
+        entries = "**"
     for entry in entries if isinstance(entries, list) else [entries]:
         entry = entry if isinstance(entry, dict) else {"path": entry}
         paths, split = entry.get("path") or [], str(entry.get("split") or "")
         for path in paths if isinstance(paths, list) else [paths]:
             pattern = glob_pattern(os.path.normpath(f"{folder}/{path}").lstrip("/"))
-            for name in filter(pattern.fullmatch, names):
-                word = held_out_word(Path(), Path(f"{split}.txt") if split else Path(name))
-                found.setdefault(name, word)
-    return found if config.get("data_files") or folder else {}
+            for file in files:
+                if pattern.fullmatch(file.as_posix()):
+                    words.setdefault(file, held_out_word(Path(), Path(f"{split}.txt") if split else file))
+    return words
 
 
 def glob_pattern(pattern):
     """The regular expression of a pattern of file names: * and ? stay in one folder, ** does not."""
     wild = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
     parts = re.findall(r"\*\*/|\*\*|\[[^]]+\]|.", pattern)
-    translate = lambda part: wild.get(part) or (part.replace("[!", "[^") if part[1:] else re.escape(part))  # noqa: E731
-    return re.compile("".join(map(translate, parts)))
+    groups = (part.replace("[!", "[^") if part[1:] else re.escape(part) for part in parts)
+    return re.compile("".join(wild.get(part, group) for part, group in zip(parts, groups)))
 
 
-def check_one_set(data, root, files):
-    """DataError if training files are in folders, on any level, whose names differ by more than a number."""
-    folders, splits = {}, {"train", *HELD_OUT}
+def by_place(data, root, files):
+    """
+    The files in `root` and those in folders of it, on any level; folders named like a split do not count.
+    DataError if there are folders whose names differ by more than a number: those are several data sets.
+    """
+    folders, splits, groups = {}, {"train", *HELD_OUT}, ([], [])
     for file in files:
         parts = [part for part in file.relative_to(root).parts[:-1] if part.casefold() not in splits]
-        folders.setdefault(tuple(re.sub(r"[\W\d_]+", "", part) for part in parts), "/".join(parts))
-    folders.pop((), None)
+        groups[bool(parts)].append(file)
+        if parts:
+            folders.setdefault(tuple(re.sub(r"[\W\d_]+", "", part) for part in parts), "/".join(parts))
     if len(folders) > 1:
         raise several_sets(data, folders.values())
+    return groups
 
 
 def several_sets(data, names):
@@ -1541,16 +1571,27 @@ def several_sets(data, names):
     return DataError(f"{what}.\nChoose one of them, for example {data}/{min(names)}.")
 
 
-def prepare_public(public, reading, reader, vocab_size, say, largest_vocab, tokenizer):
+def files_of(public, say):
+    """The FoundFiles of a public data set. A training file that has to be split is fetched."""
+    root, val, unused = cache_folder() / public.name, [], [Path(name) for name in public.unused]
+    if public.val:
+        train, val = [root / name for name in public.train], [root / public.val]
+    else:
+        train = [fetch_file(public, *public.train, say)]
+    return FoundFiles(root, train, val, unused, public.left_out)
+
+
+def prepare_public(public, reading, vocab_size, say, largest_vocab, tokenizer):
     """The corpus of a public data set, with its validation file and its first training file."""
-    first, *more = public.train
+    reader, (first, *more) = TextReader(**reading), public.train
     options = [LAYOUT, reader.text_field, reader.separator]
     if first.endswith(".bin"):
         encoding, identity, options = gpt2_tokenizer(vocab_size), "gpt2", []
     elif tokenizer:
         encoding, identity = tokenizer, tokenizer_fingerprint(tokenizer)
     else:
-        vocab_size = vocab_size or min(largest_vocab, default_vocab_size(1e6 * sum(public.train.values())))
+        sizes = {name: 1e6 * size for name, size in public.train.items()}
+        vocab_size = vocab_size or default_vocab_size(sizes, largest_vocab)
 
         def make(temporary):
             text = Text(temporary)
@@ -1562,12 +1603,8 @@ def prepare_public(public, reading, reader, vocab_size, say, largest_vocab, toke
         encoding = load_tokenizer(folder, identity)
     content = fingerprint(public.name, public.repository, public.revision, identity, *options)
     corpus = Corpus(public.name, content, encoding, more=more, public=public, reading=reading)
-    corpus.notes.append(f"held out: {'; '.join([public.val, *such_as(public.unused, 'not used')])}")
-    corpus.left_out += public.left_out
     add_file(corpus, "val", cache_folder() / public.name / public.val, say)
     add_file(corpus, "train", cache_folder() / public.name / first, say)
-    if corpus.left_out:
-        corpus.notes.append(f"left out: {describe_left_out(corpus.left_out)}")
     return corpus
 
 
@@ -1602,7 +1639,7 @@ def add_file(corpus, split, path, say):
     place = os.path.relpath(path.resolve(), cache_folder().resolve())
     identity = fingerprint(LAYOUT, place, corpus.fingerprint)
     folder = cache_folder() / ("checked" if is_shard else "tokens") / f"{path.stem}-{identity}"
-    if is_shard and not path.exists():  # the earlier check is about a file that was deleted
+    if is_shard and not path.exists():  # it was checked, and then deleted
         shutil.rmtree(folder, ignore_errors=True)
 
     def make(temporary):
@@ -1658,7 +1695,7 @@ def download(public, name, folder, say):
     megabytes = public.train.get(name) or max(public.train.values())
     free = shutil.disk_usage(place).free / 1e6
     say(f"downloading {name} of {public.repository}, about {megabytes:,.0f} MB")
-    if public.revision != "main" and megabytes > free:  # a listing has exact sizes, PUBLIC has not
+    if public.revision != "main" and megabytes > free:  # the sizes in PUBLIC are rough
         what = f"{place / name} needs {megabytes:,.0f} MB of disk space, and {free:,.0f} MB are free"
         raise DataError(f"{what}.\n{FREE_SPACE}")
     try:
@@ -1676,7 +1713,7 @@ def hub_reason(error):
     """Why a request to the hub failed, in a few words."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status in (401, 403):
-        return f"{status}, it is private, does not exist, or your login may not read it"
+        return f"status {status}: it is private, does not exist, or your login may not read it"
     return str(error.__cause__ or error).split("\n")[0].rstrip(".") or type(error).__name__
 
 
@@ -1707,6 +1744,8 @@ def make_once(folder, make):
     try:
         build_once(folder, folder / "manifest.json", make_folder)
     except OSError as error:
+        if error.filename and cache_folder() not in Path(error.filename).parents:
+            raise  # a file of the user
         raise DataError(f"{folder} cannot be written: {error.strerror or error}.\n{FREE_SPACE}") from None
     return read_manifest(folder)
 
@@ -1781,8 +1820,8 @@ def describe(data, **reading):
 
     corpus = prepare(data, say=say, **reading)
     for split, count in corpus.counts.items():
-        facts = [f"{value:,} {key}" for key, value in count.items()]
-        T = min(128, corpus.row_length(128))
+        facts = [plural(number, key.removesuffix("s")) for key, number in count.items()]
+        T = corpus.row_length(128)
         rows = sum(len(open_shard(path)) // T for path, _ in corpus.shards[split])
         facts.append(f"{plural(rows, 'row')} of {T}")
         if "bytes" in count and count["tokens"]:

@@ -278,10 +278,39 @@ NO_TEXT = ["{}", '{"text": 3}', '{"text": null}', '"text"', "[1]", "{broken", '{
 
 @pytest.mark.parametrize("line", NO_TEXT)
 def test_a_line_without_text_is_named(tmp_path, line):
-    (tmp_path / "a.jsonl").write_text('{"text": "good"}\n\n' + line + "\n")
+    (tmp_path / "a.jsonl").write_text('{"text": "good"}\n\n' + f"{line}\n" * 3)
     with pytest.raises(DataError) as error:
         prepare(str(tmp_path / "a.jsonl"))
-    assert "a.jsonl, line 3" in two_lines(error)
+    assert "a.jsonl" in two_lines(error) and "line 3" in str(error.value)
+
+
+@pytest.mark.parametrize("size, trained, held_out", [(300, 0.7, 0.25), (1000, 0.8, 0.2), (4000, 0.9, 0.1)])
+def test_most_of_a_short_text_is_trained_on(tmp_path, size, trained, held_out):
+    (tmp_path / "a.txt").write_text((REPO / "README.md").read_text()[:size])
+    corpus = prepare(str(tmp_path / "a.txt"))
+    T = corpus.row_length(512)
+    rows = {split: sum(corpus.rows_per_shard(split, T)) for split in ("train", "val")}
+    tokens = {split: count["tokens"] for split, count in corpus.counts.items()}
+    assert rows["train"] * T >= trained * sum(tokens.values()) and rows["val"] >= 1
+    assert tokens["val"] <= held_out * sum(tokens.values())
+
+
+def test_a_text_of_less_than_a_row_is_an_error(tmp_path):
+    (tmp_path / "a.txt").write_text(prose(0, 12))
+    corpus = prepare(str(tmp_path / "a.txt"))
+    with pytest.raises(DataError) as error:
+        corpus.rows_per_shard("val", corpus.row_length(512))
+    assert two_lines(error).endswith("Provide more text.")  # a smaller T is not possible
+
+
+def test_an_unreadable_file_is_not_called_a_full_cache(text, monkeypatch):
+    def fails(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(dataset, "file_sha256", fails)
+    with pytest.raises(DataError) as error:
+        prepare(str(text))
+    assert two_lines(error) == f"{text / '00.txt'}: Permission denied.\nFix this and start again."
 
 
 def test_nothing_to_read(tmp_path):
@@ -521,7 +550,7 @@ def test_rows_without_a_text_are_counted(tmp_path):
     assert "rows without a text: 2 (a.jsonl)" in corpus.notes and everything(corpus).total() == 298
     rows[100:110] = [{"text": 3}] * 10
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    with pytest.raises(DataError, match="a.jsonl, line 6: 12 of 300 rows are without a text") as error:
+    with pytest.raises(DataError, match="12 rows without a text, of 300; the first is line 6") as error:
         prepare(str(tmp_path / "a.jsonl"))
     two_lines(error)
 
@@ -566,7 +595,7 @@ def test_held_out_files_are_never_trained_on(text, name):
     assert corpus.split == "files" and set(documents(corpus, "val")) == {secret[0]}
     found = documents(corpus, "train")
     assert set(OTHER_NAMES) <= set(found) and secret[0] not in found
-    assert corpus.notes[0].startswith("held out: 1 file") and file.name in corpus.notes[0]
+    assert corpus.notes[0] == f"held out: {file.name}"
 
 
 def test_the_first_kind_is_the_validation_split_and_others_are_not_used(tmp_path):
@@ -734,9 +763,7 @@ def test_a_held_out_name_with_almost_no_text_is_no_validation_split(text):
     assert corpus.split == "hash"
     assert not any("pytest" in document or "secret" in document for document in everything(corpus))
     held_out = corpus.notes[0]
-    assert (
-        "5% of the documents" in held_out and "1 file (1 .json) by name, too small to validate on" in held_out
-    )
+    assert "5% of the documents" in held_out and "test.json by name, too small to validate on" in held_out
     assert "not used" in held_out  # the other kind
 
 
@@ -781,7 +808,7 @@ def test_a_folder_in_the_manner_of_nanogpt_says_what_is_read(tmp_path):
     (tmp_path / "train.bin").write_bytes(np.arange(5000, dtype="<u2").tobytes())
     corpus = prepare(str(tmp_path), 300)
     what = "train.bin has no header of a token shard"
-    assert f"{what}; text beside it is read, such as prepare.py" in corpus.notes
+    assert f"{what}; text files are read, such as prepare.py" in corpus.notes
     assert [Path(path).name for path, _ in corpus.left_out] == ["train.bin"]
 
 
@@ -929,7 +956,12 @@ def test_slow_work_is_not_silent(text, monkeypatch):
     for blank in ("", " "):  # a text without blanks takes minutes, and rustbpe lets no thread print
         pieces = (("abcdefghi" + blank) * 1000 for _ in range(300))
         train(pieces, 260, 1.0, said.append)
-    assert said == ["the text has hardly any blanks: its BPE may take 5 s"]
+    assert said == ["the BPE may take another 5 s"]
+    said.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(dataset.time, "monotonic", iter((0, 20)).__next__)  # the words are counted in 20 s
+        train(("a few words " * 9 for _ in range(30)), 260, 1.0, said.append)
+    assert said == ["the BPE may take another 8 s"]
 
 
 def test_tokenizer_reads_a_limited_amount_from_all_over_the_corpus(text, monkeypatch):
@@ -1530,7 +1562,7 @@ def test_what_a_public_set_leaves_out_is_reported(hub_files):
     assert first_words(corpus, "train") == ["train-0.jsonl"] and first_words(corpus, "val") == [
         "validation.jsonl"
     ]
-    held_out, *_, left_out = corpus.notes
+    held_out, left_out, *_ = corpus.notes
     assert held_out == "held out: validation.jsonl; 2 files (2 .jsonl) not used, such as dev.jsonl"
     assert left_out.startswith("left out: 4 files") and len(corpus.left_out) == 4
     assert dict(corpus.left_out)["../up.jsonl"] == "its path leads out of the data set"
@@ -1572,6 +1604,18 @@ def test_several_sets_on_any_level_are_not_mixed(hub_files):
     hub_files(parts([f"data/{kind}/dump-{n}/0.jsonl" for kind in ("train", "test") for n in (2023, 2024)]))
     corpus = prepare("hf:some/dumps")  # folders that differ by a number are one set
     assert list(corpus.public.train) == ["data/train/dump-2023/0.jsonl", "data/train/dump-2024/0.jsonl"]
+
+
+def test_a_folder_beside_training_files_is_left_out_and_reported(hub_files):
+    hub_files(parts(["a.jsonl", "b.jsonl", "test/c.jsonl"]) | parts(["old/a.jsonl"], 20))
+    public = prepare("hf:some/set", 300).public
+    assert list(public.train) == ["a.jsonl", "b.jsonl"] and public.val == "test/c.jsonl"
+    assert public.left_out == [["old/a.jsonl", "most of the training text is in another folder"]]
+    assert list(prepare("hf:some/set/old", 300).public.train) == ["old/a.jsonl"]
+    hub_files(parts(["sample.jsonl"], 20) | parts(["test.jsonl", "data/train/a.jsonl", "data/train/b.jsonl"]))
+    public = prepare("hf:some/sample", 300).public
+    assert list(public.train) == ["data/train/a.jsonl", "data/train/b.jsonl"] and public.val == "test.jsonl"
+    assert [path for path, _ in public.left_out] == ["sample.jsonl"]
 
 
 def test_the_configurations_of_a_data_card_are_used(hub_files, hub):
@@ -1687,7 +1731,7 @@ def test_command_line_prints_into_any_output(text, tmp_path):
         assert "\x1b" not in result.stdout and "\x07" not in result.stdout
     (tmp_path / "line.txt").write_text("x")
     result = command(tmp_path / "line.txt")  # too short for anything, but described
-    assert result.returncode == 0 and "1 bytes" in result.stdout, result.stderr
+    assert result.returncode == 0 and "1 byte;" in result.stdout, result.stderr
 
 
 @pytest.mark.slow

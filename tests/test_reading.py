@@ -276,7 +276,7 @@ def test_single_line_ends_are_no_blank_line(tmp_path):
 
 def test_a_separator_that_never_occurs_is_reported(tmp_path):
     assert read(tmp_path / "a.txt", prose(1), separator="%%")[1] == [
-        "files in which '%%' separates nothing: 1 (a.txt)"
+        "files that '%%' does not split: 1 (a.txt)"
     ]
     assert read(tmp_path / "a.txt", prose(1))[1] == []
 
@@ -310,7 +310,7 @@ def test_other_json_is_plain_text_and_reported(tmp_path):
         content = json.dumps(value)
         found, notes = read(tmp_path / "a.json", content)
         assert found == [content]
-        assert notes == ["JSON files without a known text column, read as plain text: 1 (a.json)"]
+        assert notes == ["files without a known text field, read as plain text: 1 (a.json)"]
 
 
 def test_a_json_value_that_is_too_long_is_an_error(tmp_path, monkeypatch):
@@ -335,17 +335,17 @@ def rows_without_a_text(count, missing):
     return "\n".join(map(json.dumps, rows[:1] + [{"text": None}] * missing + rows[1:]))
 
 
-@pytest.mark.parametrize("count, missing", [(50, 1), (99, 1), (50, 5), (500, 10), (5000, 50)])
+@pytest.mark.parametrize("count, missing", [(2, 1), (50, 1), (99, 2), (500, 5), (5000, 50)])
 def test_some_rows_may_lack_a_text(tmp_path, count, missing):
     found, notes = read(tmp_path / "a.jsonl", rows_without_a_text(count, missing))
     assert len(found) == count - missing and notes == [f"rows without a text: {missing} (a.jsonl)"]
 
 
-@pytest.mark.parametrize("count, missing", [(2, 1), (50, 6), (500, 11), (5000, 51), (20, 19)])
+@pytest.mark.parametrize("count, missing", [(4, 3), (50, 3), (500, 6), (5000, 51), (20, 19)])
 def test_many_rows_without_a_text_are_accepted_only_if_the_field_is_named(tmp_path, count, missing):
     content = rows_without_a_text(count, missing)
     message = error_of(tmp_path / "a.jsonl", content)
-    assert f"a.jsonl, line 2: {missing:,} of {count:,} rows are without a text" in message
+    assert f"a.jsonl has {missing:,} rows without a text, of {count:,}; the first is line 2" in message
     assert "--text-field text" in message
     found, notes = read(tmp_path / "a.jsonl", content, text_field="text")
     assert len(found) == count - missing and notes == [f"rows without a text: {missing} (a.jsonl)"]
@@ -395,11 +395,15 @@ def test_surplus_cells_belong_to_the_text(tmp_path, delimiter):
 def test_many_rows_with_another_number_of_cells_are_accepted_only_if_the_field_is_named(tmp_path):
     content = "id,text\n" + "1,hello, world\n" * 30 + "2,fits\n" * 70 + "\n3\n"
     message = error_of(tmp_path / "a.csv", content)
-    assert "line 2: 31 of 101 rows are with another number of cells than the header" in message
+    assert "31 rows with another number of cells than the header, of 101; the first is line 2" in message
     assert "--text-field text" in message
     found, notes = read(tmp_path / "a.csv", content, text_field="text")
     assert found == ["hello, world"] * 30 + ["fits"] * 70
-    assert notes == ["rows without a text: 1 (a.csv)", f"{MISFITS}: 31 (a.csv)"][::-1]
+    assert notes == [f"{MISFITS}: 31 (a.csv)", "rows without a text: 1 (a.csv)"]
+    assert read(tmp_path / "a.csv", "id,text\n" + "1,a, b\n" * 2 + "2,fits\n" * 9)[1] == [
+        f"{MISFITS}: 2 (a.csv)"
+    ]
+    assert "3 rows with another" in error_of(tmp_path / "a.csv", "id,text\n" + "1,a, b\n" * 3 + "2,c\n" * 9)
 
 
 def test_quotes_in_a_tsv_are_text(tmp_path):
@@ -441,10 +445,27 @@ def test_broken_rows_at_the_beginning_do_not_hide_the_table(tmp_path):
     rows = "".join(f'{n},"a" b\n' for n in range(20)) + "".join(f'{n},"text, {n}"\n' for n in range(3000))
     found, notes = read(tmp_path / "a.csv", "id,text\n" + rows)
     assert found == [f"text, {n}" for n in range(3000)]
-    assert notes == ["rows without a text: 20 (a.csv)", f"{MISFITS}: 20 (a.csv)"]
+    assert notes == [f"{MISFITS}: 20 (a.csv)", "rows without a text: 20 (a.csv)"]
     for header in ('id,"te"xt\n', '"id,text\n'):
         found, notes = read(tmp_path / "a.csv", header + rows)
         assert found == [header + rows] and "read as plain text: 1 (a.csv)" in notes[-1]
+
+
+def test_a_new_format_is_one_entry_of_the_table(tmp_path, monkeypatch):
+    def read_poems(file, stream, reader):
+        return "verse", ((f"line {number}", line.strip() or None) for number, line in enumerate(stream, 1))
+
+    monkeypatch.setitem(dataset.READERS, ".poems", read_poems)
+    found, notes = read(tmp_path / "a.poems", "one\n\ntwo\n")
+    assert found == ["one", "two"]
+    assert notes == ["rows without a text: 1 (a.poems)", "texts read from the field verse: 2 (a.poems)"]
+    (tmp_path / "val.poems.gz").write_bytes(gzip.compress(b"three"))
+    found = dataset.find_files(str(tmp_path))
+    assert [file.name for file in found.train + found.val] == ["a.poems", "val.poems.gz"] and found.val
+    chosen = dataset.choose_files(
+        "hf:some/set", "", {"a.poems": 2, "b.poems": 2, "test.poems": 1, "x.pdf": 9}
+    )
+    assert list(chosen["train"]) == ["a.poems", "b.poems"] and chosen["val"] == "test.poems"
 
 
 # -----------------------------------------------------------------------------
