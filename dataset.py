@@ -25,6 +25,7 @@ import math
 import os
 import re
 import shutil
+import socket
 import sys
 import sysconfig
 import tempfile
@@ -41,7 +42,6 @@ from functools import cached_property, partial
 from itertools import chain, islice
 from pathlib import Path
 
-import filelock
 import numpy as np
 import rustbpe
 import tiktoken
@@ -111,6 +111,7 @@ MISFIT = "with another number of cells than the header"  # a fault of a row of a
 # Advice that several errors share
 FIX_FILE = "Fix the file, or remove it."
 NAME_FIELD = "Name the field with the text with --text-field NAME, or remove the file."
+ASK_OWNER = "Ask its owner for the right to write, or set ONEDIAL_HOME to another folder."
 FREE_SPACE = "Free some space there, or set ONEDIAL_HOME to another folder."
 OTHER_TEXT = "or train on other text: --data stdlib or --data PATH."
 
@@ -327,7 +328,7 @@ def prepare_text(data, found, reading, vocab_size, say, largest_vocab, tokenizer
     options = [LAYOUT, vocab_size, SPLIT_PATTERN, reader.plain, reader.text_field, reader.separator]
     options += [tokenizer_fingerprint(tokenizer)] if tokenizer else []
     folder = cache_folder() / "corpora" / f"{name}-{fingerprint(options, len(found.val), sources)}"
-    make_once(folder, make)
+    make_once(folder, make, say)
     return load_corpus(folder)
 
 
@@ -1599,7 +1600,7 @@ def prepare_public(public, reading, vocab_size, say, largest_vocab, tokenizer):
             return save_tokenizer(train_on_split(text, text.documents(), vocab_size, say), temporary)
 
         folder = cache_folder() / "tokens" / f"{public.name}-tokenizer-{vocab_size}-{fingerprint(options)}"
-        identity = make_once(folder, make)
+        identity = make_once(folder, make, say)
         encoding = load_tokenizer(folder, identity)
     content = fingerprint(public.name, public.repository, public.revision, identity, *options)
     corpus = Corpus(public.name, content, encoding, more=more, public=public, reading=reading)
@@ -1658,7 +1659,7 @@ def add_file(corpus, split, path, say):
         shared = describe_shared(text, places, corpus.held_out, path.name)
         return entry | {"left_out": reader.left_out, "notes": [*reader.note_lines(), *shared]}
 
-    entry = make_once(folder, make)
+    entry = make_once(folder, make, say)
     corpus.add(path.parent if is_shard else folder, split, entry)
     corpus.held_out.update({checksum: size for checksum, size in entry.get("pieces", [])})
     corpus.left_out += map(tuple, entry.get("left_out", []))
@@ -1683,7 +1684,7 @@ def fetch_file(public, name, say):
             open_shard(temporary / name)
         return temporary / name
 
-    build_once(path, path, make)
+    build_once(path, path, make, say)
     return path
 
 
@@ -1720,6 +1721,8 @@ def hub_reason(error):
 # -----------------------------------------------------------------------------
 # The cache: each folder in it is built once, by one process, and is either complete or absent
 
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
+
 
 def cache_folder():
     """The folder of prepared corpora: $ONEDIAL_HOME, or ~/.cache/onedial. DataError if there is no home."""
@@ -1730,7 +1733,7 @@ def cache_folder():
         raise DataError(f"{what}.\nSet ONEDIAL_HOME to a folder.") from None
 
 
-def make_once(folder, make):
+def make_once(folder, make, say=lambda line: None):
     """
     Build a folder of the cache unless it exists -> its manifest. make(temporary folder) fills the folder and
     returns the manifest. DataError if the disk fails.
@@ -1742,15 +1745,16 @@ def make_once(folder, make):
         return temporary
 
     try:
-        build_once(folder, folder / "manifest.json", make_folder)
+        build_once(folder, folder / "manifest.json", make_folder, say)
     except OSError as error:
         if error.filename and cache_folder() not in Path(error.filename).parents:
             raise  # a file of the user
-        raise DataError(f"{folder} cannot be written: {error.strerror or error}.\n{FREE_SPACE}") from None
+        advice = ASK_OWNER if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) else FREE_SPACE
+        raise DataError(f"{folder} cannot be written: {error.strerror or error}.\n{advice}") from None
     return read_manifest(folder)
 
 
-def build_once(path, marker, make):
+def build_once(path, marker, make, say):
     """
     Create a file or folder unless `marker` exists. make(temporary folder) returns what becomes `path`. A lock
     makes other processes wait; the rename comes last, so a kill leaves nothing that is used later.
@@ -1758,16 +1762,51 @@ def build_once(path, marker, make):
     if marker.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(path.with_name(f".{path.name}.lock")):
+    with locked(path.with_name(f".{path.name}.lock"), say) as is_locked:
         if marker.exists():  # another process has built it while this one waited
             return
-        temporary = path.with_name(f".tmp-{path.name}")
+        # without locks another process may build the same at the same time
+        own = "" if is_locked else f"-{socket.gethostname()}-{os.getpid()}"
+        temporary = path.with_name(f".tmp-{path.name}{own}")
         shutil.rmtree(temporary, ignore_errors=True)  # a killed process may have left it
         try:
             temporary.mkdir()
             os.rename(make(temporary), path)
+        except OSError:
+            if is_locked or not marker.exists():  # else the other process was faster
+                raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def locked(path, say):
+    """
+    Hold a lock; after waiting for five seconds, say who holds it. Yields False if the file system has no
+    locks. (There filelock leaves a marker file, and after a crash of another host a start waits forever.)
+    """
+    import fcntl  # here, because Windows does not have it: machine.py prints what to do there
+
+    with open(path, "a+") as file:
+        is_locked, next_line = True, time.monotonic() + 5
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > next_line:
+                    file.seek(0)
+                    say(f"waiting for {file.read() or 'another process'}, which holds {path}")
+                    next_line += 60
+                time.sleep(0.1)
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+                is_locked = False
+                break
+        file.truncate(0)
+        print(f"process {os.getpid()} on {socket.gethostname()}", end="", file=file, flush=True)
+        yield is_locked
 
 
 def read_manifest(folder):

@@ -3,6 +3,8 @@
 import base64
 import bz2
 import csv
+import errno
+import fcntl
 import gzip
 import hashlib
 import http.server
@@ -13,6 +15,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -1742,3 +1745,55 @@ def test_command_line_without_network_and_with_a_mirror(hub, climbmix, home, tmp
     mirrored = command("climbmix", HF_ENDPOINT=hub.address, HF_HOME=str(tmp_path / "hf"))
     assert mirrored.returncode == 0, mirrored.stderr
     assert "20 documents" in mirrored.stdout
+
+
+# -----------------------------------------------------------------------------
+# The lock of the cache
+
+
+@pytest.mark.slow
+def test_after_five_seconds_it_says_which_process_holds_the_lock(tmp_path):
+    code = "import dataset, os, signal; from pathlib import Path; "
+    code += f"held = dataset.locked(Path({str(tmp_path / 'lock')!r}), print); held.__enter__(); "
+    code += "print(1, flush=True); os.kill(os.getpid(), signal.SIGSTOP)"
+    holder = subprocess.Popen([sys.executable, "-c", code], cwd=REPO, stdout=subprocess.PIPE)
+    assert holder.stdout.readline() == b"1\n"
+    said, begin = [], time.monotonic()
+
+    def say(line):
+        said.append(line)
+        holder.kill()
+
+    with dataset.locked(tmp_path / "lock", say) as is_locked:
+        assert is_locked and 5 < time.monotonic() - begin < 20
+    holder.communicate()
+    host = socket.gethostname()
+    assert said == [f"waiting for process {holder.pid} on {host}, which holds {tmp_path / 'lock'}"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EINVAL])
+def test_a_cache_on_a_file_system_without_locks(tmp_path, monkeypatch, number):
+    def limited(file, operation):
+        raise OSError(number, os.strerror(number))
+
+    def make(temporary):
+        if not built:  # another process builds the same meanwhile, and is faster
+            built.append("other")
+            dataset.make_once(tmp_path / "a", make)
+        (temporary / "file").write_text("text")
+        return {"is": "complete"}
+
+    built = []
+    monkeypatch.setattr(fcntl, "flock", limited)
+    monkeypatch.setattr(os, "getpid", iter(range(1000, 2000)).__next__)
+    assert dataset.make_once(tmp_path / "a", make) == {"is": "complete"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".a.lock", "a"]
+
+
+def test_a_cache_of_another_user_is_an_error_that_names_the_owner(tmp_path, monkeypatch):
+    def refused(*arguments, **options):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "mkdir", refused)
+    with pytest.raises(dataset.DataError, match="cannot be written: Permission denied.\nAsk its owner"):
+        dataset.make_once(tmp_path / "corpora" / "a", None)
