@@ -613,6 +613,7 @@ def test_a_deleted_run_folder_prints_one_line_and_training_continues(train, tmp_
     assert "Traceback" not in result.output and not (tmp_path / "out" / "a").exists()
 
 
+@pytest.mark.slow
 def test_a_closed_pipe_does_not_stop_a_run(train):
     process = train.start("--num-iterations", 30)
     wait_for(process, "step")
@@ -629,6 +630,7 @@ def test_saves_by_the_clock(train):
     assert folders == {f"step_{step:06d}" for step in saved[-2:]}  # --keep-checkpoints is 2
 
 
+@pytest.mark.slow
 def test_a_resume_without_a_valid_checkpoint_is_an_error(train):
     first = train("--num-iterations", 10)
     (first.folder / "checkpoints" / "step_000010" / "state.json").unlink()

