@@ -287,7 +287,7 @@ def prepare(
 
 def prepare_shards(data, found, vocab_size, say):
     """The corpus of local .bin shards, which contain GPT-2's tokens. They are used where they are."""
-    corpus = Corpus(Path(data).resolve().stem, "", gpt2_tokenizer(vocab_size))
+    corpus = Corpus(short_name(Path(data).resolve()), "", gpt2_tokenizer(vocab_size))
     for split, files in (("train", found.train), ("val", found.val)):
         for file in files:
             add_file(corpus, split, file, say)
@@ -298,7 +298,7 @@ def prepare_shards(data, found, vocab_size, say):
 
 def prepare_text(data, found, reading, vocab_size, say, largest_vocab, tokenizer):
     """The corpus of local text files. It is built again when the content of a file or an option changes."""
-    name, reader, stats = Path(data).resolve().stem, TextReader(**reading), stat_files(found)
+    name, reader, stats = short_name(Path(data).resolve()), TextReader(**reading), stat_files(found)
     sources = hash_files(name, found, stats, say)
     if tokenizer:
         vocab_size = tokenizer.n_vocab
@@ -414,7 +414,9 @@ def default_vocab_size(sizes, largest):
 
 
 def load_corpus(folder):
-    """The corpus in a folder of the cache."""
+    """The corpus in a folder of the cache, whose time becomes that of its last use."""
+    with contextlib.suppress(OSError):  # who may only read it can use it, too
+        os.utime(folder)
     manifest = read_manifest(folder)
     facts = {key: manifest[key] for key in ("fingerprint", "split", "digests", "notes", "left_out")}
     encoding = load_tokenizer(folder / "tokenizer", manifest["tokenizer"])
@@ -1639,7 +1641,7 @@ def add_file(corpus, split, path, say):
     is_shard = path.suffix == ".bin"
     place = os.path.relpath(path.resolve(), cache_folder().resolve())
     identity = fingerprint(LAYOUT, place, corpus.fingerprint)
-    folder = cache_folder() / ("checked" if is_shard else "tokens") / f"{path.stem}-{identity}"
+    folder = cache_folder() / ("checked" if is_shard else "tokens") / f"{short_name(path)}-{identity}"
     if is_shard and not path.exists():  # it was checked, and then deleted
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -1731,6 +1733,12 @@ def cache_folder():
     except RuntimeError:
         what = "there is no home folder for the cache of prepared corpora"
         raise DataError(f"{what}.\nSet ONEDIAL_HOME to a folder.") from None
+
+
+def short_name(path):
+    """The name of a file or folder without its suffix, cut to 100 bytes: names made of it must fit 255."""
+    name = os.fsencode(path.stem)
+    return path.stem if len(name) <= 100 else name[:100].decode("utf-8", "ignore")
 
 
 def make_once(folder, make, say=lambda line: None):
@@ -1879,7 +1887,7 @@ def printable(text):
 
 
 def list_cache():
-    """Print what the cache folder contains, the largest first. Anything deleted is built or fetched again."""
+    """Print what the cache folder contains, with the day of its last use, the largest first."""
     entries = []
     for folder in cache_folder().glob("*/*"):
         files = [file.stat() for file in (folder, *folder.rglob("*")) if file.is_file()]
@@ -1889,10 +1897,14 @@ def list_cache():
     for size, day, folder in sorted(entries, reverse=True):
         print(printable(f"{size / 1e6:10,.1f} MB  {day}  {folder}"))
     total = sum(size for size, *_ in entries) / 1e6
-    print(f"{total:10,.1f} MB in total; you can delete any of it", flush=True)
+    print(f"{total:10,.1f} MB in total. What you delete is built again from its text when it is needed.")
+    print("Keep the folders that a run continues with (--data FOLDER).", flush=True)
 
 
 if __name__ == "__main__":
+    if sys.platform == "win32":
+        print("error: onedial does not run on Windows.\nRun it in WSL, Windows' own Linux.", file=sys.stderr)
+        sys.exit(2)
     about = "Prepare a corpus; print what it contains and what was left out."
     parser = argparse.ArgumentParser(description=about)
     parser.add_argument("data", nargs="?", default="stdlib", help="like --data of train.py [stdlib]")

@@ -1186,6 +1186,14 @@ def small_disk(tmp_path, monkeypatch):
     subprocess.run(["umount", "-l", str(folder)])
 
 
+@pytest.mark.parametrize("name", ["長" * 83 + ".txt", "x" * 250 + ".txt"])  # 253, 254 bytes
+def test_a_text_with_the_longest_possible_name(tmp_path, name):
+    (tmp_path / name).write_text(prose(0, 20_000))
+    corpus = prepare(str(tmp_path / name), 300)
+    assert 0 < len(os.fsencode(corpus.name)) <= 100 and corpus.name == name[: len(corpus.name)]
+    assert prepare(str(tmp_path / name), 300).fingerprint == corpus.fingerprint
+
+
 def test_full_disk(small_disk, tmp_path):
     (tmp_path / "book.txt").write_text(prose(0, 20_000))
     with pytest.raises(DataError) as error:
@@ -1702,6 +1710,9 @@ def test_command_line_lists_the_cache(text, home):
     prepare(str(text))
     (corpus,) = home.glob("corpora/text-*")
     (line,) = [line for line in command("--cache").stdout.splitlines() if str(corpus) in line]
+    os.utime(corpus, (0, 0))
+    prepare(str(text))
+    assert time.time() - corpus.stat().st_mtime < 60  # listed with the day of its last use
     size = sum(file.stat().st_size for file in corpus.rglob("*") if file.is_file())
     assert line.split()[0] == f"{size / 1e6:,.1f}" and time.strftime("%Y-%m-%d") in line
 
