@@ -25,8 +25,8 @@ VALUE_GATE_CHANNELS = 12  # the gates read only the first channels of the stream
 SMEAR_GATE_CHANNELS = 24
 # without cuDNN: it builds a plan for each new length, and in generation every token is a new length
 GENERATION_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-CPU_BLOCK = 128  # queries per block in blocked_attention
-CPU_LENGTH = 1024  # longest row that uses blocked_attention
+CPU_BLOCK = 128  # queries per block in BlockedAttention
+CPU_LENGTH = 2048  # longest row that uses BlockedAttention
 
 
 class ShapeError(ValueError):
@@ -176,7 +176,7 @@ def causal_attention(q, k, v):
     """
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, n_head, T, head_dim)
     scale = QK_SCALE**2 / math.sqrt(q.size(-1))
-    if q.device.type == "cpu" and 1 < q.size(2) <= CPU_LENGTH and q.size(2) == k.size(2):
+    if q.device.type == "cpu" and 1 < q.size(2) <= CPU_LENGTH:
         y = BlockedAttention.apply(q, k, v, scale)
     else:  # PyTorch picks the fastest kernel: cuDNN on Hopper, flash attention on other GPUs
         y = F.scaled_dot_product_attention(q, k, v, is_causal=q.size(2) > 1, scale=scale)
@@ -338,20 +338,17 @@ class GPT(nn.Module):
         # backout: remove some of what only the later layers needed, before the head reads the stream
         return x - self.backout_lambda.to(x.dtype) * middle
 
-    def compile_parts(self, blocks=False):
+    def compile_parts(self):
         """
-        Compile attention, MLP and head, or with `blocks` embedding, blocks and head, each once for all
-        layers. This takes less time than to compile the complete graph (`model.compile`):
-        - attention, MLP and head on a CPU (depth 4, 2 cores): 30 s instead of 70 s; a step is 5% slower
-        - blocks on a GPU: 0.4 of the time at depth 12, 0.2 at depth 20; 7% more memory traffic, 1.5% of a
-          step. The backward pass finishes each layer's gradients before it begins the next layer
+        Compile embedding, blocks and head, each once for all layers. This takes less time than to compile the
+        complete graph (`model.compile`), on a GPU 0.4 of it at depth 12 and 0.2 at depth 20; 7% more memory
+        traffic, 1.5% of a step. The backward pass finishes each layer's gradients before it begins the next.
         """
         self.has_compiled_parts = True
         for module in self.modules():
-            if isinstance(module, (Block, Head) if blocks else (RotaryAttention, MLP, Head)):
+            if isinstance(module, (Block, Head)):
                 module.compile(dynamic=False)
-        if blocks:
-            self.embed = torch.compile(self.embed, dynamic=False)
+        self.embed = torch.compile(self.embed, dynamic=False)
 
     def parameter_roles(self):
         """
@@ -529,27 +526,10 @@ class ReluSquared(torch.autograd.Function):
         return 2 * grad * y.sqrt()
 
 
-def blocked_attention(q, k, v, scale):
-    """
-    Causal attention as plain matrix products, CPU_BLOCK queries at a time, each block with the keys up to its
-    end. Compiled for a CPU it is faster than PyTorch's flash kernel. Shapes: (B, n_head, T, head_dim).
-    """
-    blocks = []
-    for start in range(0, q.size(2), CPU_BLOCK):
-        queries = q[:, :, start : start + CPU_BLOCK]
-        end = start + queries.size(2)
-        scores = scale * (queries @ k[:, :, :end].mT).float()  # (B, n_head, queries, end)
-        future = torch.ones_like(scores[0, 0], dtype=torch.bool).triu(start + 1)
-        p = scores.masked_fill(future, -math.inf).softmax(-1)
-        blocks.append(p.to(q.dtype) @ v[:, :, :end])
-    return torch.cat(blocks, dim=2)
-
-
 class BlockedAttention(torch.autograd.Function):
     """
     Causal attention as plain matrix products, CPU_BLOCK queries at a time, each block with the keys up to its
-    end: on a CPU faster than PyTorch's flash kernel. Shapes: (B, n_head, T, head_dim). The backward pass is
-    that of the softmax, ds = p * (dp - sum(p * dp)).
+    end. On a CPU it takes half the time of PyTorch's flash kernel. Shapes: (B, n_head, T, head_dim).
     """
 
     @staticmethod
@@ -648,9 +628,9 @@ def loss_and_grad_in_place(logits, targets, vocab_size):
     return -p_chosen.log() * counted, grad.mul_(4 * counted)
 
 
-def attention_backend(config, dtype, device, compiled):
+def attention_backend(config, dtype, device):
     """Name of the kernel that causal_attention uses for this shape: "blocked", "flash", "cudnn" and so on."""
-    if device.type == "cpu" and compiled and config.max_seq_len <= CPU_LENGTH:
+    if device.type == "cpu" and config.max_seq_len <= CPU_LENGTH:
         return "blocked"
     if device.type == "mps":
         return "Metal"

@@ -368,7 +368,7 @@ if compile is None:
 if compile and compile_mode == "graph" and world_size == 1:
     model.compile(dynamic=False)
 elif compile:  # several ranks compile blocks: each one's gradients are averaged while the next one runs
-    model.compile_parts(blocks=on_gpu)
+    model.compile_parts()
 
 # -----------------------------------------------------------------------------
 # The benchmark: a few steps on random rows find the micro-batch that fits, compile, and measure a step
@@ -544,7 +544,7 @@ epochs = planned_tokens / corpus.unique_tokens
 corpus_name = f"{corpus.name} · vocabulary of {vocab_size:,} · fingerprint {corpus.fingerprint}"
 print0("data", f"{corpus_name} · {corpus_size} training tokens, for {epochs:.2g} epochs")
 how = "uncompiled" if not compile else "compiled in parts" if model.has_compiled_parts else "compiled"
-kernel = attention_backend(config, compute_dtype, device, compile)
+kernel = attention_backend(config, compute_dtype, device)
 print0("train", f"{how} · {kernel} attention · peak {report.short(peak_flops, ' ')}FLOP/s ({peak_source})")
 
 steps_or_minutes = {"num_iterations": None if minutes else last_step, "minutes": minutes}

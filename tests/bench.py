@@ -44,7 +44,7 @@ import checkpoint as checkpoint_module
 import dataloader
 import dataset
 import report
-from model import GPT, QK_SCALE, ChunkedCrossEntropy, GPTConfig, Linear, blocked_attention, softcap
+from model import GPT, QK_SCALE, BlockedAttention, ChunkedCrossEntropy, GPTConfig, Linear, softcap
 from optim_muon import MuonAdamW
 
 ROOT = Path(machine.__file__).parent
@@ -59,7 +59,7 @@ def compile_model(model, in_parts=not on_gpu):
     if not in_parts:
         model.compile(dynamic=False)
     elif not on_mps:
-        model.compile_parts(blocks=on_gpu)
+        model.compile_parts()
 
 
 def seconds_of(work):
@@ -241,8 +241,7 @@ def attention():
         heads = [x.transpose(1, 2) for x in leaves]
         candidates = {name.lower(): partial(sdpa, name, heads, scale) for name in names.split()}
         if device.type == "cpu":
-            compiled = torch.compile(blocked_attention, dynamic=False)
-            candidates["blocked"] = lambda f=compiled, h=heads, s=scale: f(*h, s).transpose(1, 2)
+            candidates["blocked"] = lambda h=heads, s=scale: BlockedAttention.apply(*h, s).transpose(1, 2)
         if on_gpu:
             candidates |= other_kernels(heads, scale)
         cells = []

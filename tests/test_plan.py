@@ -142,12 +142,12 @@ def test_the_deepest_affordable_depth(largest_that_is_affordable, depth, asked):
 @pytest.mark.parametrize(
     "device_type, minutes, flops, mode",
     [
-        ("cpu", 2.9, None, "nothing"),
-        ("cpu", 3, None, "parts"),
-        ("cpu", 20, None, "graph"),
-        ("cpu", None, 1e13, "nothing"),
-        ("cpu", None, 3e13, "parts"),
-        ("cpu", None, 1e14, "graph"),
+        ("cpu", 5.9, None, "nothing"),
+        ("cpu", 6, None, "parts"),
+        ("cpu", 30, None, "graph"),
+        ("cpu", None, 4e13, "nothing"),
+        ("cpu", None, 6e13, "parts"),
+        ("cpu", None, 3e14, "graph"),
         ("cuda", 2, None, "parts"),
         ("cuda", None, 1e16, "nothing"),
         ("cuda", None, 5e17, "graph"),
