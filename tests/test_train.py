@@ -313,7 +313,7 @@ def test_without_a_compiler_it_trains_uncompiled(train, tmp_path, monkeypatch, r
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     strict = train("--num-iterations", 20, "--compile", "--run-name", "b", run="b")
     assert strict.code == 1 and "InvalidCxxCompiler" in strict.output and strict.summary is None
-    script = edited_copy(tmp_path, "else 2e13)", "else 0)", file="plan.py")
+    script = edited_copy(tmp_path, "else 5e13)", "else 0)", file="plan.py")
     monkeypatch.setattr("conftest.TINY", [flag for flag in TINY if flag != "--no-compile"])
     result = train("--num-iterations", 20, script=script)
     assert result.code == 0, result.output
