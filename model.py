@@ -164,19 +164,22 @@ def apply_rotary(x, cos, sin):
     A pair is channel i and channel i + head_dim / 2.
     """
     halves = x.unflatten(-1, (2, -1))  # (B, T, n_head, 2, head_dim / 2)
-    cos, sin = cos.to(x.dtype)[:, :, None], sin.to(x.dtype)
+    cos, sin = cos.to(x.dtype)[..., None, :], sin.to(x.dtype)
     # a single expression without `cat`, so that the compiler fuses it with the norm of q and k
     return (halves * cos + halves.flip(-2) * torch.stack([sin, -sin], dim=-2)).flatten(-2)
 
 
-def causal_attention(q, k, v):
+def causal_attention(q, k, v, mask=None):
     """
     Each position attends to itself and to earlier ones; q and k are normed, the scale is 1.2² / √head_dim.
-    q, k, v and the result: (B, T, n_head, head_dim), in one dtype. q may be the last position alone.
+    q, k, v and the result: (B, T, n_head, head_dim), in one dtype. q may be the last position alone, or the
+    last ones with a mask: True where position T of q attends to S of k, (B, 1, T, S).
     """
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, n_head, T, head_dim)
     scale = QK_SCALE**2 / math.sqrt(q.size(-1))
-    if q.device.type == "cpu" and 1 < q.size(2) <= CPU_LENGTH:
+    if mask is not None:
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    elif q.device.type == "cpu" and 1 < q.size(2) <= CPU_LENGTH:
         y = BlockedAttention.apply(q, k, v, scale)
     else:  # PyTorch picks the fastest kernel: cuDNN on Hopper, flash attention on other GPUs
         y = F.scaled_dot_product_attention(q, k, v, is_causal=q.size(2) > 1, scale=scale)
@@ -423,10 +426,22 @@ class GPT(nn.Module):
         start, T = caches[0].length, tokens.size(1)
         # torch.compile would compile again for each new length
         uncompiled = torch.compiler.set_stance("force_eager") if self.has_compiled_parts else nullcontext()
-        with uncompiled, sdpa_kernel(GENERATION_BACKENDS):
+        with uncompiled:
             x = self.embed(tokens[:, max(0, start - 1) :])[:, -(T - start) :]  # smear: one token back
-            x = self.run_blocks(x, tokens[:, start:], self.cos[start:T], self.sin[start:T], caches)
+            x = self.read(x, tokens[:, start:], torch.arange(start, T, device=x.device), caches)
             return self.head(x[:, -1:])[:, 0]
+
+    def read(self, x, tokens, positions, caches):
+        """
+        Run the blocks on new tokens and add their keys and values to the caches, one for each layer. x, their
+        embeddings, and the result: (B, T, C); tokens: (B, T); positions in the row: (T,) or (B, T).
+        """
+        heads, T = torch.arange(2 * self.config.n_head, device=x.device), self.config.max_seq_len
+        # of the heads of k and q, side by side; a key that looks back belongs to the next position
+        places = positions[..., None] + (heads < self.config.n_look_back)  # (…, T, 2 * n_head)
+        cos, sin = (table[places.clamp(max=T - 1), 0] for table in (self.cos, self.sin))
+        with sdpa_kernel(GENERATION_BACKENDS):
+            return self.run_blocks(x, tokens, cos, sin, caches)
 
     def generate(self, rows, bos, max_new_tokens, temperature=0.8, top_k=50, top_p=1.0, seed=0):
         """
@@ -456,23 +471,28 @@ class GPT(nn.Module):
 class CachedAttention:
     """
     The KV cache of one layer. It computes the same as RotaryAttention, for rows that are read in pieces: the
-    first piece may have several tokens, every later piece has one.
+    first piece may have several tokens, every later piece has one. A key of a head that looks back is stored
+    for the next token: rotated by its position, and in its place.
     """
 
+    mask = None
+
     def __init__(self, config, B, dtype, device):
-        shape = (B, config.max_seq_len, config.n_head, config.head_dim)
+        shape = (B, config.max_seq_len + 1, config.n_head, config.head_dim)
         self.n_look_back, self.length = config.n_look_back, 0
-        self.keys, self.values = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
-        self.last_key = torch.zeros_like(self.keys[:, :1])  # before look_back and rotary positions
+        self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
 
     def __call__(self, q, k, v, cos, sin):
-        start, end = self.length, self.length + q.size(1)
-        with_last = torch.cat([self.last_key, k], dim=1)
-        self.last_key, self.length = k[:, -1:], end
-        k = look_back(with_last, self.n_look_back)[:, 1:]
-        q, k = norm(apply_rotary(torch.stack([q, k]), cos, sin))  # stacked: half the kernel launches
-        self.keys[:, start:end], self.values[:, start:end] = k, v
-        return causal_attention(q, self.keys[:, :end], self.values[:, :end])  # (B, T, n_head, head_dim)
+        """As in RotaryAttention, but cos and sin are those of GPT.read."""
+        k, q = norm(apply_rotary(torch.cat([k, q], dim=2), cos, sin)).chunk(2, dim=2)
+        return causal_attention(q, *self.store(k, v), self.mask)  # (B, T, n_head, head_dim)
+
+    def store(self, k, v):
+        """Add keys and values (B, T, n_head, head_dim). Returns all that the cache holds, after look_back."""
+        start, end, n = self.length, self.length + k.size(1), self.n_look_back
+        self.keys[:, start + 1 : end + 1, :n], self.keys[:, start:end, n:] = k[:, :, :n], k[:, :, n:]
+        self.values[:, start:end], self.length = v, end
+        return self.keys[:, :end], self.values[:, :end]
 
 
 def sample_next_token(logits, temperature, top_k, top_p, generator):
