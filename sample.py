@@ -120,23 +120,30 @@ def find_run(run_and_prompt):
     first, second = [*run_and_prompt, None, None][:2]
     if second is not None or (first and is_run(first)):
         return Path(first), second
-    manifests = Path("out").glob("*/checkpoints/*/manifest.json")
+    manifests = [*Path("out").glob("*/checkpoints/*/manifest.json")]
     newest = max(manifests, key=saved_at, default=None)
     if newest is None:
         raise SampleError("no run given, and no run in out/ has saved.\nTrain one with `python train.py`.")
-    return newest.parents[2], first
+    run = newest.parents[2]
+    others = [manifest for manifest in manifests if manifest.parents[2] != run]
+    if others:
+        count = 1 + len({manifest.parents[2] for manifest in others})
+        example = report.quoted(str(max(others, key=saved_at).parents[2]))
+        line = f"{run} saved last, of {count} runs in out/. For another one: python sample.py {example}"
+        print(report.escaped(line), file=sys.stderr)
+    return run, first
 
 
 def saved_at(manifest):
     """When a checkpoint was saved. If its run deletes it at this moment: when that run last changed one."""
-    try:
-        return os.path.getmtime(manifest)
-    except OSError:
-        return os.path.getmtime(manifest.parents[1])
+    for path in (manifest, manifest.parents[1]):
+        with contextlib.suppress(OSError):
+            return os.path.getmtime(path)
+    return 0.0  # somebody deletes the run
 
 
 def load(run_folder, device, scoring):
-    """The run's best checkpoint -> (GPT with fp32 weights on `device`, tokenizer, settings, about)."""
+    """The run's best checkpoint -> (GPT with fp32 weights on `device`, tokenizer, settings, state, about)."""
     if not os.path.isfile(run_folder / "config.json"):
         problem = f"{run_folder} is not a run: it has no config.json"
         problem = problem if os.path.isdir(run_folder) else f"there is no run {run_folder}"
@@ -165,7 +172,7 @@ def load(run_folder, device, scoring):
     about = f"{folder}, {state['val_bpb']:.4f} bits per byte"
     about += f" at step {evaluated}" if evaluated != state["step"] else ""  # saved after that evaluation
     about += f" · depth {model.config.n_layer} · {device.type} · {dtype}"
-    return model, tokenizer, settings, about + "".join(f" · skipped: {fault}" for fault in faults)
+    return model, tokenizer, settings, state, about + "".join(f" · skipped: {fault}" for fault in faults)
 
 
 # -----------------------------------------------------------------------------
@@ -340,13 +347,30 @@ def without_folders(config):
     return {**config, "settings": settings, "command": command}
 
 
-def export(folder, model, tokenizer, run_folder):
+def training_facts(run, state):
+    """Lines of the model card: the text, how much of it was read, val_bpb of this checkpoint, time."""
+    corpus, settings, numbers = run.config["corpus"], run.config["settings"], run.numbers | state
+    size, tokens = corpus.get("train", {}).get("tokens"), numbers.get("tokens")
+    of = f", {report.short(size)} training tokens" if size else ""
+    lines = [f"Text: `{settings['data']}`, fingerprint {corpus.get('fingerprint')}{of}"]
+    if tokens is not None:
+        epochs = f", {tokens / size:.3g} epochs" if size else ""
+        lines.append(f"Trained on {report.short(tokens)} tokens{epochs}, to step {state['step']}")
+    part = min(settings.get("eval_bytes") or math.inf, corpus.get("val", {}).get("bytes", math.inf))
+    part = f"{part:,} bytes of held-out text" if part < math.inf else "held-out text"
+    lines.append(f"val_bpb: **{state['val_bpb']:.4f}** bits per byte, on {part} of the same corpus")
+    seconds = numbers.get("wall_time", numbers.get("total_training_time", 0))
+    lines.append(f"Time: {report.duration(seconds)} on {run.config['world_size']} × {run.config['device']}")
+    return "".join(f"\n- {line}" for line in lines)
+
+
+def export(folder, model, tokenizer, run_folder, state):
     """Make the folder of an export; the figures and curves of its model card come from the run's report."""
     run = report.Run(run_folder)
     run.config = without_folders(run.config)
     depth, num_params = run.config["settings"]["depth"], sum(run.config["num_params"].values())
     about = f"A GPT of depth {depth}, {num_params:,} parameters"
-    about += f", trained on `{run.config['settings']['data']}` by onedial."
+    about += f", trained on `{run.config['settings']['data']}` by onedial.\n{training_facts(run, state)}"
 
     def figures(folder):
         """Draw the curves into `folder` -> the sections of the model card about the training."""
@@ -386,10 +410,10 @@ if __name__ == "__main__":
         args = parse_args()
         run_folder, prompt = find_run(args.run_and_prompt)
         device = machine.find_device(args.device_type)
-        model, tokenizer, settings, about = load(run_folder, device, scoring=args.score is not None)
+        model, tokenizer, settings, state, about = load(run_folder, device, scoring=args.score is not None)
         print(report.escaped(about), file=sys.stderr, flush=True)
         if args.export is not None:
-            print(export(args.export, model, tokenizer, run_folder))
+            print(export(args.export, model, tokenizer, run_folder, state))
             sys.exit()
         model.to(model.compute_dtype)  # cast the weights once, not in each layer for each token
         if args.score is not None:

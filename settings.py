@@ -174,4 +174,3 @@ def or_auto(base):
 
     read.__name__ = base.__name__  # argparse's errors show it
     return read
-

@@ -15,11 +15,16 @@ CARD = """
 ---
 library_name: transformers
 pipeline_tag: text-generation
+# license: mit
 ---
 
 # {name}
 
 {about}
+
+**License: not chosen yet.** The author replaces this line, and `# license: mit` at the top of this file.
+
+## Use
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -30,9 +35,15 @@ ids = tokenizer("def main(", return_tensors="pt").input_ids  # starts with <|bos
 print(tokenizer.decode(model.generate(ids, max_new_tokens=50)[0]))
 ```
 
-`trust_remote_code` runs `model.py` and `modeling_onedial.py` of this folder. `generate` has no cache: it
-reads the complete row again for each new token. `model.gpt.generate(ids.tolist(), {bos}, 50)` has a cache and
-yields the new ids.
+`trust_remote_code` runs `model.py` and `modeling_onedial.py` of this folder. The model reads {max_seq_len}
+tokens at most. `generate` cuts a longer row to `<|bos|>` and its last {kept} tokens, and goes on.
+
+Score it with EleutherAI's lm-evaluation-harness. For bits per byte (rolling tasks) add `,add_bos_token=False`
+to the model's arguments: otherwise each document's `<|bos|>` is counted as text, too.
+
+```bash
+lm_eval run --model hf --model_args pretrained=.,trust_remote_code=True --tasks hellaswag
+```
 
 {figures}
 """
@@ -67,14 +78,22 @@ def write_export(target, model, tokenizer, tokenizer_file, name, about, figures)
         content = safetensors.torch.save(weights, metadata={"format": "pt"})
         (temporary / "model.safetensors").write_bytes(content)
         with tempfile.TemporaryDirectory() as folder:  # only here can it save if target is not valid Unicode
-            convert_tokenizer(tokenizer, tokenizer_file, transformers).save_pretrained(folder)
+            arguments = tokenizer, tokenizer_file, model.config.max_seq_len, transformers
+            convert_tokenizer(*arguments).save_pretrained(folder)
             for file in Path(folder).iterdir():
                 shutil.copy(file, temporary)
         for file, content in json_files(model, tokenizer).items():
             (temporary / file).write_text(json.dumps(content, indent=2) + "\n")
         shutil.copy(HERE / "modeling_onedial.py", temporary)
         shutil.copy(HERE.parent / "model.py", temporary)
-        facts = {"name": name, "about": about, "bos": tokenizer.n_vocab - 1, "figures": figures(temporary)}
+        T = model.config.max_seq_len
+        facts = {
+            "name": name,
+            "about": about,
+            "max_seq_len": T,
+            "kept": T // 2,
+            "figures": figures(temporary),
+        }
         card = CARD.lstrip().format(**facts).encode("utf-8", "backslashreplace")
         (temporary / "README.md").write_bytes(card)
         os.rename(temporary, target)
@@ -85,16 +104,16 @@ def write_export(target, model, tokenizer, tokenizer_file, name, about, figures)
 
 def json_files(model, tokenizer):
     """{file name: content} of the JSON files that transformers reads for model and generation."""
-    special = {"bos_token_id": tokenizer.n_vocab - 1, "eos_token_id": tokenizer.n_vocab - 1}
+    special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.n_vocab - 1)
     classes = {"AutoConfig": "OnedialConfig", "AutoModelForCausalLM": "OnedialForCausalLM"}
     config = {"model_type": "onedial", "architectures": ["OnedialForCausalLM"], "dtype": "float32"}
     config |= {"auto_map": {auto: f"modeling_onedial.{name}" for auto, name in classes.items()}}
-    config |= {"gpt": asdict(model.config), "use_cache": False, **special}
-    sampling = {"do_sample": True, "temperature": 0.8, "top_k": 50, "max_new_tokens": 200}
-    return {"config.json": config, "generation_config.json": {**sampling, "use_cache": False, **special}}
+    config |= {"gpt": asdict(model.config), **special}
+    sampling = {"do_sample": True, "temperature": 0.8, "top_k": 50}  # no length: it would win over max_length
+    return {"config.json": config, "generation_config.json": {**sampling, **special}}
 
 
-def convert_tokenizer(tokenizer, tokenizer_file, transformers):
+def convert_tokenizer(tokenizer, tokenizer_file, max_seq_len, transformers):
     """The tiktoken Encoding as a fast tokenizer of transformers, which puts a bos before each text."""
     from tokenizers.processors import TemplateProcessing
     from transformers.convert_slow_tokenizer import TikTokenConverter
@@ -106,5 +125,7 @@ def convert_tokenizer(tokenizer, tokenizer_file, transformers):
     assert converted.token_to_id(bos) == number
     template = {"single": f"{bos} $A", "pair": f"{bos} $A {bos} $B", "special_tokens": [(bos, number)]}
     converted.post_processor = TemplateProcessing(**template)
-    special = {"bos_token": bos, "eos_token": bos, "clean_up_tokenization_spaces": False}
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=converted, **special)
+    special = dict.fromkeys(("bos_token", "eos_token", "pad_token"), bos)
+    options = {"padding_side": "left", "model_max_length": max_seq_len, "clean_up_tokenization_spaces": False}
+    options["model_input_names"] = ["input_ids", "attention_mask"]
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=converted, **special, **options)

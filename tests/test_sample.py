@@ -25,7 +25,7 @@ import dataset
 import model as model_module
 import report
 from model import GPT, CachedAttention, GPTConfig, sample_next_token
-from sample import letters, scoring_batches, without_folders
+from sample import letters, score, scoring_batches, without_folders
 
 BOS = 299
 
@@ -401,7 +401,9 @@ def test_piped_prompts_use_the_best_checkpoint_of_the_newest_run(out, tmp_path):
     tensors, state = {"model": checkpoint.load(step, "model")}, checkpoint.load(step, "state")
     checkpoint.write(step.parent, "best_000006", tensors, {**state, "val_bpb": 0.5}, keep=1)
     ((status, written, error),) = call(tmp_path, ["--tokens", 5], written="import os\n\nclass A\n")
-    assert status == 0 and error.startswith("out/0/checkpoints/best_000006, 0.5000 bits per byte")
+    first, second = error.splitlines()
+    assert status == 0 and second.startswith("out/0/checkpoints/best_000006, 0.5000 bits per byte")
+    assert first == "out/0 saved last, of 2 runs in out/. For another one: python sample.py out/a"
     assert written.startswith("import os") and "\nclass A" in written and "> " not in written[:2]
 
 
@@ -543,17 +545,28 @@ def test_what_a_model_writes_is_escaped_on_a_terminal_and_complete_in_a_pipe(out
 # uses the export from another folder, without this repository
 ELSEWHERE = """
 import json, sys, torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 texts = json.load(sys.stdin)
 tokenizer = AutoTokenizer.from_pretrained("taken", trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained("taken", trust_remote_code=True)
 ids = tokenizer(texts)["input_ids"]
 rows = torch.tensor([row[:40] for row in ids if len(row) >= 40][:3])
 result = model(rows, labels=rows)
+rolling = []  # what lm-evaluation-harness computes: (with the bos of the tokenizer as text, without)
+for row in ids[-9:]:
+    log_p = model(torch.tensor([model.config.bos_token_id, *row])[None, :-1]).logits[0].log_softmax(-1)
+    chosen = log_p.gather(1, torch.tensor(row)[:, None])
+    rolling.append((-chosen.sum().item(), -chosen[1:].sum().item()))
+batch = tokenizer(["x", "def main("], padding=True, return_tensors="pt")
+both = model.generate(**batch, max_new_tokens=9, do_sample=False).tolist()
+pipe = pipeline("text-generation", model=model, tokenizer=tokenizer)
+piped = pipe(["x", "def main("], batch_size=2, max_new_tokens=9, do_sample=False)
+piped = [result["generated_text"] for (result,) in piped] == tokenizer.batch_decode(both, skip_special_tokens=True)
 greedy = model.generate(rows, max_new_tokens=90, do_sample=False)
 sampled = model.generate(rows[:, :5], attention_mask=torch.ones_like(rows[:, :5]))  # a pipeline passes a mask
 torch.save({"rows": rows, "logits": result.logits, "loss": result.loss, "greedy": greedy}, "results.pt")
-json.dump([ids, sampled.shape[1]], open("results.json", "w"))
+facts = [ids, sampled.shape[1], rolling, batch.attention_mask.tolist(), both, piped, tokenizer.model_max_length]
+json.dump(facts, open("results.json", "w"))
 """
 
 
@@ -615,10 +628,20 @@ def test_an_export_works_without_this_repository_and_is_the_same_model(home, out
     assert names <= found and not [*tmp_path.glob(".tmp*")]
     card = (tmp_path / "taken" / "README.md").read_text()
     assert "| val_bpb | " in card and ("curves.png" in found) == ("(curves.png)" in card)
-    assert len((REPO / "export" / "modeling_onedial.py").read_text().splitlines()) <= 60
+    assert len((REPO / "export" / "modeling_onedial.py").read_text().splitlines()) <= 160
     assert (tmp_path / "taken" / "model.py").read_text() == (REPO / "model.py").read_text()
     # no folder of the machine on which it was trained; the data of this run is HOME/text
     assert "trained on `text`" in card and " --data text " in card and " --no-compile " in card
+    for line in (
+        "# license: mit",
+        "**License: not chosen yet.**",
+        "lm_eval run --model hf",
+        "- Text: `text`",
+    ):
+        assert line in card
+    assert re.search(r"- Trained on 6.14k tokens, 0.0\d+ epochs, to step 12\n", card)
+    assert re.search(r"- val_bpb: \*\*\d\.\d{4}\*\* bits per byte, on 4,096 bytes of held-out text", card)
+    assert re.search(r"- Time: \d+s on 1 × \S+", card)
     texts = [file.read_bytes() for file in (tmp_path / "taken").iterdir()]
     assert not any(str(path).encode() in text for text in texts for path in (home, out, tmp_path))
 
@@ -637,7 +660,8 @@ def test_an_export_works_without_this_repository_and_is_the_same_model(home, out
 
     tokenizer = dataset.load_tokenizer(out / "out" / "a" / "tokenizer")
     bos = tokenizer.n_vocab - 1
-    ids, length = json.loads((tmp_path / "results.json").read_text())
+    results = json.loads((tmp_path / "results.json").read_text())
+    ids, length, rolling, mask, both, piped, model_max_length = results
     for text, theirs in zip(texts, ids, strict=True):
         assert theirs == [bos, *tokenizer.encode(text, allowed_special="all")], text
     results = torch.load(tmp_path / "results.pt")
@@ -653,4 +677,17 @@ def test_an_export_works_without_this_repository_and_is_the_same_model(home, out
     for new, theirs in zip(ours, results["greedy"][:, 40:].tolist(), strict=True):
         end = theirs.index(bos) if bos in theirs else 90  # transformers stops a text at bos
         assert list(new[:end]) == theirs[:end]
-    assert 5 < length <= 205
+    assert 5 < length <= 25  # 20 new tokens: a default length in the export would win over max_length
+    token_bytes = torch.from_numpy(dataset.token_bytes(tokenizer).astype("int64"))
+    for text, row, (with_bos, without) in zip(texts[-9:], ids[-9:], rolling):
+        assert with_bos > without + 1 or not text
+        if text and bos not in row[1:]:
+            assert without == pytest.approx(score(model, tokenizer, token_bytes, [text], None)[0], rel=1e-5)
+    short, long = (tokenizer.encode(text) for text in ("x", "def main("))
+    padding = [0] * (len(long) - len(short))
+    assert (
+        mask == [[*padding, 1, *[1] * len(short)], [1] * (1 + len(long))] and model_max_length == 64 and piped
+    )
+    for row, text in zip(both, (short, long)):
+        new = [t[0] for t in model.generate([[bos, *text]], bos, 9, temperature=0)]
+        assert row[1 + len(long) :][: (new + [bos]).index(bos)] == new[: (new + [bos]).index(bos)]

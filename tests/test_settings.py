@@ -7,7 +7,7 @@ import pytest
 
 from settings import SettingError, Settings
 
-SCRIPT = '''
+SCRIPT = """
 depth: int | None = None  # layers; 100% of the model
 minutes: float | None = None  # wall time
 steps: int | None = None  # updates
@@ -18,7 +18,7 @@ every: int | None = None  # steps between evaluations
 batch: int | None = None  # rows that this machine can hold
 name: str = "a"  # a text
 data: str | None = None
-'''
+"""
 HORIZONS = ("minutes", "steps")
 LIMITS = {"seed": (0, 100), "every": (-1, 1e9)}
 
