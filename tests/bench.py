@@ -4,13 +4,14 @@ turns in one process.
 
     python tests/bench.py train [FLAG ...]        train.py with its flags: speed, and where a step's time goes
     python tests/bench.py generate [DEPTH ...]    tokens per second with the KV cache, without it, and at best
+    python tests/bench.py export FOLDER           tokens per second of an export: ours, and by transformers
     python tests/bench.py attention               the attention kernels, forward and backward
     python tests/bench.py loss                    head and loss, with all logits at once and in chunks
     python tests/bench.py optimizer [DEPTH ...]   our optimizer against PyTorch's
     python tests/bench.py checkpoint [DEPTH ...]  how long a save stops the training, and the speed of writing
     python tests/bench.py logging                 training with and without log records
     python tests/bench.py data                    tokenization, rows, start, resume, memory of the loader
-    python tests/bench.py all                     all of the above with their defaults
+    python tests/bench.py all                     all of the above but export, with their defaults
     python tests/bench.py gpu [OUT.json]          a GPU in 8 minutes: correctness, speed, profile, tests
 
 A subcommand is a function in BENCHMARKS; the words after its name are its arguments.
@@ -226,6 +227,26 @@ def generate(*depths):
         cached, uncached = cached / ROW, uncached / len(lengths)
         print(f"depth {depth}: {1 / cached:,.0f} tokens/s, without the cache {1 / uncached:,.1f};", end=" ")
         print(f"{products / cached:.0%} of the {1 / products:,.0f} tokens/s that reading the weights allows")
+
+
+def export(folder):
+    """Tokens per second of GPT.generate, as in sample.py, and of transformers, with 400 tokens after bos."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).to(device)
+    bos = model.config.bos_token_id
+    options = {"max_new_tokens": 400, "min_new_tokens": 400, "top_k": 50}
+    for B in (1, 4):
+        rows = torch.tensor([[bos, bos, bos]] * B, device=device)
+        mask = torch.ones_like(rows)
+        mask[1:, 0] = 0  # padding, if it is a batch
+        ours, theirs = medians(
+            [
+                lambda: [*model.gpt.generate(rows.tolist(), bos, 400)],  # noqa: B023
+                lambda: model.generate(rows, attention_mask=mask, **options),  # noqa: B023
+            ]
+        )
+        print(f"{B} rows: {400 * B / ours:,.0f} tokens/s; transformers {400 * B / theirs:,.0f}")
 
 
 def attention():
@@ -664,13 +685,13 @@ def gpu(path="bench-gpu.json"):
     print(f"{'total':11}{time.monotonic() - begin:7.1f}  all figures: {path}")
 
 
-BENCHMARKS = (train, generate, attention, loss, optimizer, checkpoint, logging, data, gpu)
+BENCHMARKS = (train, generate, export, attention, loss, optimizer, checkpoint, logging, data, gpu)
 BENCHMARKS = {function.__name__: function for function in BENCHMARKS}
 
 if __name__ == "__main__":
     name, *arguments = sys.argv[1:] or [""]
     if name == "all":
-        for function in [function for function in BENCHMARKS.values() if function is not gpu]:
+        for function in [function for function in BENCHMARKS.values() if function not in (export, gpu)]:
             function()
             torch.compiler.reset()  # each benchmark has its own limit of recompilations
     elif name == "gpu-part":

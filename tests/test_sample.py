@@ -561,11 +561,13 @@ batch = tokenizer(["x", "def main("], padding=True, return_tensors="pt")
 both = model.generate(**batch, max_new_tokens=9, do_sample=False).tolist()
 pipe = pipeline("text-generation", model=model, tokenizer=tokenizer)
 piped = pipe(["x", "def main("], batch_size=2, max_new_tokens=9, do_sample=False)
-piped = [result["generated_text"] for (result,) in piped] == tokenizer.batch_decode(both, skip_special_tokens=True)
+expected = tokenizer.batch_decode(both, skip_special_tokens=True)
+piped = [result["generated_text"] for (result,) in piped] == expected
 greedy = model.generate(rows, max_new_tokens=90, do_sample=False)
 sampled = model.generate(rows[:, :5], attention_mask=torch.ones_like(rows[:, :5]))  # a pipeline passes a mask
 torch.save({"rows": rows, "logits": result.logits, "loss": result.loss, "greedy": greedy}, "results.pt")
-facts = [ids, sampled.shape[1], rolling, batch.attention_mask.tolist(), both, piped, tokenizer.model_max_length]
+facts = [ids, sampled.shape[1], rolling, batch.attention_mask.tolist(), both, piped]
+facts += [tokenizer.model_max_length]
 json.dump(facts, open("results.json", "w"))
 """
 
