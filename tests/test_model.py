@@ -223,7 +223,7 @@ def test_flops_of_the_linear_layers_against_torch():
     with counter:
         model(tokens, tokens).backward()
     counted = counter.get_flop_counts()["Global"]
-    products = sum(n for op, n in counted.items() if str(op) in ("aten.mm", "aten.addmm"))  # attention uses bmm
+    products = sum(n for op, n in counted.items() if str(op) in ("aten.mm", "aten.addmm"))  # not attention
     attention = 12 * 2 * 128 * 32
     # the smear gate looks at T - 1 positions; nothing else is approximate
     assert products == (model.num_flops_per_token() - attention) * tokens.numel() - 6 * 24 * len(tokens)
