@@ -42,7 +42,7 @@ import torch
 import torch.distributed as dist
 
 HANG_SECONDS = 600  # a log interval, a validation batch or a collective that takes longer ends the run
-# GPU name without maker, brand and memory size -> published dense bf16 TFLOP/s. The name must be equal:
+# GPU name without maker, brand and memory size -> published dense bf16 and fp16 TFLOP/s. The name must be equal:
 # another word in it (Laptop, Ti, D, MIG) means another chip. The peak of a GPU that is not listed is measured
 PUBLISHED_PEAKS = {
     "GB200": 2500, "B200": 2250, "RTX 5090": 209.5,
@@ -151,6 +151,7 @@ def find_device(wanted=None, local_rank=0, world_size=1):
         check_kernels(torch.cuda.get_device_capability(local_rank), torch.cuda.get_arch_list())
         torch.cuda.set_device(local_rank)
         torch.set_float32_matmul_precision("high")
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False  # its sums may exceed 65,504
         return torch.device("cuda", local_rank)
     if kind == "cpu":
         prepare_cpu()
@@ -188,12 +189,16 @@ def prepare_cpu():
 
 
 def find_dtype(device, wanted=None):
-    """-> the torch.dtype of activations: `wanted`, or bfloat16 where the hardware has it, or float32."""
-    if wanted not in (None, "bfloat16", "float32"):
-        raise MachineError(f"--dtype {wanted} is unknown.\nChoose one of: bfloat16, float32.")
-    if wanted == "bfloat16" and device.type == "mps":
-        raise MachineError("--dtype bfloat16: causal attention on MPS then sees later tokens.\nUse float32.")
-    return getattr(torch, wanted or ("bfloat16" if has_fast_bf16(device) else "float32"))
+    """
+    -> the torch.dtype of activations: `wanted`, or bfloat16 where the hardware multiplies it fast, or float16
+    where it multiplies that fast, or float32.
+    """
+    if wanted not in (None, "bfloat16", "float16", "float32"):
+        raise MachineError(f"--dtype {wanted} is unknown.\nChoose one of: bfloat16, float16, float32.")
+    if wanted in ("bfloat16", "float16") and device.type == "mps":
+        raise MachineError(f"--dtype {wanted}: causal attention on MPS then sees later tokens.\nUse float32.")
+    fastest = "bfloat16" if has_fast_bf16(device) else "float16" if has_fast_fp16(device) else "float32"
+    return getattr(torch, wanted or fastest)
 
 
 def has_fast_bf16(device):
@@ -202,6 +207,11 @@ def has_fast_bf16(device):
         return torch.cuda.get_device_capability(device) >= (8, 0)
     units = torch.cpu.get_capabilities() if device.type == "cpu" else {}
     return any(units.get(name) for name in ("avx512_bf16", "amx_bf16"))
+
+
+def has_fast_fp16(device):
+    """Whether a GPU without bf16 multiplies fp16 matrices fast: NVIDIA's Volta and Turing (V100, T4, RTX 20)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) in ((7, 0), (7, 2), (7, 5))
 
 
 def check_matmul_length(device, length):
@@ -237,7 +247,8 @@ def find_peak_flops(device, dtype, given_tflops=None):
         return given_tflops * 1e12, "given"
     words = re.findall(r"[A-Z0-9.]+", device_name(device).upper())
     name = " ".join(word for word in words if not re.fullmatch(r"NVIDIA|GEFORCE|\d+GB?", word))
-    if device.type == "cuda" and dtype == torch.bfloat16 and name in PUBLISHED_PEAKS:
+    half = dtype in (torch.bfloat16, torch.float16)  # the same peak for both
+    if device.type == "cuda" and half and name in PUBLISHED_PEAKS:
         return PUBLISHED_PEAKS[name] * 1e12, "published"
     return measure_peak_flops(device, dtype), "measured"
 

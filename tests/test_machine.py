@@ -117,8 +117,11 @@ def test_activations_are_bfloat16_if_the_hardware_has_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: units)
     assert machine.find_dtype(CUDA) == torch.bfloat16
-    capability = (7, 5)
-    assert machine.find_dtype(CUDA) == torch.float32
+    for capability in ((7, 0), (7, 2), (7, 5)):  # V100, Jetson Xavier, T4
+        assert machine.find_dtype(CUDA) == torch.float16
+    for capability in ((6, 0), (6, 1)):  # P100, GTX 10
+        assert machine.find_dtype(CUDA) == torch.float32
+    assert machine.find_dtype(CUDA, "float16") == torch.float16
     assert machine.find_dtype(CUDA, "bfloat16") == torch.bfloat16  # emulated, but that is what the user wants
     assert machine.find_dtype(CPU) == torch.float32
     units = {"avx512_f": True, "avx512_bf16": False}
@@ -130,7 +133,10 @@ def test_activations_are_bfloat16_if_the_hardware_has_it(monkeypatch):
         assert machine.find_dtype(MPS) == torch.float32
 
 
-@pytest.mark.parametrize("device, wanted, words", [(CPU, "float16", "unknown"), (MPS, "bfloat16", "later")])
+@pytest.mark.parametrize(
+    "device, wanted, words",
+    [(CPU, "float64", "unknown"), (MPS, "bfloat16", "later"), (MPS, "float16", "later")],
+)
 def test_an_unusable_dtype_is_an_error_of_two_lines(device, wanted, words):
     with pytest.raises(MachineError, match=words) as error:
         machine.find_dtype(device, wanted)

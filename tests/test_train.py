@@ -282,7 +282,7 @@ BAD = {
     "--vocab-size 70000": "65,535",
     "--device-type cuda": "cuda",
     "--device-type tpu": "Choose one of: cuda, mps, cpu",
-    "--dtype float16": "Choose one of: bfloat16, float32",
+    "--dtype float64": "Choose one of: bfloat16, float16, float32",
     "--head-dim 33": "even",
     "--total-batch-size 100000000": "Provide more text",
     "--run-name ../b": "is not a plain name",
@@ -867,3 +867,93 @@ def test_a_resume_with_another_validation_text_forgets_the_lowest_val_bpb(train)
     on_12, on_15 = [r for r in vals if r["step"] in (12, 15)][-2:]
     assert on_12["min_val_bpb"] == on_12["val_bpb"] != first.summary["val_bpb"]
     assert on_15["min_val_bpb"] == min(on_12["val_bpb"], on_15["val_bpb"])
+
+
+# -----------------------------------------------------------------------------
+# fp16 and its loss scale
+
+
+@pytest.fixture(scope="module")
+def half(home, tmp_path_factory):
+    """
+    A run of 24 steps in fp16 that begins with a loss scale of 2^28, so that its first gradients overflow, and
+    saves every 8 steps -> (its script, its result).
+    """
+    folder = tmp_path_factory.mktemp("half")
+    script = edited_copy(folder, "LOSS_SCALES = (1.0, 2.0**16", "LOSS_SCALES = (1.0, 2.0**28", "optim_muon.py")
+    flags = ["--data", home / "text", "--out-dir", folder / "out", "--run-name", "a", "--num-iterations", 24]
+    flags += ["--dtype", "float16", "--save-every", 8, "--keep-checkpoints", 9]
+    env = {**os.environ, "ONEDIAL_HOME": str(home / "cache"), "PYTHONPATH": str(home / "hidden")}
+    command = [str(word) for word in (sys.executable, script, *TINY, *flags)]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder / "out" / "a", script
+
+
+def steps_of(folder):
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [r for r in log if r["kind"] == "step"]
+
+
+@pytest.mark.slow
+def test_fp16_trains_like_fp32_once_its_loss_scale_fits(half, train):
+    steps = steps_of(half[0])
+    last = steps[-1]
+    skips = last["scale_skips"]
+    assert 5 < skips < 20 and last["loss_scale"] == 2.0 ** (28 - skips)  # more than 5 in a row, and it goes on
+    assert last["skipped_steps"] == 0 and not any(r["train_loss"] is None for r in steps)
+    assert any(r["grad_norm"] is None for r in steps) and 0 < last["grad_norm"] < 10  # of the true gradient
+    full = train("--num-iterations", 60)
+    expected = losses(full)
+    assert expected[1] == pytest.approx(steps[0]["train_loss"], rel=1e-3)
+    good = train("--num-iterations", 60, "--dtype", "float16", "--run-name", "b", run="b")
+    found = losses(good)
+    assert all(found[s] == pytest.approx(expected[s], rel=0.02) for s in found.keys() & expected.keys())
+    assert good.summary["val_bpb"] == pytest.approx(full.summary["val_bpb"], rel=0.02)
+    assert good.log[-3]["scale_skips"] == 0 and good.log[-3]["loss_scale"] == 2.0**16
+    assert "scale_skips" not in full.log[1] | full.log[-3]
+
+
+@pytest.mark.slow
+def test_a_resume_in_fp16_keeps_the_loss_scale_and_ends_with_the_same_bits(half, train, tmp_path):
+    folder, script = half
+    shutil.copytree(folder, tmp_path / "out" / "a")
+    for step in (16, 24):
+        shutil.rmtree(tmp_path / "out" / "a" / "checkpoints" / f"step_{step:06d}")
+    again = train("--resume", script=script)
+    assert again.code == 0 and "from step_000008" in again.output.replace(str(again.folder), ""), again.output
+    for name in ("model", "optimizer"):
+        one, other = (f / "checkpoints" / "step_000024" / f"{name}.pt" for f in (folder, again.folder))
+        assert one.read_bytes() == other.read_bytes()
+    numbers = ("train_loss", "loss_scale", "scale_skips", "skipped_steps")
+    one, other = ({r["step"]: [r[n] for n in numbers] for r in steps_of(f)} for f in (folder, again.folder))
+    assert [one[s] for s in sorted(one.keys() & other.keys())] == [other[s] for s in sorted(one.keys() & other)]
+
+
+@pytest.mark.slow
+def test_two_ranks_in_fp16_agree(half, train):
+    many = train("--num-iterations", 24, "--dtype", "float16", processes=2, script=half[1])
+    assert many.code == 0, many.output
+    one, two = ({r["step"]: r for r in steps_of(f)} for f in (half[0], many.folder))
+    for step in one.keys() & two.keys():
+        assert two[step]["loss_scale"] == one[step]["loss_scale"]
+        assert two[step]["train_loss"] == pytest.approx(one[step]["train_loss"], rel=2e-3)
+
+
+@pytest.mark.slow
+def test_a_run_in_fp16_can_be_sampled_scored_and_be_a_beginning(half, train, tmp_path):
+    folder = half[0]
+    (tmp_path / "text.py").write_text("import os\n\n\ndef main():\n    pass\n")
+    for words in (["def main(", "--num-samples", 1, "--tokens", 8], ["--score", tmp_path / "text.py"]):
+        command = [str(word) for word in (sys.executable, REPO / "sample.py", folder, *words)]
+        done = subprocess.run([*command, "--device-type", "cpu"], capture_output=True, text=True)
+        assert done.returncode == 0 and done.stdout.strip(), done.stderr
+    weights = torch.load(folder / "checkpoints" / "step_000024" / "model.pt")
+    assert {p.dtype for p in weights.values()} == {torch.float32}
+    for dtype in ("float32", "bfloat16"):
+        begun = ["--init-from", folder, "--num-iterations", 2, "--dtype", dtype, "--run-name", dtype]
+        other = train(*begun, run=dtype)
+        expected = json.loads((folder / "summary.json").read_text())["val_bpb"]
+        assert other.code == 0 and other.log[1]["val_bpb"] == pytest.approx(expected, rel=0.01), other.output
+    half_again = train("--init-from", other.folder, "--num-iterations", 2, "--dtype", "float16", run="a")
+    assert half_again.code == 0 and half_again.log[2]["loss_scale"] == 2.0**16, half_again.output
