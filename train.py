@@ -164,7 +164,7 @@ dtype = str(compute_dtype).removeprefix("torch.")
 device_name, synchronize = machine.device_name(device), machine.synchronizer(device)
 print0("device", f"{world_size} × {device_name} · {dtype}" if world_size > 1 else f"{device_name} · {dtype}")
 if on_gpu and compute_dtype == torch.float32 and not machine.has_fast_bf16(device):
-    print0("device", "this GPU has no fast bf16 or fp16: a step takes twice the memory and several times as long")
+    print0("device", "no fast bf16 or fp16 here: a step takes twice the memory and several times as long")
 clock.lap("setup")
 
 # -----------------------------------------------------------------------------
@@ -220,9 +220,9 @@ def optimizer_bytes(model):
     return optimizer_state_bytes({"muon": counts["matrix"], "adamw": sum(counts.values()) - counts["matrix"]})
 
 
-def fits(model, rows):
+def fits(model, rows, recompute=True):
     """Whether training with `rows` rows at a time should fit the GPU's memory; True on other devices."""
-    needed = model.training_bytes(rows * max_seq_len, optimizer_bytes(model) / world_size)
+    needed = model.training_bytes(rows * max_seq_len, optimizer_bytes(model) / world_size, recompute)
     return needed < 0.9 * memory  # libraries and temporary tensors take the rest
 
 
@@ -381,7 +381,8 @@ def benchmark_step(compile):
     """A fresh optimizer -> the two parts of a training step on random rows."""
     optimizer = build_optimizer(compile)
 
-    def micro_step(rows):
+    def micro_step(size):
+        rows, model.recompute = size
         random_rows = torch.randint(vocab_size, (rows, max_seq_len + 1), device=device)
         loss = model(random_rows[:, :-1], random_rows[:, 1:])
         optimizer.scale(loss / (rows * max_seq_len)).backward()
@@ -392,18 +393,18 @@ def benchmark_step(compile):
 
 def benchmark(sizes, compile):
     """
-    -> (first of `sizes` that fits, in rows; seconds of a micro-step; seconds of an optimizer step; compile:
-    False if torch.compile does not work here).
+    -> (first of `sizes` that fits; seconds of a micro-step; seconds of an optimizer step; compile: False if
+    torch.compile does not work here). sizes: (rows, whether to recompute blocks in the backward pass).
     """
     compiling = "compiling, up to a minute the first time, and " if compile else ""
-    print0("measure", f"{compiling}timing steps of {sizes[0]} × {max_seq_len} tokens")
+    print0("measure", f"{compiling}timing steps of {sizes[0][0]} × {max_seq_len} tokens")
     headroom = 0.0 if device_batch_size else 0.05
     make_parts, release = lambda: benchmark_step(compile), lambda: model.zero_grad(set_to_none=True)
     try:
         with console.waiting("measure", "compiling" if compile else "timing steps"):
             return *machine.benchmark(make_parts, sizes, device, ranks, headroom, release), compile
     except machine.DoesNotFit:
-        raise does_not_fit(depth, sizes[-1]) from None
+        raise does_not_fit(depth, sizes[-1][0]) from None
     except machine.BenchmarkFailed as failure:
         if not compile or settings.requested.get("compile"):  # if asked for, a failure to compile is an error
             raise failure.__cause__ or failure from None
@@ -421,10 +422,12 @@ batch_was_given = settings.requested.get("total_batch_size") is not None
 if total_batch_size:
     rows_per_rank = plan.share_batch(total_batch_size, max_seq_len, world_size, batch_was_given)
     largest = plan.largest_divisor(rows_per_rank, min(rows_per_rank, largest))
-sizes = [largest]
-if not device_batch_size:
-    sizes = [size for size in plan.micro_batch_sizes(largest) if fits(model, size)] or [1]
-micro_batch_size, micro_step_time, update_time, compile = benchmark(sizes, compile)
+if device_batch_size:
+    sizes = [(largest, False), (largest, True)]
+else:  # recomputing takes a third more time: only if not even one row fits without it
+    all_sizes = [(rows, recompute) for recompute in (False, True) for rows in plan.micro_batch_sizes(largest)]
+    sizes = [size for size in all_sizes if fits(model, *size)] or [(1, True)]
+(micro_batch_size, recompute), micro_step_time, update_time, compile = benchmark(sizes, compile)
 
 # -----------------------------------------------------------------------------
 # The plan, continued
@@ -462,7 +465,7 @@ device_batch_size = plan.largest_divisor(rows_per_rank, min(rows_per_rank, micro
 micro_steps = rows_per_rank // device_batch_size
 machine.check_matmul_length(device, max(vocab_size, device_batch_size * max_seq_len))
 if device_batch_size < micro_batch_size:  # compile and measure that shape, too
-    _, micro_step_time, update_time, compile = benchmark([device_batch_size], compile)
+    _, micro_step_time, update_time, compile = benchmark([(device_batch_size, recompute)], compile)
 planned_dt = micro_steps * micro_step_time + update_time
 clock.lap("trial")  # the benchmark's name in summary.json
 
@@ -547,6 +550,7 @@ epochs = planned_tokens / corpus.unique_tokens
 corpus_name = f"{corpus.name} · vocabulary of {vocab_size:,} · fingerprint {corpus.fingerprint}"
 print0("data", f"{corpus_name} · {corpus_size} training tokens, for {epochs:.2g} epochs")
 how = "uncompiled" if not compile else "compiled in parts" if model.has_compiled_parts else "compiled"
+how += ", blocks are recomputed in the backward pass" if model.recompute else ""
 kernel = attention_backend(config, compute_dtype, device, compile)
 print0("train", f"{how} · {kernel} attention · peak {report.short(peak_flops, ' ')}FLOP/s ({peak_source})")
 

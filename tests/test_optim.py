@@ -214,7 +214,9 @@ def with_spectrum(rows, cols, spectrum, seed=0):
     "rows, cols, rank", [(96, 32, 32), (32, 96, 32), (48, 48, 48), (64, 32, 5), (32, 64, 5), (48, 48, 5)]
 )
 @pytest.mark.parametrize("method, low, high", [("polar_express", 0.858, 1.142), ("quintic", 0.681, 1.204)])
-@pytest.mark.parametrize("dtype, slack", [(torch.float32, 1e-3), (torch.bfloat16, 0.06), (torch.float16, 0.01)])
+@pytest.mark.parametrize(
+    "dtype, slack", [(torch.float32, 1e-3), (torch.bfloat16, 0.06), (torch.float16, 0.01)]
+)
 def test_singular_values_are_in_the_published_interval(rows, cols, rank, method, low, high, dtype, slack):
     spectrum = torch.logspace(0, -1.5, rank, dtype=torch.float64).tolist()
     for magnitude in (1e-4, 1.0, 1e4):

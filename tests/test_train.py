@@ -880,7 +880,7 @@ def half(home, tmp_path_factory):
     saves every 8 steps -> (its script, its result).
     """
     folder = tmp_path_factory.mktemp("half")
-    script = edited_copy(folder, "LOSS_SCALES = (1.0, 2.0**16", "LOSS_SCALES = (1.0, 2.0**28", "optim_muon.py")
+    script = edited_copy(folder, "(1.0, 2.0**16, 2.0**32)", "(1.0, 2.0**28, 2.0**32)", "optim_muon.py")
     flags = ["--data", home / "text", "--out-dir", folder / "out", "--run-name", "a", "--num-iterations", 24]
     flags += ["--dtype", "float16", "--save-every", 8, "--keep-checkpoints", 9]
     env = {**os.environ, "ONEDIAL_HOME": str(home / "cache"), "PYTHONPATH": str(home / "hidden")}
@@ -900,7 +900,7 @@ def test_fp16_trains_like_fp32_once_its_loss_scale_fits(half, train):
     steps = steps_of(half[0])
     last = steps[-1]
     skips = last["scale_skips"]
-    assert 5 < skips < 20 and last["loss_scale"] == 2.0 ** (28 - skips)  # more than 5 in a row, and it goes on
+    assert 5 < skips < 20 and last["loss_scale"] == 2.0 ** (28 - skips)  # it goes on after 5
     assert last["skipped_steps"] == 0 and not any(r["train_loss"] is None for r in steps)
     assert any(r["grad_norm"] is None for r in steps) and 0 < last["grad_norm"] < 10  # of the true gradient
     full = train("--num-iterations", 60)
@@ -910,8 +910,9 @@ def test_fp16_trains_like_fp32_once_its_loss_scale_fits(half, train):
     found = losses(good)
     assert all(found[s] == pytest.approx(expected[s], rel=0.02) for s in found.keys() & expected.keys())
     assert good.summary["val_bpb"] == pytest.approx(full.summary["val_bpb"], rel=0.02)
-    assert good.log[-3]["scale_skips"] == 0 and good.log[-3]["loss_scale"] == 2.0**16
-    assert "scale_skips" not in full.log[1] | full.log[-3]
+    end = steps_of(good.folder)[-1]
+    assert end["scale_skips"] == 0 and end["loss_scale"] == 2.0**16
+    assert not any("scale" in name for name in steps_of(full.folder)[-1])
 
 
 @pytest.mark.slow
@@ -920,24 +921,24 @@ def test_a_resume_in_fp16_keeps_the_loss_scale_and_ends_with_the_same_bits(half,
     shutil.copytree(folder, tmp_path / "out" / "a")
     for step in (16, 24):
         shutil.rmtree(tmp_path / "out" / "a" / "checkpoints" / f"step_{step:06d}")
-    again = train("--resume", script=script)
-    assert again.code == 0 and "from step_000008" in again.output.replace(str(again.folder), ""), again.output
+    again = train("--resume", "--dtype", "float16", script=script)
+    assert again.code == 0 and "step_000008\n" in again.output, again.output
     for name in ("model", "optimizer"):
         one, other = (f / "checkpoints" / "step_000024" / f"{name}.pt" for f in (folder, again.folder))
         assert one.read_bytes() == other.read_bytes()
     numbers = ("train_loss", "loss_scale", "scale_skips", "skipped_steps")
     one, other = ({r["step"]: [r[n] for n in numbers] for r in steps_of(f)} for f in (folder, again.folder))
-    assert [one[s] for s in sorted(one.keys() & other.keys())] == [other[s] for s in sorted(one.keys() & other)]
+    assert all(one[s] == other[s] for s in one.keys() & other.keys())
 
 
 @pytest.mark.slow
 def test_two_ranks_in_fp16_agree(half, train):
     many = train("--num-iterations", 24, "--dtype", "float16", processes=2, script=half[1])
     assert many.code == 0, many.output
-    one, two = ({r["step"]: r for r in steps_of(f)} for f in (half[0], many.folder))
-    for step in one.keys() & two.keys():
-        assert two[step]["loss_scale"] == one[step]["loss_scale"]
-        assert two[step]["train_loss"] == pytest.approx(one[step]["train_loss"], rel=2e-3)
+    one, two = (steps_of(f)[-1] for f in (half[0], many.folder))
+    assert two["scale_skips"] > 5 and two["loss_scale"] == 2.0 ** (28 - two["scale_skips"])
+    assert two["skipped_steps"] == 0 and two["train_loss"] == pytest.approx(one["train_loss"], rel=0.02)
+    assert many.log[-1]["event"] == "finished"  # before the save the ranks have compared their weights
 
 
 @pytest.mark.slow
@@ -950,10 +951,8 @@ def test_a_run_in_fp16_can_be_sampled_scored_and_be_a_beginning(half, train, tmp
         assert done.returncode == 0 and done.stdout.strip(), done.stderr
     weights = torch.load(folder / "checkpoints" / "step_000024" / "model.pt")
     assert {p.dtype for p in weights.values()} == {torch.float32}
-    for dtype in ("float32", "bfloat16"):
-        begun = ["--init-from", folder, "--num-iterations", 2, "--dtype", dtype, "--run-name", dtype]
-        other = train(*begun, run=dtype)
-        expected = json.loads((folder / "summary.json").read_text())["val_bpb"]
-        assert other.code == 0 and other.log[1]["val_bpb"] == pytest.approx(expected, rel=0.01), other.output
-    half_again = train("--init-from", other.folder, "--num-iterations", 2, "--dtype", "float16", run="a")
-    assert half_again.code == 0 and half_again.log[2]["loss_scale"] == 2.0**16, half_again.output
+    other = train("--init-from", folder, "--num-iterations", 2, "--run-name", "b", run="b")  # in fp32
+    expected = json.loads((folder / "summary.json").read_text())["val_bpb"]
+    assert other.code == 0 and other.log[1]["val_bpb"] == pytest.approx(expected, rel=0.01), other.output
+    back = train("--init-from", other.folder, "--num-iterations", 2, "--dtype", "float16")
+    assert back.code == 0 and steps_of(back.folder)[-1]["loss_scale"] == 2.0**16, back.output
