@@ -152,6 +152,8 @@ def find_device(wanted=None, local_rank=0, world_size=1):
     kind = wanted or available[0]
     if kind not in kinds:
         raise MachineError(f"--device-type {kind} is unknown.\nChoose one of: {', '.join(kinds)}.")
+    # On MPS each operator of a training step has a kernel or is composed of such (torch 2.13). Where one is
+    # wrong or does less: find_dtype, check_matmul_length, MuonAdamW.step, and the evaluation in train.py
     if kind not in available:
         advice = f"Choose one of: {', '.join(available)}."
         raise MachineError(f"--device-type {kind} is not available on this machine.\n{advice}")
@@ -250,7 +252,10 @@ def has_fast_fp16(device):
 
 
 def check_matmul_length(device, length):
-    """MachineError if the device (an M1 or M2) gets matrix products of inner dimension `length` wrong."""
+    """
+    MachineError if the device (an M1 or M2) gets matrix products of inner dimension `length` wrong: all from
+    32,767 on (pytorch issue 195163). Batched products, too, and those also in torch 2.14.
+    """
     if device.type == "mps" and length > 32_000 and re.search(r"\bM[12]\b", device_name(device)):
         what = f"an M1 or M2 gets matrix products of inner dimension {length:,} wrong, and all above 32,000"
         raise MachineError(f"{what}.\nUse a smaller --vocab-size or --device-batch-size.")

@@ -423,10 +423,15 @@ class GPT(nn.Module):
         Peak memory in bytes of a compiled forward and backward pass over `tokens` tokens, without weights,
         gradients and optimizer state. Fitted to PyTorch's memory plans for an H100; a real H100 used the
         same. Depth 12, width 768, 32 rows of 2,048 tokens, vocabulary 50,257 -> 16.7 GB.
+
+        If blocks are recomputed, each keeps its input, and one at a time its activations and gradients, of
+        which we allow for 24 of its width: not fitted to anything.
         """
         logits = tokens * self.head.out_features
         chunks = self.head.num_chunks(tokens)
-        values = tokens * self.config.n_embd * (11.5 * self.config.n_layer + 10)
+        n_layer = self.config.n_layer
+        in_blocks = min(11.5 * n_layer, n_layer + 24) if recompute else 11.5 * n_layer
+        values = tokens * self.config.n_embd * (in_blocks + 10)
         values += self.num_params()["matrix"] + logits / chunks * (2 if chunks > 1 else 3)
         return values * self.compute_dtype.itemsize
 

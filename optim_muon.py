@@ -228,6 +228,7 @@ class MuonAdamW(torch.optim.Optimizer):
         self.distributed = self.world_size > 1
         self.muon_update = torch.compile(muon_update, dynamic=False) if compile else muon_update
         self.device = self.param_groups[0]["params"][0].device
+        # an old AMD GPU may pass for one with TF32: then the slower of two exact ways is taken
         has_tf32 = self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) >= (8, 0)
         self.tf32 = has_tf32 and torch.backends.cuda.matmul.allow_tf32
         self.grad_norm = self.skipped = self.scale_skipped = torch.zeros((), device=self.device)

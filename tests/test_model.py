@@ -197,6 +197,52 @@ def test_activation_bytes_match_pytorch_plans_for_an_h100(depth, rows, vocab_siz
     assert model.activation_bytes(rows * 2048) == pytest.approx(gigabytes * 1e9, rel=0.03)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_recomputed_blocks_change_no_bit(dtype):
+    model, calls = wake(build()), []
+    model.compute_dtype = dtype
+    recomputed = copy.deepcopy(model)
+    recomputed.recompute = True
+    for name, m in (("kept", model), ("recomputed", recomputed)):
+        m.blocks[1].mlp.register_forward_pre_hook(lambda *_, name=name: calls.append(name))
+    tokens = tokens_of(model)
+    losses = [m(tokens, tokens) for m in (model, recomputed)]
+    for loss in losses:
+        loss.backward()
+    assert torch.equal(*losses) and calls == ["kept", "recomputed", "recomputed"]
+    for (name, p), q in zip(model.named_parameters(), recomputed.parameters()):
+        assert torch.equal(p.grad, q.grad), name
+    assert [*recomputed.generate([[1, 2]], 299, 3)] == [*model.generate([[1, 2]], 299, 3)]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
+@pytest.mark.parametrize("how", ["graph", "parts", "blocks"])
+def test_recomputed_blocks_compile(how):
+    model = wake(build(n_layer=2))
+    compiled, tokens = copy.deepcopy(model), tokens_of(model)
+    compiled.recompute = True
+    torch.compiler.reset()
+    if how == "graph":
+        compiled.compile(dynamic=False)
+    else:
+        compiled.compile_parts(blocks=how == "blocks")
+    for m in (model, compiled):
+        m(tokens, tokens).backward()
+    for (name, p), q in zip(model.named_parameters(), compiled.parameters()):
+        assert (p.grad - q.grad).norm() < (1e-5 if p.dim() > 1 else 1e-3) * p.grad.norm(), name
+
+
+def test_recomputing_blocks_needs_less_memory_in_every_model():
+    for depth, T in [(depth, T) for depth in (1, 2, 12, 32) for T in (64, 2048, 65_536)]:
+        with torch.device("meta"):
+            model = GPT(GPTConfig.of_depth(depth, 50_257, T), torch.bfloat16)
+        assert model.activation_bytes(T, recompute=True) <= model.activation_bytes(T)
+        assert model.training_bytes(T, 0) - model.training_bytes(T, 0, True) == pytest.approx(
+            model.activation_bytes(T) - model.activation_bytes(T, True)
+        )
+
+
 def test_training_bytes_add_up():
     model = build(n_layer=2)
     weights = sum(4 * p.numel() for p in model.parameters())

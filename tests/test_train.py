@@ -464,6 +464,33 @@ def test_a_small_gpu_starts_with_a_batch_that_fits(train, tmp_path, memory, flag
     assert "Traceback" not in result.output
 
 
+# train.py on a machine that has no memory for a micro-step unless blocks are recomputed
+TIGHT = """
+import runpy, sys
+sys.path.insert(0, {repo!r})
+import model, torch
+run_blocks = model.GPT.run_blocks
+def tight(self, *arguments):
+    if torch.is_grad_enabled() and not self.recompute:
+        raise torch.OutOfMemoryError("as if")
+    return run_blocks(self, *arguments)
+model.GPT.run_blocks = tight
+runpy.run_path({repo!r} + "/train.py", run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [[], ["--device-batch-size", 4]])
+def test_blocks_are_recomputed_before_a_run_is_refused(reference, train, tmp_path, flags):
+    (tmp_path / "tight.py").write_text(TIGHT.format(repo=str(REPO)))
+    tight = train("--num-iterations", 20, "--eval-every", 10, *flags, script=tmp_path / "tight.py")
+    assert tight.code == 0 and "uncompiled, blocks are recomputed in the backward pass" in tight.output
+    if not flags:  # with the same micro-batch all losses and weights are those of a run without
+        assert all(losses(tight)[r["step"]] == r["train_loss"] for r in reference[1] if r["kind"] == "step")
+        one, other = (f / "checkpoints" / "step_000020" / "model.pt" for f in (tight.folder, reference[0]))
+        assert one.read_bytes() == other.read_bytes()
+
+
 # train.py with an error in the first optimizer step, which is the benchmark's
 BROKEN = """
 import runpy, sys
