@@ -13,6 +13,7 @@ import contextlib
 import ctypes
 import faulthandler
 import gc
+import importlib.util
 import math
 import os
 import platform
@@ -31,9 +32,15 @@ from pathlib import Path
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # OpenMP threads that spin longer slow down a shared CPU
 # lets the compile cache keep graphs with our autograd functions, so that later starts compile faster
 os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD", "1")
-# Less fragmentation. Not under WSL2, where some drivers crash with it; and not if the user has set the newer
+# PyTorch calls its attention kernels for RX 7900 and RX 9070 experimental; the others take quadratic memory
+os.environ.setdefault("TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL", "1")
+# Less fragmentation. Not under WSL2, where some drivers crash with it; not in PyTorch's build for AMD (ROCm),
+# which hangs or crashes with it (pytorch issues 187343 and 192259); and not if the user has set the newer
 # variable, because torch prefers this one
-if "microsoft" not in platform.uname().release.lower() and "PYTORCH_ALLOC_CONF" not in os.environ:
+torch_folder = Path(importlib.util.find_spec("torch").origin).parent
+is_rocm = (torch_folder / "lib" / "libtorch_hip.so").exists()
+is_wsl = "microsoft" in platform.uname().release.lower()
+if not is_wsl and not is_rocm and "PYTORCH_ALLOC_CONF" not in os.environ:
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 PARENT = os.getppid()  # torchrun, if it has started this process
 signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # it requests a save; before training there is nothing to save
@@ -42,14 +49,20 @@ import torch
 import torch.distributed as dist
 
 HANG_SECONDS = 600  # a log interval, a validation batch or a collective that takes longer ends the run
-# GPU name without maker, brand and memory size -> published dense bf16 TFLOP/s. The name must be equal:
-# another word in it (Laptop, Ti, D, MIG) means another chip. The peak of a GPU that is not listed is measured
+# GPU name without maker, brand and memory size -> published dense bf16 and fp16 TFLOP/s. The name must be
+# equal: another word in it (Laptop, Ti, D, MIG) means another chip. The peak of all other GPUs is measured
 PUBLISHED_PEAKS = {
     "GB200": 2500, "B200": 2250, "RTX 5090": 209.5,
     "GH200": 989, "H200": 989, "H100 HBM3": 989, "H100 PCIE": 756, "H100 NVL": 835,
     "L40S": 362, "L4": 121, "RTX 4090": 165.2,
     "A100 SXM4": 312, "A100 PCIE": 312, "RTX 3090": 71,
+    # AMD. An MI250X or MI250 is two devices, and each has half of its peak
+    "MI355X": 2516.6, "MI350X": 2306.9, "MI325X": 1307.4, "MI300X": 1307.4, "MI300A": 980.6,
+    "MI250X": 191.5, "MI250": 181, "MI210": 181, "RX 7900 XTX": 122.8, "RX 7900 XT": 103,
 }  # fmt: skip
+MAKERS = r"NVIDIA|GEFORCE|AMD|INSTINCT|RADEON|OAM|\d+GB?"  # words that say nothing about the chip
+# AMD's architectures that multiply bf16 matrices in hardware: MI100 and later, RX 7000, RX 9000
+AMD_BF16 = re.compile(r"gfx(908|90a|94\d|95\d|11\d\d|12\d\d)")
 
 
 # -----------------------------------------------------------------------------
@@ -139,6 +152,8 @@ def find_device(wanted=None, local_rank=0, world_size=1):
     kind = wanted or available[0]
     if kind not in kinds:
         raise MachineError(f"--device-type {kind} is unknown.\nChoose one of: {', '.join(kinds)}.")
+    # On MPS each operator of a training step has a kernel or is composed of such (torch 2.13). Where one is
+    # wrong or does less: find_dtype, check_matmul_length, MuonAdamW.step, and the evaluation in train.py
     if kind not in available:
         advice = f"Choose one of: {', '.join(available)}."
         raise MachineError(f"--device-type {kind} is not available on this machine.\n{advice}")
@@ -148,21 +163,37 @@ def find_device(wanted=None, local_rank=0, world_size=1):
         count = torch.cuda.device_count()
         if local_rank >= count:
             raise MachineError(f"there are more processes than GPUs.\nUse --nproc_per_node={count}.")
-        check_kernels(torch.cuda.get_device_capability(local_rank), torch.cuda.get_arch_list())
+        capability = torch.cuda.get_device_capability(local_rank)
+        check_kernels(capability, torch.cuda.get_arch_list(), amd_architecture(local_rank))
         torch.cuda.set_device(local_rank)
         torch.set_float32_matmul_precision("high")
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False  # sums may overflow
         return torch.device("cuda", local_rank)
     if kind == "cpu":
         prepare_cpu()
     return torch.device(kind)
 
 
-def check_kernels(capability, architectures):
+def amd_architecture(device):
+    """
+    The name of an AMD GPU's architecture, such as "gfx942", or "" for other GPUs. PyTorch's build for AMD
+    calls its devices cuda, and their "capability" is the number in that name: (10, 3) has no bf16.
+    """
+    if not torch.version.hip:
+        return ""
+    return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]  # "gfx90a:sramecc+:xnack-"
+
+
+def check_kernels(capability, architectures, amd=""):
     """
     MachineError if this build of PyTorch cannot run on a GPU of compute `capability`, for example (7, 0).
     architectures: what it was built for. Machine code ("sm_80") also runs on later minor versions of the same
-    major version (8.9); PTX ("compute_90") runs on every later version.
+    major version (8.9); PTX ("compute_90") runs on every later version. amd: as from amd_architecture.
     """
+    if amd and architectures and amd not in architectures:
+        what = f"PyTorch {torch.__version__} has no kernels for a GPU of architecture {amd}"
+        advice = "Set HSA_OVERRIDE_GFX_VERSION to a relative in its list, such as 10.3.0 for gfx1030"
+        raise MachineError(f"{what}.\n{advice}: {', '.join(architectures)}.")
     pattern = re.compile(r"(sm|compute)_(\d+)(\d)")  # major and minor of "sm_90" and "sm_90a"
     built = [(kind, (int(x), int(y))) for kind, x, y in pattern.findall(" ".join(architectures))]
     for kind, version in built:
@@ -170,7 +201,10 @@ def check_kernels(capability, architectures):
             return
     if built:  # empty for AMD GPUs, whose architectures have other names
         older = capability < min(version for _, version in built)
-        advice = "Install its build for CUDA 12.6 (cu126)." if older else "Install a newer PyTorch."
+        advice = "Install a newer PyTorch."
+        if older:
+            version = torch.__version__.split("+")[0]
+            advice = f"Install its build for CUDA 12.6: uv pip install torch=={version} --torch-backend cu126"
         gpu = "GPU of compute capability {}.{}".format(*capability)
         raise MachineError(f"PyTorch {torch.__version__} has no kernels for a {gpu}.\n{advice}")
 
@@ -188,24 +222,40 @@ def prepare_cpu():
 
 
 def find_dtype(device, wanted=None):
-    """-> the torch.dtype of activations: `wanted`, or bfloat16 where the hardware has it, or float32."""
-    if wanted not in (None, "bfloat16", "float32"):
-        raise MachineError(f"--dtype {wanted} is unknown.\nChoose one of: bfloat16, float32.")
-    if wanted == "bfloat16" and device.type == "mps":
-        raise MachineError("--dtype bfloat16: causal attention on MPS then sees later tokens.\nUse float32.")
-    return getattr(torch, wanted or ("bfloat16" if has_fast_bf16(device) else "float32"))
+    """
+    -> the torch.dtype of activations: `wanted`, or bfloat16 where the hardware multiplies it fast, or float16
+    where it multiplies that fast, or float32.
+    """
+    if wanted not in (None, "bfloat16", "float16", "float32"):
+        raise MachineError(f"--dtype {wanted} is unknown.\nChoose one of: bfloat16, float16, float32.")
+    if wanted in ("bfloat16", "float16") and device.type == "mps":
+        raise MachineError(f"--dtype {wanted}: causal attention on MPS then sees later tokens.\nUse float32.")
+    fastest = "bfloat16" if has_fast_bf16(device) else "float16" if has_fast_fp16(device) else "float32"
+    return getattr(torch, wanted or fastest)
 
 
 def has_fast_bf16(device):
     """Whether the device multiplies bf16 matrices in hardware. Where it emulates them, fp32 is faster."""
+    if device.type == "cuda" and torch.version.hip:
+        return bool(AMD_BF16.fullmatch(amd_architecture(device)))
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     units = torch.cpu.get_capabilities() if device.type == "cpu" else {}
     return any(units.get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
+def has_fast_fp16(device):
+    """Whether a GPU without bf16 multiplies fp16 matrices fast: NVIDIA's V100, T4, RTX 20."""
+    if device.type != "cuda" or torch.version.hip:  # AMD's without bf16 gain at most a factor of 2
+        return False
+    return torch.cuda.get_device_capability(device) in ((7, 0), (7, 2), (7, 5))
+
+
 def check_matmul_length(device, length):
-    """MachineError if the device (an M1 or M2) gets matrix products of inner dimension `length` wrong."""
+    """
+    MachineError if the device (an M1 or M2) gets matrix products of inner dimension `length` wrong: all from
+    32,767 on (pytorch issue 195163). Batched products, too, and those also in torch 2.14.
+    """
     if device.type == "mps" and length > 32_000 and re.search(r"\bM[12]\b", device_name(device)):
         what = f"an M1 or M2 gets matrix products of inner dimension {length:,} wrong, and all above 32,000"
         raise MachineError(f"{what}.\nUse a smaller --vocab-size or --device-batch-size.")
@@ -236,8 +286,9 @@ def find_peak_flops(device, dtype, given_tflops=None):
     if given_tflops:
         return given_tflops * 1e12, "given"
     words = re.findall(r"[A-Z0-9.]+", device_name(device).upper())
-    name = " ".join(word for word in words if not re.fullmatch(r"NVIDIA|GEFORCE|\d+GB?", word))
-    if device.type == "cuda" and dtype == torch.bfloat16 and name in PUBLISHED_PEAKS:
+    name = " ".join(word for word in words if not re.fullmatch(MAKERS, word))
+    half = dtype in (torch.bfloat16, torch.float16)  # the same peak for both
+    if device.type == "cuda" and half and name in PUBLISHED_PEAKS:
         return PUBLISHED_PEAKS[name] * 1e12, "published"
     return measure_peak_flops(device, dtype), "measured"
 
@@ -434,13 +485,14 @@ class BenchmarkFailed(Exception):
 
 def benchmark(make_parts, sizes, device, ranks, headroom=0.05, release=lambda: None):
     """
-    Find the largest micro-batch that fits on every rank, and time the training step with it
-    -> (micro_batch_size, micro_step_time, update_time): rows, seconds, seconds; rank 0's, broadcast.
+    Find the first micro-batch size that fits on every rank, and time the training step with it
+    -> (size, micro_step_time, update_time): the times in seconds; rank 0's, broadcast.
     All ranks raise DoesNotFit or BenchmarkFailed together. Such an exception keeps the optimizer alive: leave
     the `except` block before the next benchmark. Otherwise nothing of the benchmark stays in memory.
 
-    make_parts() -> (micro_step, update) creates the optimizer; called once per size. micro_step(rows) runs
-    forward and backward -> the detached loss. update(loss) is the optimizer's step. sizes: rows, descending.
+    make_parts() -> (micro_step, update) creates the optimizer; called once per size. micro_step(size) runs
+    forward and backward -> the detached loss. update(loss) is the optimizer's step. sizes: what micro_step
+    takes, the fastest first, such as rows, descending.
     headroom: share of a GPU's memory that must stay free. release() frees the gradients after each size.
     """
     gc.collect()  # an earlier benchmark that failed

@@ -17,6 +17,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 ROPE_BASE = 100_000
 SOFTCAP = 15.0  # logits are bounded to ±15; values from 10 to 30 work about equally well
@@ -25,6 +26,8 @@ VALUE_GATE_CHANNELS = 12  # the gates read only the first channels of the stream
 SMEAR_GATE_CHANNELS = 24
 # without cuDNN: it builds a plan for each new length, and in generation every token is a new length
 GENERATION_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+# fp16 reaches from 6e-8 to 65,504. The gradients of the logits lie in ±1, and many are smaller than the first
+FP16_GRAD_SCALE = 256
 CPU_BLOCK = 128  # queries per block in BlockedAttention
 CPU_LENGTH = 2048  # longest row that uses BlockedAttention
 
@@ -92,6 +95,16 @@ class Linear(nn.Linear):
 def norm(x):
     """RMSNorm over the last dimension, without weights, computed in fp32 (arXiv 1910.07467)."""
     return RMSNorm.apply(x)
+
+
+def spread(scalars, x):
+    """
+    fp32 scalars (...) -> in x's dtype; for x (B, T, C) in fp16 a copy for each position (..., T, 1). The
+    gradient of a scalar is a sum over all of x, the first to exceed 65,504. With copies it is summed in fp32.
+    """
+    if x.dtype == torch.float16:
+        scalars = scalars[..., None, None].expand(*scalars.shape, x.size(1), 1)
+    return scalars.to(x.dtype)
 
 
 # -----------------------------------------------------------------------------
@@ -235,7 +248,8 @@ class Head(Linear):
     def forward(self, x, targets=None):
         x = norm(x)  # (B, T, C)
         chunks = self.num_chunks(targets.numel()) if targets is not None else 1
-        if chunks > 1:
+        # in fp16 cross_entropy's gradients, p * loss scale / number of targets, would be rounded to zero
+        if chunks > 1 or (targets is not None and x.dtype == torch.float16):
             rows, training = x.flatten(0, 1), torch.is_grad_enabled()
             arguments = targets.flatten(), self.vocab_size, chunks, training
             return ChunkedCrossEntropy.apply(rows, self.weight, *arguments)
@@ -258,12 +272,13 @@ class GPT(nn.Module):
     """
     A decoder-only transformer. Build it under `torch.device("meta")`, then call `init_weights(device, seed)`.
     Parameters are fp32, activations have `compute_dtype`, and the loss is computed in fp32, from at most
-    `max_logits` logits at a time.
+    `max_logits` logits at a time. With `recompute` the backward pass computes each block's forward pass
+    again, instead of keeping its activations: a third more operations, for a fraction of the memory.
     """
 
     def __init__(self, config, compute_dtype=torch.float32, max_logits=2**29):
         super().__init__()
-        self.config = config
+        self.config, self.recompute = config, False
         self.compute_dtype, self.has_compiled_parts = compute_dtype, False
         # every second layer has value embeddings, and the last layer is always one of them
         value_layers = range((config.n_layer - 1) % 2, config.n_layer, 2)
@@ -326,20 +341,25 @@ class GPT(nn.Module):
     def embed(self, tokens):
         """tokens (B, T) -> input of the first block (B, T, C), in the compute dtype."""
         x = norm(self.embedding(tokens).to(self.compute_dtype))
-        smear = self.smear_lambda.to(x.dtype) * torch.sigmoid(self.smear_gate(x[:, 1:, :SMEAR_GATE_CHANNELS]))
+        gate = torch.sigmoid(self.smear_gate(x[:, 1:, :SMEAR_GATE_CHANNELS]))
+        smear = spread(self.smear_lambda, x[:, 1:]) * gate
         return torch.cat([x[:, :1], x[:, 1:] + smear * x[:, :-1]], dim=1)  # add some of the previous token
 
     def run_blocks(self, x, tokens, cos, sin, attentions):
         """x = embed(tokens) -> input of the head (B, T, C). attentions: one for each layer."""
         x0 = x.view_as(x)  # a new tensor object: torch.compile makes a separate graph for the same one twice
-        lambdas = torch.stack([self.resid_lambdas, self.x0_lambdas], dim=1).to(x.dtype).unbind()
+        lambdas = spread(torch.stack([self.resid_lambdas, self.x0_lambdas], dim=1), x).unbind()
         for i, (block, attention) in enumerate(zip(self.blocks, attentions)):
             value_table = self.value_embeddings[str(i)].weight if str(i) in self.value_embeddings else None
-            x = block(x, x0, lambdas[i], tokens, value_table, cos, sin, attention)
+            arguments = x, x0, lambdas[i], tokens, value_table, cos, sin, attention
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(*arguments)
             if i == (self.config.n_layer - 1) // 2:
                 middle = x
         # backout: remove some of what only the later layers needed, before the head reads the stream
-        return x - self.backout_lambda.to(x.dtype) * middle
+        return x - spread(self.backout_lambda, x) * middle
 
     def compile_parts(self):
         """
@@ -398,24 +418,30 @@ class GPT(nn.Module):
         keys = (self.config.max_seq_len + 1) / 2 if exact_causal else self.config.max_seq_len
         return 6 * weights + 12 * self.config.n_layer * self.config.n_embd * keys
 
-    def activation_bytes(self, tokens):
+    def activation_bytes(self, tokens, recompute=False):
         """
         Peak memory in bytes of a compiled forward and backward pass over `tokens` tokens, without weights,
         gradients and optimizer state. Fitted to PyTorch's memory plans for an H100; a real H100 used the
         same. Depth 12, width 768, 32 rows of 2,048 tokens, vocabulary 50,257 -> 16.7 GB.
+
+        If blocks are recomputed, each keeps its input, and one at a time its activations and gradients, of
+        which we allow for 24 of its width: not fitted to anything.
         """
         logits = tokens * self.head.out_features
         chunks = self.head.num_chunks(tokens)
-        values = tokens * self.config.n_embd * (11.5 * self.config.n_layer + 10)
+        n_layer = self.config.n_layer
+        in_blocks = min(11.5 * n_layer, n_layer + 24) if recompute else 11.5 * n_layer
+        values = tokens * self.config.n_embd * (in_blocks + 10)
         values += self.num_params()["matrix"] + logits / chunks * (2 if chunks > 1 else 3)
         return values * self.compute_dtype.itemsize
 
-    def training_bytes(self, tokens, optimizer_bytes):
+    def training_bytes(self, tokens, optimizer_bytes, recompute=False):
         """
         Estimated memory in bytes that training needs on one device, with micro-batches of `tokens` tokens and
         `optimizer_bytes` of optimizer state there: fp32 weights and gradients + state + activations.
         """
-        return 8 * sum(self.num_params().values()) + optimizer_bytes + self.activation_bytes(tokens)
+        activations = self.activation_bytes(tokens, recompute)
+        return 8 * sum(self.num_params().values()) + optimizer_bytes + activations
 
     @torch.inference_mode()
     def next_token_logits(self, tokens, caches):
@@ -526,17 +552,20 @@ class RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        y, scale = ctx.saved_tensors
-        grad, y = grad.float(), y.float()
-        return ((grad - y * (grad * y).mean(-1, keepdim=True)) * scale).to(ctx.saved_tensors[0].dtype)
+        y, scale = ctx.saved_tensors  # only once: recomputed blocks do not keep them for a second time
+        dtype, grad, y = y.dtype, grad.float(), y.float()
+        return ((grad - y * (grad * y).mean(-1, keepdim=True)) * scale).to(dtype)
 
 
 class ReluSquared(torch.autograd.Function):
-    """y = relu(x)² (arXiv 2109.08668). The backward pass needs only y: the derivative is 2 * √y."""
+    """
+    y = relu(x)² (arXiv 2109.08668). The backward pass needs only y: the derivative is 2 * √y.
+    In fp16, whose largest number is 65,504, x is clamped to 255.
+    """
 
     @staticmethod
     def forward(ctx, x):
-        y = F.relu(x).square()
+        y = (x.clamp(0, 255) if x.dtype == torch.float16 else F.relu(x)).square()
         ctx.save_for_backward(y)
         return y
 
@@ -591,6 +620,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     The loss of GPT.forward without ever storing all N × V logits: one chunk of rows after the other, and the
     forward pass computes each chunk's gradients at once (arXiv 2410.10989, section 3.2).
     x: (N, C) in the compute dtype; weight: the head's, fp32 (padded V, C); targets: (N,).
+
+    In fp16 the gradients of the logits are scaled before they are cast, by a number that does not depend on
+    the loss scale: so none of these products overflows at a loss scale that suits the other layers.
     """
 
     @staticmethod
@@ -601,7 +633,11 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         for rows, target in zip(x.chunk(chunks), targets.chunk(chunks)):
             loss, grad = loss_and_grad((rows @ w.T).float(), target[:, None], vocab_size)
             losses.append(loss)
-            if training:
+            if training and x.dtype == torch.float16:
+                grad = (grad * FP16_GRAD_SCALE).to(x.dtype)
+                grad_x.append(grad @ w)
+                grad_w = grad_w + product_in_fp32(grad.T, rows)
+            elif training:
                 grad = grad.to(x.dtype)
                 grad_x.append(grad @ w)
                 grad_w = grad_w + (grad.T @ rows).float()
@@ -612,7 +648,16 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss):
         grad_x, grad_w = ctx.saved_tensors
+        if grad_x.dtype == torch.float16:
+            grad_loss = grad_loss / FP16_GRAD_SCALE
         return (grad_x.float() * grad_loss).to(grad_x.dtype), grad_w * grad_loss, None, None, None, None
+
+
+def product_in_fp32(a, b):
+    """a @ b for fp16 matrices, with an fp32 result: a sum over thousands of rows may exceed 65,504."""
+    if a.device.type == "cuda":
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()  # CPUs have no such product
 
 
 def loss_and_grad_fused(logits, targets, vocab_size):

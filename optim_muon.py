@@ -31,6 +31,8 @@ reduce_scatter = getattr(dist, "reduce_scatter_single", getattr(dist, "reduce_sc
 all_gather = getattr(dist, "all_gather_single", getattr(dist, "all_gather_into_tensor", None))
 SHARD_NUMEL = 2**14  # elements; for smaller AdamW tensors updating on all ranks is cheaper than sharding
 EAGER_NUMEL = 2**19  # elements; a stack of at most this size stays in a CPU's cache: a 20% faster update
+LOSS_SCALES = (1.0, 2.0**16, 2.0**32)  # least, first (torch.amp.GradScaler's) and greatest loss scale
+GROWTH_STEPS = 2000  # good steps in a row after which the loss scale is doubled; also GradScaler's
 MOMENTS = {"muon": 1, "adamw": 2}  # fp32 numbers that the optimizer keeps per parameter
 DEFAULTS = {
     "adamw": {"betas": (0.9, 0.95), "eps": 1e-10, "weight_decay": 0.0},
@@ -204,14 +206,18 @@ class MuonAdamW(torch.optim.Optimizer):
     groups: dicts with "kind" ("adamw" or "muon"), "params" ({name: parameter}), "lr", and options as in
     DEFAULTS. orthogonalize_dtype: bf16 if the device multiplies it fast, else fp32. compile: compile Muon's
     update. Inside a process group `step` averages gradients over the ranks and shards the state.
-    Raises ValueError for invalid groups.
+    loss_scaling: whether the loss is scaled, for gradients in fp16. Raises ValueError for invalid groups.
 
     `step(loss)` sets two 0-D tensors on the device: `grad_norm`, the norm of the averaged gradient, and
     `skipped`, 1.0 if the loss or a gradient was not finite on any rank; then no weight and no state has
     changed on any rank. A gradient whose squared norm overflows fp32 counts as not finite.
+
+    With loss_scaling call scale(loss).backward(). `step` then divides the gradients by the loss scale, halves
+    the scale if a gradient is not finite although the loss is, and sets `scale_skipped` to 1.0 if a smaller
+    scale may help: such a step is no fault of the training. All of this happens on the device.
     """
 
-    def __init__(self, groups, orthogonalize_dtype=torch.float32, compile=False):
+    def __init__(self, groups, orthogonalize_dtype=torch.float32, compile=False, loss_scaling=False):
         check_groups(groups)
         groups = [{**DEFAULTS[g["kind"]], **g, "initial_lr": g["lr"]} for g in groups if g["params"]]
         names = [{"params": list(g["params"].values()), "param_names": list(g["params"])} for g in groups]
@@ -222,9 +228,12 @@ class MuonAdamW(torch.optim.Optimizer):
         self.distributed = self.world_size > 1
         self.muon_update = torch.compile(muon_update, dynamic=False) if compile else muon_update
         self.device = self.param_groups[0]["params"][0].device
+        # an old AMD GPU may pass for one with TF32: then the slower of two exact ways is taken
         has_tf32 = self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) >= (8, 0)
         self.tf32 = has_tf32 and torch.backends.cuda.matmul.allow_tf32
-        self.grad_norm = self.skipped = torch.zeros((), device=self.device)
+        self.grad_norm = self.skipped = self.scale_skipped = torch.zeros((), device=self.device)
+        self.loss_scale = torch.tensor(LOSS_SCALES[1], device=self.device) if loss_scaling else None
+        self.good_steps = torch.zeros((), device=self.device)  # in a row, since the loss scale has changed
         self.buckets = []
         for group in self.param_groups:
             by_shape = {}
@@ -249,6 +258,10 @@ class MuonAdamW(torch.optim.Optimizer):
         """Add a checked group. (torch's own method imports the compiler, which takes a second.)"""
         self.param_groups.append(group)
 
+    def scale(self, loss):
+        """The loss times the loss scale, if there is one."""
+        return loss if self.loss_scale is None else loss * self.loss_scale
+
     def reduce_early(self):
         """Call before the last backward pass of a step, to average each gradient while that pass goes on."""
         if self.distributed:
@@ -261,8 +274,9 @@ class MuonAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, loss=None):
         """
-        One update from the parameters' .grad (with several ranks their content is overwritten). `loss`: this
-        rank's loss, a tensor, which must be finite too. Raises ValueError for a parameter without a gradient.
+        One update from the parameters' .grad (with several ranks or a loss scale their content is
+        overwritten). `loss`: this rank's loss, a tensor and not scaled, which must be finite too. Raises
+        ValueError for a parameter without a gradient.
         """
         for name, p in self.parameters.items():
             if p.grad is None:
@@ -277,15 +291,19 @@ class MuonAdamW(torch.optim.Optimizer):
                 handle.wait()
         grads = {p: self.reductions[p][0] for p in self.locations}
         self.reductions, self.hooks = {}, []
+        if self.loss_scale is not None:
+            torch._foreach_mul_(list(grads.values()), 1 / self.loss_scale)  # exact: a power of two
         norms = torch.stack(torch._foreach_norm(list(grads.values()), dtype=torch.float32))
         squared_norm = (norms.square() / self.copies).sum()  # over all ranks each gradient counts once
-        # not finite if the loss or any gradient is not finite
-        checked = squared_norm if loss is None else squared_norm + loss.detach().float()
+        loss = torch.zeros_like(squared_norm) if loss is None else loss.detach().float()
         if self.distributed:
-            sums = torch.stack([squared_norm, checked])
+            sums = torch.stack([squared_norm, loss])
             dist.all_reduce(sums)
-            squared_norm, checked = sums
-        self.grad_norm, self.skipped = squared_norm.sqrt(), (~torch.isfinite(checked)).float()
+            squared_norm, loss = sums
+        # not finite if the loss or any gradient is not finite
+        self.grad_norm, self.skipped = squared_norm.sqrt(), (~torch.isfinite(squared_norm + loss)).float()
+        if self.loss_scale is not None:
+            self._adjust_loss_scale(self.skipped * torch.isfinite(loss))
         self.skipped_norms = torch.where(self.skipped > 0, norms, self.skipped_norms)
         if self.device.type == "mps" and self.skipped:  # Metal's fused AdamW ignores found_inf: synchronize
             return
@@ -300,6 +318,15 @@ class MuonAdamW(torch.optim.Optimizer):
         for bucket, full, handle in gathers:
             handle.wait()
             torch._foreach_copy_(bucket.params, bucket.unstack(full))
+
+    def _adjust_loss_scale(self, overflowed):
+        """Halve the loss scale if `overflowed` is 1.0; double it after GROWTH_STEPS good steps in a row."""
+        least, _, greatest = LOSS_SCALES
+        self.scale_skipped = overflowed * (self.loss_scale > least)
+        good_steps = (self.good_steps + 1) * (1 - self.skipped)
+        grown = (good_steps >= GROWTH_STEPS).float()
+        self.good_steps = good_steps * (1 - grown)
+        self.loss_scale = (self.loss_scale * (1 + grown - 0.5 * overflowed)).clamp(least, greatest)
 
     def _update(self, bucket, grad):
         """Update this rank's share of a bucket by its share of the gradient -> the share's new weights."""
@@ -344,7 +371,8 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def state_dict(self):
         """
-        -> {"state": {parameter name: {state name: full fp32 tensor}}}, the same for any world size.
+        -> {"state": {parameter name: {state name: full fp32 tensor}}}, the same for any world size, and with
+        loss scaling "loss_scale": a tensor of the scale and the number of good steps since it has changed.
         Tensors that did not have to be gathered are not copies. A collective call.
         """
         state = {name: {} for name in self.parameters}
@@ -355,13 +383,16 @@ class MuonAdamW(torch.optim.Optimizer):
                     handle.wait()
                 for name, tensor in zip(bucket.names, bucket.unstack(full)):
                     state[name][key] = tensor
-        return {"state": state}
+        if self.loss_scale is None:
+            return {"state": state}
+        return {"state": state, "loss_scale": torch.stack([self.loss_scale, self.good_steps])}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict):
         """
         Load a state_dict() that was saved with any world size. Learning rates and other options stay as the
         groups have them. Raises ValueError, before anything changes, if names or shapes differ. Collective.
+        A loss scale is loaded if it was saved and this optimizer scales the loss.
         """
         saved = state_dict["state"]
         if different := saved.keys() ^ self.parameters.keys():
@@ -374,6 +405,8 @@ class MuonAdamW(torch.optim.Optimizer):
         for bucket in self.buckets:
             for key, share in bucket.state.items():
                 share.copy_(bucket.own_share([saved[name][key] for name in bucket.names]))
+        if self.loss_scale is not None and "loss_scale" in state_dict:
+            self.loss_scale, self.good_steps = state_dict["loss_scale"].to(self.device).unbind()
 
 
 def optimizer_state_bytes(numel_by_kind):

@@ -158,7 +158,8 @@ def load(run_folder, device, scoring):
         settings, evaluated = config["settings"], state.get("val_step", state["step"])
         tokenizer = dataset.load_tokenizer(run_folder / "tokenizer")
         # generation on a CPU multiplies one row at a time: fp32 is as fast as bf16 there
-        use_saved = machine.has_fast_bf16(device) and (scoring or device.type != "cpu")
+        is_fast = machine.find_dtype(device) == getattr(torch, settings["dtype"])
+        use_saved = is_fast and (scoring or device.type != "cpu")
         dtype = settings["dtype"] if use_saved else "float32"
         with torch.device("meta"):
             model = GPT(GPTConfig(**config["model"]), machine.find_dtype(device, dtype))

@@ -51,7 +51,7 @@ resume: bool = False  # continue the newest run, or --run-name NAME, from its ne
 wandb: bool = False  # log to Weights & Biases too
 # device
 device_type: str | None = None  # cuda, mps or cpu (auto: the first one that is available)
-dtype: str | None = None  # bfloat16 or float32 for activations (auto: bfloat16 if the hardware has it)
+dtype: str | None = None  # bfloat16, float16 or float32 for activations (auto: the first that is fast here)
 compile: bool | None = None  # torch.compile (auto: if the run is long enough to gain time by it)
 seed: int = 42  # random seed of weights, data order and samples
 # data
@@ -164,7 +164,7 @@ dtype = str(compute_dtype).removeprefix("torch.")
 device_name, synchronize = machine.device_name(device), machine.synchronizer(device)
 print0("device", f"{world_size} × {device_name} · {dtype}" if world_size > 1 else f"{device_name} · {dtype}")
 if on_gpu and compute_dtype == torch.float32 and not machine.has_fast_bf16(device):
-    print0("device", "this GPU has no bf16: a step takes twice the memory and several times as long")
+    print0("device", "no fast bf16 or fp16 here: a step takes twice the memory and several times as long")
 clock.lap("setup")
 
 # -----------------------------------------------------------------------------
@@ -220,9 +220,9 @@ def optimizer_bytes(model):
     return optimizer_state_bytes({"muon": counts["matrix"], "adamw": sum(counts.values()) - counts["matrix"]})
 
 
-def fits(model, rows):
+def fits(model, rows, recompute=True):
     """Whether training with `rows` rows at a time should fit the GPU's memory; True on other devices."""
-    needed = model.training_bytes(rows * max_seq_len, optimizer_bytes(model) / world_size)
+    needed = model.training_bytes(rows * max_seq_len, optimizer_bytes(model) / world_size, recompute)
     return needed < 0.9 * memory  # libraries and temporary tensors take the rest
 
 
@@ -302,7 +302,9 @@ def build_optimizer(compile):
     """MuonAdamW over every role of the table, with a fresh state."""
     groups = [{**roles[role], "params": params} for role, params in model.parameter_roles().items()]
     # on a CPU compiling the updates takes 25 s and gains 4% of a step
-    return MuonAdamW(groups, orthogonalize_dtype=compute_dtype, compile=compile and on_gpu)
+    options = {"compile": compile and on_gpu, "loss_scaling": compute_dtype == torch.float16}
+    # Muon's products: all numbers in them are below 50, and fp16 rounds them eight times as finely as bf16
+    return MuonAdamW(groups, orthogonalize_dtype=compute_dtype, **options)
 
 
 # -----------------------------------------------------------------------------
@@ -318,6 +320,7 @@ smooth_train_loss, ema_beta = 0.0, 0.9  # exponential moving average of the trai
 total_training_time = 0.0  # seconds of training steps, without the first 10 after each start
 mean_dt = None  # seconds per step on average
 skipped_steps = 0  # steps with a non-finite loss or gradient: they changed nothing
+scale_skips = 0  # steps in fp16 that changed nothing because the loss scale was too large
 planned_iterations = None  # steps planned at the first start or at a new horizon: warmup is a tenth at most
 span, span_used = None, 0.0  # of a timed run: seconds from first step to closing work; used so far
 
@@ -341,7 +344,7 @@ if resumed_from:
     min_val_bpb, val_bpb, val_step = (saved_state[name] for name in ("min_val_bpb", "val_bpb", "val_step"))
     smooth_train_loss = saved_state["smooth_train_loss"]
     total_training_time, mean_dt = saved_state["total_training_time"], saved_state.get("mean_dt")
-    skipped_steps = saved_state["skipped_steps"]
+    skipped_steps, scale_skips = saved_state["skipped_steps"], saved_state.get("scale_skips", 0)
     planned_iterations, span = saved_state["planned_iterations"], saved_state["span"]
     if saved_state["settings"]["eval_bytes"] != eval_bytes:  # measured on another text
         min_val_bpb, val_bpb, val_step = math.inf, math.inf, -1
@@ -378,10 +381,11 @@ def benchmark_step(compile):
     """A fresh optimizer -> the two parts of a training step on random rows."""
     optimizer = build_optimizer(compile)
 
-    def micro_step(rows):
+    def micro_step(size):
+        rows, model.recompute = size
         random_rows = torch.randint(vocab_size, (rows, max_seq_len + 1), device=device)
         loss = model(random_rows[:, :-1], random_rows[:, 1:])
-        (loss / (rows * max_seq_len)).backward()
+        optimizer.scale(loss / (rows * max_seq_len)).backward()
         return loss.detach()
 
     return micro_step, optimizer.step
@@ -389,18 +393,18 @@ def benchmark_step(compile):
 
 def benchmark(sizes, compile):
     """
-    -> (first of `sizes` that fits, in rows; seconds of a micro-step; seconds of an optimizer step; compile:
-    False if torch.compile does not work here).
+    -> (first of `sizes` that fits; seconds of a micro-step; seconds of an optimizer step; compile: False if
+    torch.compile does not work here). sizes: (rows, whether to recompute blocks in the backward pass).
     """
     compiling = "compiling, up to a minute the first time, and " if compile else ""
-    print0("measure", f"{compiling}timing steps of {sizes[0]} × {max_seq_len} tokens")
+    print0("measure", f"{compiling}timing steps of {sizes[0][0]} × {max_seq_len} tokens")
     headroom = 0.0 if device_batch_size else 0.05
     make_parts, release = lambda: benchmark_step(compile), lambda: model.zero_grad(set_to_none=True)
     try:
         with console.waiting("measure", "compiling" if compile else "timing steps"):
             return *machine.benchmark(make_parts, sizes, device, ranks, headroom, release), compile
     except machine.DoesNotFit:
-        raise does_not_fit(depth, sizes[-1]) from None
+        raise does_not_fit(depth, sizes[-1][0]) from None
     except machine.BenchmarkFailed as failure:
         if not compile or settings.requested.get("compile"):  # if asked for, a failure to compile is an error
             raise failure.__cause__ or failure from None
@@ -418,10 +422,12 @@ batch_was_given = settings.requested.get("total_batch_size") is not None
 if total_batch_size:
     rows_per_rank = plan.share_batch(total_batch_size, max_seq_len, world_size, batch_was_given)
     largest = plan.largest_divisor(rows_per_rank, min(rows_per_rank, largest))
-sizes = [largest]
-if not device_batch_size:
-    sizes = [size for size in plan.micro_batch_sizes(largest) if fits(model, size)] or [1]
-micro_batch_size, micro_step_time, update_time, compile = benchmark(sizes, compile)
+if device_batch_size:
+    sizes = [(largest, False), (largest, True)]
+else:  # recomputing takes a third more time: only if not even one row fits without it
+    all_sizes = [(rows, recompute) for recompute in (False, True) for rows in plan.micro_batch_sizes(largest)]
+    sizes = [size for size in all_sizes if fits(model, *size)] or [(1, True)]
+(micro_batch_size, recompute), micro_step_time, update_time, compile = benchmark(sizes, compile)
 
 # -----------------------------------------------------------------------------
 # The plan, continued
@@ -459,7 +465,7 @@ device_batch_size = plan.largest_divisor(rows_per_rank, min(rows_per_rank, micro
 micro_steps = rows_per_rank // device_batch_size
 machine.check_matmul_length(device, max(vocab_size, device_batch_size * max_seq_len))
 if device_batch_size < micro_batch_size:  # compile and measure that shape, too
-    _, micro_step_time, update_time, compile = benchmark([device_batch_size], compile)
+    _, micro_step_time, update_time, compile = benchmark([(device_batch_size, recompute)], compile)
 planned_dt = micro_steps * micro_step_time + update_time
 clock.lap("trial")  # the benchmark's name in summary.json
 
@@ -544,6 +550,7 @@ epochs = planned_tokens / corpus.unique_tokens
 corpus_name = f"{corpus.name} · vocabulary of {vocab_size:,} · fingerprint {corpus.fingerprint}"
 print0("data", f"{corpus_name} · {corpus_size} training tokens, for {epochs:.2g} epochs")
 how = "uncompiled" if not compile else "compiled in parts" if model.has_compiled_parts else "compiled"
+how += ", blocks are recomputed in the backward pass" if model.recompute else ""
 kernel = attention_backend(config, compute_dtype, device)
 print0("train", f"{how} · {kernel} attention · peak {report.short(peak_flops, ' ')}FLOP/s ({peak_source})")
 
@@ -648,6 +655,7 @@ while True:
                 "smooth_train_loss": smooth_train_loss,
                 "total_training_time": total_training_time,
                 "skipped_steps": skipped_steps,
+                **({"scale_skips": scale_skips} if compute_dtype == torch.float16 else {}),
                 "mean_dt": mean_dt,
                 "planned_iterations": planned_iterations,
                 **timeline.state_dict(time.monotonic()),
@@ -687,7 +695,7 @@ while True:
         continue
 
     ranks.heartbeat()
-    loss_sums, grad_norms, skips = [], [], []  # per step, 0-D tensors on the device
+    loss_sums, grad_norms, skips, scale_skipped = [], [], [], []  # per step, 0-D tensors on the device
     wait_before, interval_start = loader.wait_time, time.perf_counter()
     for next_progress in interval.progress[1:]:
         # one step of training: accumulate gradients, set what the schedules say, update, clear the gradients
@@ -697,7 +705,8 @@ while True:
             loss = model(micro_batch[:, :-1], micro_batch[:, 1:])  # summed over its targets
             if micro_step == micro_steps:
                 optimizer.reduce_early()  # ranks average each gradient while the backward pass runs
-            (loss / (rows_per_rank * max_seq_len)).backward()  # the rank's mean; step() averages over ranks
+            mean_loss = loss / (rows_per_rank * max_seq_len)  # over the rank; step() averages over ranks
+            optimizer.scale(mean_loss).backward()  # the loss scale is only there in fp16
             loss_sum += loss.detach()
         lrm = plan.lr_multiplier(step, progress, warmup, warmdown_ratio, final_lr_frac)
         momentum = plan.muon_momentum(step, progress, warmdown_ratio)
@@ -713,13 +722,16 @@ while True:
         loss_sums.append(loss_sum)
         grad_norms.append(optimizer.grad_norm)
         skips.append(optimizer.skipped)
+        scale_skipped.append(optimizer.scale_skipped)
         if signals.stop and world_size == 1:
             break
 
     # the interval ends: CPU and GPU synchronize, with one transfer and one record
     global_sums = ranks.all_reduce_sum(torch.stack(loss_sums))
-    table = torch.stack([global_sums, torch.stack(grad_norms), torch.stack(skips)])  # (3, steps)
-    loss_sums, grad_norms, skips = table.tolist()
+    table = torch.stack([global_sums, *map(torch.stack, (grad_norms, skips, scale_skipped))])  # (4, steps)
+    loss_sums, grad_norms, skips, scale_skipped = table.tolist()
+    scale_skips += int(sum(scale_skipped))
+    skips = [skip - for_scale for skip, for_scale in zip(skips, scale_skipped)]  # their losses count
     synchronize()
     steps_done = len(loss_sums)
     dt = (time.perf_counter() - interval_start) / steps_done
@@ -757,6 +769,8 @@ while True:
         "peak_memory": machine.peak_memory(device),
         "skipped_steps": skipped_steps,
     }
+    if compute_dtype == torch.float16:
+        record |= {"loss_scale": optimizer.loss_scale.item(), "scale_skips": scale_skips}
     log.write("step", **record)
     if any(skips):
         begins = range(loader.cursor - steps_done * rows_per_step, loader.cursor, rows_per_step)

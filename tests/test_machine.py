@@ -5,6 +5,7 @@ import gc
 import json
 import multiprocessing
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -95,7 +96,7 @@ def test_an_unusable_device_is_an_error_of_two_lines(has, available, arguments, 
         ((8, 0), None),
         ((8, 9), None),  # runs the machine code of 8.0
         ((12, 1), None),  # runs that of 12.0
-        ((7, 0), "its build for CUDA 12.6"),
+        ((7, 0), "its build for CUDA 12.6: uv pip install torch==.* --torch-backend cu126"),
         ((10, 3), "a newer PyTorch"),
         ((13, 0), "a newer PyTorch"),
     ],
@@ -117,8 +118,11 @@ def test_activations_are_bfloat16_if_the_hardware_has_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: units)
     assert machine.find_dtype(CUDA) == torch.bfloat16
-    capability = (7, 5)
-    assert machine.find_dtype(CUDA) == torch.float32
+    for capability in ((7, 0), (7, 2), (7, 5)):  # noqa: B007  V100, Jetson Xavier, T4
+        assert machine.find_dtype(CUDA) == torch.float16
+    for capability in ((6, 0), (6, 1)):  # noqa: B007  P100, GTX 10
+        assert machine.find_dtype(CUDA) == torch.float32
+    assert machine.find_dtype(CUDA, "float16") == torch.float16
     assert machine.find_dtype(CUDA, "bfloat16") == torch.bfloat16  # emulated, but that is what the user wants
     assert machine.find_dtype(CPU) == torch.float32
     units = {"avx512_f": True, "avx512_bf16": False}
@@ -130,11 +134,62 @@ def test_activations_are_bfloat16_if_the_hardware_has_it(monkeypatch):
         assert machine.find_dtype(MPS) == torch.float32
 
 
-@pytest.mark.parametrize("device, wanted, words", [(CPU, "float16", "unknown"), (MPS, "bfloat16", "later")])
+@pytest.mark.parametrize(
+    "device, wanted, words",
+    [(CPU, "float64", "unknown"), (MPS, "bfloat16", "later"), (MPS, "float16", "later")],
+)
 def test_an_unusable_dtype_is_an_error_of_two_lines(device, wanted, words):
     with pytest.raises(MachineError, match=words) as error:
         machine.find_dtype(device, wanted)
     assert str(error.value).startswith(f"--dtype {wanted}") and str(error.value).count("\n") == 1
+
+
+@pytest.fixture
+def amd(monkeypatch):
+    """amd("gfx1030") pretends that PyTorch's build for AMD runs on a GPU of this architecture."""
+
+    def pretend(name):
+        monkeypatch.setattr(torch.version, "hip", "7.2.53211")
+        capability = tuple(int(digits, 16) for digits in re.fullmatch(r"gfx(..?)(.).", name).groups())
+        properties = types.SimpleNamespace(gcnArchName=f"{name}:sramecc+:xnack-")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+
+    return pretend
+
+
+AMD = {  # architecture -> dtype of activations
+    "gfx900": torch.float32,  # Vega: the "capability" is (9, 0), like an H100's
+    "gfx906": torch.float32,  # MI50
+    "gfx908": torch.bfloat16,  # MI100
+    "gfx90a": torch.bfloat16,  # MI250X
+    "gfx942": torch.bfloat16,  # MI300X
+    "gfx950": torch.bfloat16,  # MI355X
+    "gfx1010": torch.float32,
+    "gfx1030": torch.float32,  # RX 6900: (10, 3), like a B300's
+    "gfx1100": torch.bfloat16,  # RX 7900
+    "gfx1151": torch.bfloat16,  # Strix Halo
+    "gfx1201": torch.bfloat16,  # RX 9070
+}
+
+
+@pytest.mark.parametrize("name", AMD)
+def test_the_dtype_on_an_amd_gpu_depends_on_its_architecture(amd, name):
+    amd(name)
+    assert machine.find_dtype(CUDA) == AMD[name]
+    assert machine.amd_architecture(CUDA) == name
+    assert machine.find_dtype(CUDA, "float16") == torch.float16
+
+
+def test_an_amd_gpu_without_kernels_is_an_error_of_two_lines(has, amd, monkeypatch):
+    done = has("cuda")
+    amd("gfx1031")
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["gfx90a", "gfx942", "gfx1030"])
+    with pytest.raises(MachineError, match="gfx1031.\nSet HSA_OVERRIDE_GFX_VERSION.*gfx1030") as error:
+        machine.find_device()
+    assert str(error.value).count("\n") == 1 and done == []
+    amd("gfx1030")
+    assert machine.find_device() == torch.device("cuda", 0)
 
 
 def test_matrix_products_that_an_m1_or_m2_gets_wrong_are_refused(monkeypatch):
@@ -214,7 +269,24 @@ PEAKS = {  # name as the driver reports it -> published dense bf16 TFLOP/s, or N
     "NVIDIA RTX PRO 6000 Blackwell Server Edition": None,
     "Tesla T4": None,
     "Tesla V100-SXM2-16GB": None,
-    "AMD Instinct MI300X": None,
+    "AMD Instinct MI355X": 2516.6,
+    "AMD Instinct MI350X": 2306.9,
+    "AMD Instinct MI325X": 1307.4,
+    "AMD Instinct MI300X": 1307.4,
+    "AMD Instinct MI300X OAM": 1307.4,
+    "AMD Instinct MI300X VF": None,  # a share of one
+    "AMD Instinct MI300A": 980.6,
+    "AMD Instinct MI250X": 191.5,
+    "AMD Instinct MI250X / MI250": None,  # could be either
+    "AMD Instinct MI250": 181,
+    "AMD Instinct MI210": 181,
+    "AMD Instinct MI100": None,
+    "AMD Radeon RX 7900 XTX": 122.8,
+    "Radeon RX 7900 XTX": 122.8,
+    "AMD Radeon RX 7900 XT": 103,
+    "AMD Radeon RX 7900 GRE": None,
+    "AMD Radeon RX 6900 XT": None,
+    "AMD Radeon Graphics": None,
     "Apple M4 Max": None,
     "Intel(R) Xeon(R) Platinum 8480CL": None,
     "": None,
@@ -847,7 +919,9 @@ def bare(tmp_path):
 
 
 ALLOCATOR, ALLOCATOR_TOO = "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"
+EXPERIMENTAL = "TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL"
 SET = ("GOMP_SPINCOUNT", "TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD", ALLOCATOR, ALLOCATOR_TOO)
+SET += (EXPERIMENTAL,)
 IMPORTING = """
 import json, platform
 kernel = platform.uname()
@@ -877,6 +951,14 @@ def test_variables_that_the_user_has_set_are_kept(bare, release):
     own = {ALLOCATOR: "max_split_size_mb:64", "GOMP_SPINCOUNT": "7"}
     found = json.loads(bare(IMPORTING.format(release=release), **own).stdout)
     assert {name: found[name] for name in own} == own
+
+
+def test_the_build_for_amd_keeps_its_allocator_and_gets_its_attention_kernels(bare, tmp_path):
+    (tmp_path / "torch" / "lib").mkdir()
+    (tmp_path / "torch" / "lib" / "libtorch_hip.so").touch()
+    for own in ({}, {"PYTORCH_HIP_ALLOC_CONF": "max_split_size_mb:64", EXPERIMENTAL: "0"}):
+        found = json.loads(bare(IMPORTING.format(release="6.8.0-45-generic"), **own).stdout)
+        assert ALLOCATOR not in found and found[EXPERIMENTAL] == own.get(EXPERIMENTAL, "1")
 
 
 def test_the_newer_variable_of_the_allocator_is_kept_too(bare):

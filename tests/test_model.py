@@ -21,6 +21,7 @@ from model import (
     look_back,
     norm,
     rotary_tables,
+    spread,
 )
 
 
@@ -89,6 +90,7 @@ def test_norm_and_relu_squared_and_their_gradients(dtype, rounding):
     [
         (torch.float32, False, 1e-5),
         (torch.bfloat16, False, 5e-2),
+        (torch.float16, False, 1e-2),
         pytest.param(torch.float32, True, 1e-5, marks=pytest.mark.slow),
     ],
 )
@@ -191,6 +193,52 @@ def test_activation_bytes_match_pytorch_plans_for_an_h100(depth, rows, vocab_siz
     with torch.device("meta"):
         model = GPT(GPTConfig.of_depth(depth, vocab_size, 2048), torch.bfloat16)
     assert model.activation_bytes(rows * 2048) == pytest.approx(gigabytes * 1e9, rel=0.03)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_recomputed_blocks_change_no_bit(dtype):
+    model, calls = wake(build()), []
+    model.compute_dtype = dtype
+    recomputed = copy.deepcopy(model)
+    recomputed.recompute = True
+    for name, m in (("kept", model), ("recomputed", recomputed)):
+        m.blocks[1].mlp.register_forward_pre_hook(lambda *_, name=name: calls.append(name))
+    tokens = tokens_of(model)
+    losses = [m(tokens, tokens) for m in (model, recomputed)]
+    for loss in losses:
+        loss.backward()
+    assert torch.equal(*losses) and calls == ["kept", "recomputed", "recomputed"]
+    for (name, p), q in zip(model.named_parameters(), recomputed.parameters()):
+        assert torch.equal(p.grad, q.grad), name
+    assert [*recomputed.generate([[1, 2]], 299, 3)] == [*model.generate([[1, 2]], 299, 3)]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
+@pytest.mark.parametrize("how", ["graph", "parts", "blocks"])
+def test_recomputed_blocks_compile(how):
+    model = wake(build(n_layer=2))
+    compiled, tokens = copy.deepcopy(model), tokens_of(model)
+    compiled.recompute = True
+    torch.compiler.reset()
+    if how == "graph":
+        compiled.compile(dynamic=False)
+    else:
+        compiled.compile_parts(blocks=how == "blocks")
+    for m in (model, compiled):
+        m(tokens, tokens).backward()
+    for (name, p), q in zip(model.named_parameters(), compiled.parameters()):
+        assert (p.grad - q.grad).norm() < (1e-5 if p.dim() > 1 else 1e-3) * p.grad.norm(), name
+
+
+def test_recomputing_blocks_needs_less_memory_in_every_model():
+    for depth, T in [(depth, T) for depth in (1, 2, 12, 32) for T in (64, 2048, 65_536)]:
+        with torch.device("meta"):
+            model = GPT(GPTConfig.of_depth(depth, 50_257, T), torch.bfloat16)
+        assert model.activation_bytes(T, recompute=True) <= model.activation_bytes(T)
+        assert model.training_bytes(T, 0) - model.training_bytes(T, 0, True) == pytest.approx(
+            model.activation_bytes(T) - model.activation_bytes(T, True)
+        )
 
 
 def test_training_bytes_add_up():
@@ -373,3 +421,79 @@ def test_attention_backend_names_the_kernel_that_runs(head_dim):
             *heads, is_causal=True, scale=QK_SCALE**2 / head_dim**0.5
         )
     assert torch.equal(causal_attention(q, k, v), expected.transpose(1, 2))
+
+
+# -----------------------------------------------------------------------------
+# fp16, from 6e-8 to 65,504: each test exceeds one of these numbers where a plain computation would
+
+
+def half(values):
+    return values.to(torch.float16).requires_grad_()
+
+
+def test_fp16_relu_squared_of_large_numbers_is_finite():
+    x = half(torch.tensor([-1e4, 3.0, 255.0, 256.0, 300.0, 65_504.0, math.inf]))  # 256² = 65,536
+    y = ReluSquared.apply(x)
+    y.sum().backward()
+    assert y.tolist() == [0, 9, 65_024, 65_024, 65_024, 65_024, 65_024]
+    assert x.grad.tolist() == [0, 6, 510, 510, 510, 510, 510]
+    assert ReluSquared.apply(half(torch.tensor([math.nan]))).isnan()
+
+
+def test_fp16_norm_of_large_numbers_is_exact():
+    x = half(torch.full((2, 64), 1000.0))  # its squares are 1e6
+    y = norm(x)
+    y.sum().backward()
+    assert torch.equal(y, torch.ones(2, 64).half()) and x.grad.isfinite().all()
+
+
+def test_fp16_gradient_of_a_scalar_is_a_sum_in_fp32():
+    x, scalars = torch.ones(8, 512, 64).half(), torch.ones(3, 2, requires_grad=True)
+    first, _, last = spread(scalars, x).unbind()
+    (first[0] * x + last[1] * x).float().sum().backward()
+    assert scalars.grad.tolist() == [[x.numel(), 0], [0, 0], [0, x.numel()]]  # 262,144
+    assert torch.equal(spread(scalars, x.bfloat16()), scalars.bfloat16())
+
+
+def loss_of(x, weight, targets, dtype, factor):
+    """(loss, gradient of x, gradient of the weight) of factor * the loss; the gradients / factor, in fp64."""
+    with torch.device("meta"):
+        model = GPT(GPTConfig(vocab_size=len(weight), n_head=1, n_embd=x.size(1)), dtype, max_logits=2**40)
+    head = model.head.to_empty(device="cpu")
+    head.weight.data.copy_(weight)
+    x = x.to(dtype, copy=True).requires_grad_()
+    loss = head(x[None], targets[None])
+    (loss * factor).backward()
+    return loss.item(), *((g.double() / factor) for g in (x.grad, head.weight.grad))
+
+
+def test_fp16_logits_that_overflow_before_the_softcap_saturate():
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(4, 64, generator=generator), 6e3 * torch.randn(64, 64, generator=generator)
+    assert (x.half() @ weight.half().T).isinf().any()
+    loss, *grads = loss_of(x, weight, torch.arange(4), torch.float16, 1.0)
+    assert math.isfinite(loss) and all(g.isfinite().all() for g in grads)
+
+
+def test_fp16_weight_gradient_of_the_head_is_a_sum_in_fp32():
+    generator = torch.Generator().manual_seed(0)
+    x = 1 + 0.1 * torch.randn(4096, 64, generator=generator)  # alike, and all with the same target
+    weight, targets = 0.01 * torch.randn(128, 64, generator=generator), torch.zeros(4096, dtype=torch.int64)
+    _, _, exact = loss_of(x, weight, targets, torch.float32, 1.0)
+    _, _, found = loss_of(x, weight, targets, torch.float16, 64.0)
+    assert 64 * exact.abs().max() > 65_504
+    assert (found - exact).norm() < 2e-3 * exact.norm()
+
+
+def test_fp16_gradients_of_50257_small_probabilities_are_kept():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(16, 32, generator=generator)
+    weight = torch.randn(50_304, 32, generator=generator) * 0.5
+    targets = torch.randint(50_304, (16,), generator=generator)
+    factor = 2.0**16 / 2**21  # loss scale / number of targets: a probability of 2e-5 becomes 6e-7
+    _, exact_x, exact_w = loss_of(x, weight, targets, torch.float32, factor)
+    _, found_x, found_w = loss_of(x, weight, targets, torch.float16, factor)
+    others = torch.ones(50_304, dtype=torch.bool)
+    others[targets] = False
+    assert (found_w - exact_w)[others].norm() < 1e-2 * exact_w[others].norm()
+    assert (found_x - exact_x).norm() < 1e-2 * exact_x.norm()

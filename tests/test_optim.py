@@ -214,7 +214,9 @@ def with_spectrum(rows, cols, spectrum, seed=0):
     "rows, cols, rank", [(96, 32, 32), (32, 96, 32), (48, 48, 48), (64, 32, 5), (32, 64, 5), (48, 48, 5)]
 )
 @pytest.mark.parametrize("method, low, high", [("polar_express", 0.858, 1.142), ("quintic", 0.681, 1.204)])
-@pytest.mark.parametrize("dtype, slack", [(torch.float32, 1e-3), (torch.bfloat16, 0.06)])
+@pytest.mark.parametrize(
+    "dtype, slack", [(torch.float32, 1e-3), (torch.bfloat16, 0.06), (torch.float16, 0.01)]
+)
 def test_singular_values_are_in_the_published_interval(rows, cols, rank, method, low, high, dtype, slack):
     spectrum = torch.logspace(0, -1.5, rank, dtype=torch.float64).tolist()
     for magnitude in (1e-4, 1.0, 1e4):
@@ -299,7 +301,7 @@ def test_a_stack_in_pieces_gives_the_same_weights(monkeypatch):
 # Steps with a non-finite loss or gradient
 
 
-def mixed(compile=False, seed=0):
+def mixed(compile=False, seed=0, **options):
     """An optimizer for stacks of matrices, a table and a vector."""
     shapes = {"m1": (8, 6), "m2": (8, 6), "m3": (4, 12), "m4": (7, 7), "table": (30, 5), "v": (3,)}
     params = parameters(shapes, seed)
@@ -308,7 +310,7 @@ def mixed(compile=False, seed=0):
         dict(kind="muon", lr=0.05, weight_decay=0.1, params=matrices),
         dict(kind="adamw", lr=0.05, weight_decay=0.1, params=rest),
     ]
-    return MuonAdamW(groups, compile=compile), params
+    return MuonAdamW(groups, compile=compile, **options), params
 
 
 def spoil(params, where, value):
@@ -564,13 +566,13 @@ def regression():
     return problems
 
 
-def problem(compile=False):
+def problem(compile=False, **options):
     params = parameters({**MATRICES, **TENSORS})
     groups = [
         dict(kind="muon", lr=0.02, weight_decay=0.1, params={n: params[n] for n in MATRICES}),
         dict(kind="adamw", lr=0.02, weight_decay=0.1, params={n: params[n] for n in TENSORS}),
     ]
-    return MuonAdamW(groups, compile=compile), params
+    return MuonAdamW(groups, compile=compile, **options), params
 
 
 def backward(params, rank, world):
@@ -683,6 +685,19 @@ def one_rank(rank, world, folder):
         untouched = all(torch.equal(before[key], after[key]) for key in before)
         found["skips"].append((optimizer.skipped.item(), untouched))
     found["weights_skipped"], found["state_skipped"] = values(params), optimizer.state_dict()
+
+    optimizer, params = problem(loss_scaling=True)  # only the last rank's gradient is too large for the scale
+    found["scaled"] = []
+    for too_large in (False, True, False):
+        loss = backward(params, rank, world)
+        for p in params.values():
+            p.grad *= optimizer.loss_scale
+        if too_large and rank == world - 1:
+            params["wide4"].grad.view(-1)[-1] = math.inf
+        optimizer.step(loss)
+        numbers = (optimizer.loss_scale, optimizer.skipped, optimizer.scale_skipped)
+        found["scaled"].append([number.item() for number in numbers])
+    found["weights_scaled"] = values(params)
     return found
 
 
@@ -829,3 +844,104 @@ def test_checksums_depend_on_each_bit_and_its_position():
         assert [int(s) for s in checksums(changed)] != same
         for dim in range(p.ndim if p.numel() > 1 else 0):  # the same numbers in another order
             assert [int(s) for s in checksums(p.flip(dim))] != same
+
+
+# -----------------------------------------------------------------------------
+# The loss scale, for gradients in fp16
+
+
+def scaled_step(optimizer, params, step, spoiled=None, loss=1.0):
+    """A step with gradients that are multiplied by the loss scale; `spoiled` gets an infinite one."""
+    set_gradients(params, step)
+    for p in params.values():
+        p.grad *= optimizer.scale(torch.ones(()))
+    if spoiled:
+        spoil(params, spoiled, math.inf)
+    optimizer.step(torch.tensor(loss))
+
+
+def test_a_loss_scale_does_not_change_the_weights_by_one_bit():
+    (scaled, params), (plain, plain_params) = mixed(loss_scaling=True), mixed()
+    for step in range(6):
+        scaled.loss_scale = torch.tensor(2.0 ** (4 * step))
+        for o, p in ((scaled, params), (plain, plain_params)):
+            scaled_step(o, p, step)
+        assert scaled.grad_norm == plain.grad_norm and scaled.skipped == scaled.scale_skipped == 0
+    assert_same_bits(snapshot(scaled), snapshot(plain))
+    assert "loss_scale" not in plain.state_dict()
+
+
+@pytest.mark.parametrize("where", ["m2", "table", "v"])
+def test_an_overflow_changes_no_weight_and_halves_the_scale(where):
+    optimizer, params = mixed(loss_scaling=True)
+    scaled_step(optimizer, params, 0)
+    before = snapshot(optimizer)
+    scaled_step(optimizer, params, 1, spoiled=where)
+    assert_same_bits(before, snapshot(optimizer))
+    assert optimizer.skipped == optimizer.scale_skipped == 1 and optimizer.loss_scale == 2.0**15
+    scaled_step(optimizer, params, 2)
+    assert optimizer.skipped == optimizer.scale_skipped == 0 and optimizer.loss_scale == 2.0**15
+
+
+def test_the_scale_is_not_blamed_for_a_bad_loss_nor_at_its_least():
+    optimizer, params = mixed(loss_scaling=True)
+    for loss in (math.nan, math.inf):
+        scaled_step(optimizer, params, 0, spoiled="m1", loss=loss)
+        assert optimizer.skipped == 1 and optimizer.scale_skipped == 0 and optimizer.loss_scale == 2.0**16
+    for n in range(16):
+        scaled_step(optimizer, params, n, spoiled="m1")
+        assert optimizer.scale_skipped == 1
+    for _ in range(2):
+        scaled_step(optimizer, params, 0, spoiled="m1")
+        assert optimizer.loss_scale == 1 and optimizer.skipped == 1 and optimizer.scale_skipped == 0
+        assert optimizer.first_nonfinite_parameter() == "m1"
+
+
+def test_the_scale_doubles_after_good_steps_in_a_row(monkeypatch):
+    monkeypatch.setattr(optim_muon, "GROWTH_STEPS", 3)
+    optimizer, params = mixed(loss_scaling=True)
+    scales = []
+    for step in range(11):
+        scaled_step(optimizer, params, step, spoiled="v" if step == 4 else None)
+        scales.append(math.log2(optimizer.loss_scale))
+    assert scales == [16, 16, 17, 17, 16, 16, 16, 17, 17, 17, 18]
+    optimizer.loss_scale = torch.tensor(2.0**32)
+    for step in range(6):
+        scaled_step(optimizer, params, step)
+    assert optimizer.loss_scale == 2.0**32
+
+
+def test_a_resume_keeps_the_scale(monkeypatch):
+    monkeypatch.setattr(optim_muon, "GROWTH_STEPS", 3)
+    optimizer, params = mixed(loss_scaling=True)
+    for step in range(5):
+        scaled_step(optimizer, params, step, spoiled="v" if step == 0 else None)
+    (same, others), (unscaled, _) = mixed(loss_scaling=True), mixed()
+    saved = copy.deepcopy(optimizer.state_dict())
+    same.load_state_dict(saved)
+    unscaled.load_state_dict(saved)  # of another dtype
+    for o, p in ((optimizer, params), (same, others)):
+        scaled_step(o, p, 5)
+        scaled_step(o, p, 6)
+        assert math.log2(o.loss_scale) == 17
+    fresh, _ = mixed(loss_scaling=True)
+    fresh.load_state_dict(unscaled.state_dict())
+    assert fresh.loss_scale == 2.0**16 and unscaled.loss_scale is None
+
+
+def test_the_norm_of_scaled_gradients_does_not_overflow():
+    optimizer, params = mixed(loss_scaling=True)
+    for p in params.values():
+        p.grad = torch.full_like(p, 2.0**16 * 1e15)  # squared 4e39; fp32 ends at 3e38
+    optimizer.step(torch.tensor(1.0))
+    assert optimizer.skipped == 0
+    count = sum(p.numel() for p in params.values())
+    assert optimizer.grad_norm.item() == pytest.approx(1e15 * count**0.5)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_all_ranks_agree_on_the_scale(ranks, world):
+    for rank in ranks[world]:
+        assert rank["scaled"] == [[2.0**16, 0, 0], [2.0**15, 1, 1], [2.0**15, 0, 0]]
+        assert_same_bits(rank["weights_scaled"], ranks[world][0]["weights_scaled"])
+        assert_close(rank["weights_scaled"], ranks[1][0]["weights_scaled"])
