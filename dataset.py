@@ -1826,21 +1826,25 @@ class Fetcher:
         rows = max(rows, self.request[0])
         if not self.is_active or self.request == (rows, is_waiting):
             return
-        self.request = rows, is_waiting
         if not self.process:
-            self.start()
+            self.start(rows / self.request[0])
+        self.request = rows, is_waiting
         with suppress(OSError):  # the process may have ended
             self.process.stdin.write(json.dumps(self.request).encode() + b"\n")
-            self.process.stdin.flush()
 
-    def start(self):
-        """Start the process."""
+    def start(self, factor):
+        """Start the process. `factor` times as many rows are wanted as there are."""
+        sizes, more = self.corpus.public.train, self.corpus.more
+        more = more[: math.ceil((factor - 1) * (len(sizes) - len(more)))]
+        size = f"{plural(len(more), 'more file')} of {self.corpus.name}, {sum(map(sizes.get, more)):,.0f} MB"
+        self.say(f"while the run trains: about {size}")
         content = pickle.dumps((self.corpus, self.T))
-        code = "import sys; sys.path[0] = sys.argv[1]; content = sys.stdin.buffer.read(int(sys.argv[2])); "
-        code += "import dataset; dataset.fetch_files(content)"  # the import is slow, so it reads first
+        code = "import os, sys; os.nice(19); sys.path[0] = sys.argv[1]; "
+        code += "content = sys.stdin.buffer.read(int(sys.argv[2])); "  # before the import, which is slow
+        code += "import dataset; dataset.fetch_files(content)"
         command = [sys.executable, "-c", code, str(Path(__file__).absolute().parent), str(len(content))]
         quiet = os.environ | {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_VERBOSITY": "error"}
-        options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "env": quiet}
+        options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0, "env": quiet}
         # in a session of its own it gets no Ctrl-C; a batch system signals all processes, so they are blocked
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         try:
@@ -1871,7 +1875,6 @@ def fetch_files(content):
     stdin asks for. A file that fails is tried again without end while the run has other rows; when it waits,
     TRIES times at least. Prints [error, seconds until the next try, or 0] for each try that fails.
     """
-    os.nice(19)
     corpus, T = pickle.loads(content)
     wanted, is_needed = [0], threading.Event()
 

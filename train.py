@@ -550,7 +550,7 @@ with console.waiting("data", f"waiting for the next file of {corpus.name}"):
         if data_error:
             raise dataset.DataError(data_error)
 clock.lap("corpus")  # until here, waiting for data is no training time
-corpus_size = report.short(corpus.unique_tokens)
+corpus_size = f"{'about ' if corpus.more else ''}{report.short(corpus.unique_tokens)}"
 epochs = planned_tokens / corpus.unique_tokens
 corpus_name = f"{corpus.name} · vocabulary of {vocab_size:,} · fingerprint {corpus.fingerprint}"
 print0("data", f"{corpus_name} · {corpus_size} training tokens, for {epochs:.2g} epochs")
@@ -610,7 +610,7 @@ dt = planned_dt  # seconds per step in the last interval
 mean_dt = mean_dt or planned_dt  # on average since warm_from; if no step is left, that of the start before
 samples, sample_step, sample_seconds = [], -1, 0.0
 skips_in_a_row, failure = 0, None  # failure: why the run cannot continue
-data_error = None  # why the next file of a public data set does not arrive
+data_error, wait_line = None, 5  # why the next file of a public set does not arrive; seconds until a line
 evaluation_due = val_step < 0 or (eval_every > 0 and step % eval_every == 0)
 save_due = sample_due = finished = stop = False
 signals = machine.Signals()  # they take effect at the end of an interval; signals.stop: its number, or 0
@@ -704,8 +704,12 @@ while True:
     data_error, stop = loader.add_files(fetcher, ranks.all_gather, signals.stop)
     if loader.batches_ready == 0:
         save_due = bool(data_error or stop)
+        if time.perf_counter() > loader.waiting_since + wait_line:
+            print0("data", f"waiting for {corpus.more[0]} for {wait_line} s")
+            wait_line *= 2
         continue
 
+    wait_line = 5
     loss_sums, grad_norms, skips = [], [], []  # per step, 0-D tensors on the device
     wait_before, interval_start = loader.wait_time, loader.waiting_since or time.perf_counter()
     for next_progress in interval.progress[1:]:

@@ -7,14 +7,16 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from conftest import REPO, TINY, edited_copy, losses, wait_for, wait_for_progress
+from conftest import REPO, TINY, edited_copy, hub_server, losses, wait_for, wait_for_progress
 
 STEP_FIELDS = (
     "kind step train_loss train_loss_ema progress lrm muon_momentum weight_decay grad_norm dt tok_per_sec "
@@ -768,16 +770,6 @@ def test_init_from_is_ignored_by_a_run_that_has_begun(reference, train, tmp_path
 
 
 @pytest.mark.slow
-def test_a_download_is_no_training_time(train, tmp_path):
-    edited_copy(tmp_path, "def fetch_more(", "def fetch_more_quickly(", file="dataset.py")
-    slow = "\ndef fetch_more(*_):\n    time.sleep(3)\n\n\nif __name__ =="
-    source = (tmp_path / "dataset.py").read_text().replace("\nif __name__ ==", slow)
-    (tmp_path / "dataset.py").write_text(source)
-    run = train("--num-iterations", 2, script=tmp_path / "train.py")
-    assert run.code == 0 and run.summary["time"]["corpus"] > 3 > run.summary["time"]["setup"], run.output
-
-
-@pytest.mark.slow
 def test_an_exception_in_the_loop_is_in_the_log_and_the_report(train, tmp_path):
     line = "self.cursor += self.rows_per_batch"
     broken = f"{line}\n        if self.cursor == 8 * 12: raise OSError('a bad disk')"
@@ -867,3 +859,159 @@ def test_a_resume_with_another_validation_text_forgets_the_lowest_val_bpb(train)
     on_12, on_15 = [r for r in vals if r["step"] in (12, 15)][-2:]
     assert on_12["min_val_bpb"] == on_12["val_bpb"] != first.summary["val_bpb"]
     assert on_15["min_val_bpb"] == min(on_12["val_bpb"], on_15["val_bpb"])
+
+
+# -----------------------------------------------------------------------------
+# A public data set arrives while the run trains
+
+
+@pytest.fixture
+def stream(train, tmp_path):
+    """
+    stream(name, *flags) starts a run on hf:some/set, whose six training files of 13 steps come from
+    stream.hub; nodes=2: on two nodes, each with a cache of its own (the second one uses stream.hub2).
+    stream.end(processes, name) waits for their end -> the result of the first, with the codes of all.
+    """
+    rng, words = (
+        np.random.RandomState(0),
+        [f"{a}{b}" for a in "bdfgklmnprst" for b in ("ee", "oa", "un", "i")],
+    )
+    lines = lambda count: [json.dumps({"text": " ".join(rng.choice(words, 120))}) for _ in range(count)]  # noqa: E731
+    files = {f"train-{n}.jsonl": "\n".join(lines(57)).encode() for n in range(6)}
+    files["validation.jsonl"] = "\n".join(lines(30)).encode()
+    script = edited_copy(tmp_path, "LONGEST_PAUSE = 1.0", "LONGEST_PAUSE = 0.05", "dataset.py")
+
+    def start(name, *flags, nodes=1, cache="cache"):
+        flags = [
+            *TINY,
+            "--data",
+            "hf:some/set",
+            "--out-dir",
+            train.out,
+            "--run-name",
+            name,
+            "--log-every",
+            1,
+            *flags,
+        ]
+        processes, port = [], free_port()
+        for node, hub in enumerate([start.hub, start.hub2][:nodes]):
+            env = {"ONEDIAL_HOME": str(tmp_path / f"{cache}{node}"), "HF_ENDPOINT": hub.address}
+            env |= {
+                "HF_HOME": str(tmp_path / "hf"),
+                "HF_HUB_DISABLE_XET": "1",
+                "PYTHONPATH": str(train.home / "hidden"),
+            }
+            if nodes > 1:
+                env |= {
+                    "RANK": str(node),
+                    "WORLD_SIZE": str(nodes),
+                    "LOCAL_RANK": "0",
+                    "LOCAL_WORLD_SIZE": "1",
+                }
+                env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            command = [sys.executable, str(script), *map(str, flags)]
+            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+            processes.append(subprocess.Popen(command, env=os.environ | env, cwd=tmp_path, **pipes))
+        return processes
+
+    def end(processes, name):
+        others = [process.communicate(timeout=300)[0] for process in processes[1:]]
+        result = train.finish(processes[0], name)
+        result.codes, result.output = (
+            [process.returncode for process in processes],
+            "".join([result.output, *others]),
+        )
+        return result
+
+    start.end = end
+    with hub_server() as start.hub, hub_server() as start.hub2:
+        for hub in (start.hub, start.hub2):
+            hub.files.update(files)
+        yield start
+
+
+def free_port():
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + 200
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_files_that_arrive_late_change_nothing(stream, tmp_path):
+    """A run that waits for files, is stopped while it waits and killed inside a file has the same losses."""
+    hub, flags = stream.hub, ("--num-iterations", 50, "--save-every", 4)
+    fast = stream.end(stream("fast", *flags), "fast")
+    assert fast.codes == [0] and len(losses(fast)) == 50, fast.output
+    assert "while the run trains: about 3 more files" in fast.output
+    assert hub.log == ["train-0.jsonl", "validation.jsonl", "train-1.jsonl", "train-2.jsonl", "train-3.jsonl"]
+    assert not list((tmp_path / "cache0").rglob("*.jsonl"))  # the text is deleted
+    steps = [r for r in fast.log if r["kind"] == "step"]
+    assert 0.6 < steps[-1]["epoch"] < 0.64  # 50 steps of 6 × 13
+
+    hub.log.clear()
+    processes = stream("slow", *flags, cache="other")
+    wait_until(lambda: "train-0.jsonl" in hub.log)
+    hub.rate = 2_000  # bytes per second
+    assert wait_for(processes[0], "data     waiting for train-1.jsonl for 5 s")
+    processes[0].send_signal(signal.SIGTERM)
+    stopped = stream.end(processes, "slow")
+    assert stopped.codes == [143] and "stopped  by SIGTERM after step 13" in stopped.output, stopped.output
+
+    hub.rate = 20_000
+    processes = stream("slow", "--resume", cache="other")
+    wait_until(lambda: "train-3.jsonl" in hub.log)
+    processes[0].kill()
+    stream.end(processes, "slow")
+    hub.rate = 1e9
+    slow = stream.end(stream("slow", "--resume", cache="other"), "slow")
+    assert slow.codes == [0] and losses(slow) == losses(fast), slow.output
+    waits = [r["data_wait"] for r in slow.log if r["kind"] == "step"]
+    assert max(waits) > 0.8
+
+
+@pytest.mark.slow
+def test_a_file_that_cannot_be_fetched_on_one_node_ends_all_and_they_can_resume(stream):
+    stream.hub2.mode = {"train-2.jsonl": "404"}
+    failed = stream.end(stream("a", "--num-iterations", 30, nodes=2), "a")
+    assert failed.codes == [2, 2] and max(losses(failed)) == 26, failed.output  # all that there is
+    assert len(re.findall(r"Next\s+try\s+in", failed.output)) >= 4
+    (error,) = re.findall(r"^error: .*\n.*", failed.output, re.MULTILINE)
+    assert "train-2.jsonl of some/set cannot be downloaded: 404" in error and "yourself" in error
+    assert failed.log[-1]["event"] == "failed" and "--run-name a --resume" in failed.output
+    stream.hub2.mode = "good"
+    rest = stream.end(stream("a", "--resume", nodes=2), "a")
+    assert rest.codes == [0, 0] and max(losses(rest)) == 30, rest.output
+
+
+@pytest.mark.slow
+def test_files_that_differ_between_nodes_end_the_run(stream):
+    stream.hub2.files["train-1.jsonl"] = stream.hub2.files["train-2.jsonl"]
+    run = stream.end(stream("a", "--num-iterations", 30, nodes=2), "a")
+    assert run.codes == [2, 2] and max(losses(run)) == 13, run.output
+    assert (
+        "error: train-1.jsonl of some--set-c0ffee000000 is not the same on all nodes.\nDelete" in run.output
+    )
+    assert (run.folder / "checkpoints" / "step_000013").exists()
+    stream.hub2.files["validation.jsonl"] = stream.hub2.files["train-2.jsonl"]
+    first = stream.end(stream("b", "--num-iterations", 30, nodes=2, cache="other"), "b")
+    assert first.codes == [2, 2] and "is not the same on all nodes.\nCopy" in first.output, first.output
+
+
+@pytest.mark.slow
+def test_waiting_for_a_file_counts_as_time(stream):
+    stream.hub.delays["train-1.jsonl"] = 5.0
+    begin = time.monotonic()
+    run = stream.end(stream("a", "--minutes", 0.4), "a")
+    assert run.codes == [0] and time.monotonic() - begin < 24 + 4, run.output
+    assert "suspended" not in run.output
+    steps = [r for r in run.log if r["kind"] == "step"]
+    waited = sum(r["data_wait"] * r["dt"] for r in steps if r["data_wait"] > 0.5)
+    assert waited > 3 and steps[-1]["lrm"] < 0.1 and run.summary["time"]["training"] > waited
