@@ -1382,6 +1382,87 @@ def test_climbmix_is_tokenized_file_by_file(hub, climbmix, home):
     assert f"{path} is damaged" in two_lines(error) and f"delete {path.parent}" in str(error.value)
 
 
+def test_a_short_name_keeps_its_commit(hub, home, monkeypatch):
+    corpus = prepare("fineweb")
+    assert corpus.data == f"fineweb@{hub.commit}" and corpus.public.revision == hub.commit
+    assert corpus.unique_tokens > 103 * 4000  # files that are not listed have their rough size
+    first, hub.commit = hub.commit, "f" * 40
+    assert prepare("fineweb").public.revision == prepare(corpus.data).public.revision == first
+    monkeypatch.setenv("ONEDIAL_HOME", str(home / "new"))  # on another machine
+    gpt2_vocabulary(home / "new")
+    assert prepare("fineweb").public.revision == "f" * 40
+    assert prepare(corpus.data).fingerprint == corpus.fingerprint  # and without a listing:
+    hub.listing = False
+    monkeypatch.setenv("ONEDIAL_HOME", str(home / "newer"))
+    gpt2_vocabulary(home / "newer")
+    assert prepare("fineweb").fingerprint == corpus.fingerprint and prepare("fineweb").data is None
+
+
+@pytest.mark.parametrize("name", ["fineweb_train_000001.bin", "shard_00000.parquet"])
+def test_a_file_that_is_not_the_listed_one_is_not_kept(hub, climbmix, home, name):
+    data, good = "fineweb" if name.endswith(".bin") else "climbmix", hub.files[name]
+    hub.changed[name] = good[:-1] + bytes([good[-1] ^ 1])
+    with pytest.raises(DataError, match=f"{name} of .* cannot be downloaded: its sha256 is not that"):
+        prepare(data)
+    assert not list(home.rglob(name))
+    hub.changed.clear()
+    prepare(data)
+
+
+def test_files_in_the_cache_of_the_hub_or_put_there_by_hand_are_used_and_stay(
+    hub, climbmix, home, monkeypatch
+):
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hf"))
+    for data, names in (
+        ("fineweb", ["fineweb_val_000000.bin", "fineweb_train_000001.bin"]),
+        ("climbmix", ["shard_06542.parquet", "shard_00000.parquet"]),
+    ):
+        for name in names:  # another program fetches them
+            repository = dataset.PUBLIC[data].repository
+            path = Path(huggingface_hub.hf_hub_download(repository, name, repo_type="dataset"))
+        hub.log.clear()
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        corpus = prepare(data)
+        take(DataLoader(corpus, 32, 8, 0, "cpu"), 2)
+        assert path.exists() and not list((home / data).glob("*.*")) and not hub.log
+        next_file = corpus.more[0]
+        with pytest.raises(DataError, match=f"{next_file} of .* cannot be downloaded: .*[Oo]ffline"):
+            dataset.add_file(corpus, "train", next_file)
+        (home / data).mkdir(exist_ok=True)
+        (home / data / next_file).write_bytes(hub.files[next_file])
+        dataset.add_file(corpus, "train", next_file)
+        assert (home / data / next_file).exists() and not hub.log
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+
+
+def test_a_fetcher_is_a_process_that_ends_with_the_run(hub, climbmix, home, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", hub.address)
+    corpus, said, pause = prepare("climbmix", 500), [], threading.Event()
+    have = sum(corpus.rows_per_shard("train", 32))
+    fetcher = dataset.Fetcher(corpus, 32, said.append)
+    fetcher.want(have)
+    assert fetcher.process is None and fetcher.failure() is None  # nothing to do
+    fetcher.want(have + 1)
+    assert "about 1 more file of climbmix" in said[0]
+    while not corpus.next_file():
+        assert fetcher.failure() is None and not pause.wait(0.05)
+    corpus.use_next_file()
+    assert corpus.counts["train"]["documents"] == 40 and corpus.more[0] == "shard_00002.parquet"
+    assert os.getpriority(os.PRIO_PROCESS, fetcher.process.pid) == 19
+    os.kill(fetcher.process.pid, signal.SIGTERM)  # a batch system signals all processes
+    assert pause.wait(0.3) or fetcher.process.poll() is None
+    fetcher.process.stdin.close()  # the run has ended
+    assert fetcher.process.wait(20) == 0
+    killed = dataset.Fetcher(corpus, 32, said.append)
+    killed.want(10**6)
+    killed.process.kill()
+    killed.process.wait()
+    assert "ended with status -9" in killed.failure() and killed.failure().count("\n") == 1
+
+
 COMMIT = "c0ffee" + "0" * 34
 
 
