@@ -1452,6 +1452,7 @@ def test_a_fetcher_is_a_process_that_ends_with_the_run(hub, climbmix, home, monk
     corpus.use_next_file()
     assert corpus.counts["train"]["documents"] == 40 and corpus.more[0] == "shard_00002.parquet"
     assert os.getpriority(os.PRIO_PROCESS, fetcher.process.pid) == 19
+    assert os.getsid(fetcher.process.pid) == os.getsid(0)  # in another session its priority would not count
     os.kill(fetcher.process.pid, signal.SIGTERM)  # a batch system signals all processes
     assert pause.wait(0.3) or fetcher.process.poll() is None
     fetcher.process.stdin.close()  # the run has ended
