@@ -869,64 +869,46 @@ def test_a_resume_with_another_validation_text_forgets_the_lowest_val_bpb(train)
 def stream(train, tmp_path):
     """
     stream(name, *flags) starts a run on hf:some/set, whose six training files of 13 steps come from
-    stream.hub; nodes=2: on two nodes, each with a cache of its own (the second one uses stream.hub2).
-    stream.end(processes, name) waits for their end -> the result of the first, with the codes of all.
+    stream.hub -> its processes, `ranks` on each of `nodes`. Each node has a cache of its own, and the second
+    one uses stream.hub2. stream.end(processes, name) waits for their end -> the result of rank 0, with the
+    codes and the output of all.
     """
-    rng, words = (
-        np.random.RandomState(0),
-        [f"{a}{b}" for a in "bdfgklmnprst" for b in ("ee", "oa", "un", "i")],
-    )
-    lines = lambda count: [json.dumps({"text": " ".join(rng.choice(words, 120))}) for _ in range(count)]  # noqa: E731
-    files = {f"train-{n}.jsonl": "\n".join(lines(57)).encode() for n in range(6)}
-    files["validation.jsonl"] = "\n".join(lines(30)).encode()
-    script = edited_copy(tmp_path, "LONGEST_PAUSE = 1.0", "LONGEST_PAUSE = 0.05", "dataset.py")
+    rng, words = np.random.RandomState(0), [a + b for a in "bdfgklmnprst" for b in ("ee", "oa", "un", "i")]
 
-    def start(name, *flags, nodes=1, cache="cache"):
-        flags = [
-            *TINY,
-            "--data",
-            "hf:some/set",
-            "--out-dir",
-            train.out,
-            "--run-name",
-            name,
-            "--log-every",
-            1,
-            *flags,
-        ]
-        processes, port = [], free_port()
-        for node, hub in enumerate([start.hub, start.hub2][:nodes]):
-            env = {"ONEDIAL_HOME": str(tmp_path / f"{cache}{node}"), "HF_ENDPOINT": hub.address}
-            env |= {
-                "HF_HOME": str(tmp_path / "hf"),
-                "HF_HUB_DISABLE_XET": "1",
-                "PYTHONPATH": str(train.home / "hidden"),
-            }
-            if nodes > 1:
-                env |= {
-                    "RANK": str(node),
-                    "WORLD_SIZE": str(nodes),
-                    "LOCAL_RANK": "0",
-                    "LOCAL_WORLD_SIZE": "1",
-                }
-                env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            command = [sys.executable, str(script), *map(str, flags)]
+    def texts(count):
+        return "\n".join(
+            json.dumps({"text": " ".join(rng.choice(words, 120))}) for _ in range(count)
+        ).encode()
+
+    files = {f"train-{n}.jsonl": texts(57) for n in range(6)} | {"validation.jsonl": texts(30)}
+    script = edited_copy(tmp_path, "LONGEST_PAUSE = 1.0", "LONGEST_PAUSE = 0.05", "dataset.py")
+    always = [*TINY, "--data", "hf:some/set", "--out-dir", train.out, "--log-every", 1, "--eval-every", -1]
+
+    def start(name, *flags, nodes=1, ranks=1, cache="cache"):
+        command = [sys.executable, script, *always, "--run-name", name, *flags]
+        hidden, port = {"PYTHONPATH": str(train.home / "hidden")}, free_port()  # no time for matplotlib
+        processes = []
+        for rank in range(nodes * ranks):
+            node, local_rank = divmod(rank, ranks)
+            env = os.environ | hidden | {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}
+            env |= {"HF_ENDPOINT": start.hubs[node].address, "ONEDIAL_HOME": str(tmp_path / f"{cache}{node}")}
+            env |= {"RANK": str(rank), "WORLD_SIZE": str(nodes * ranks), "LOCAL_RANK": str(local_rank)}
+            env |= {"LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
             pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-            processes.append(subprocess.Popen(command, env=os.environ | env, cwd=tmp_path, **pipes))
+            processes.append(subprocess.Popen([str(c) for c in command], env=env, cwd=tmp_path, **pipes))
         return processes
 
     def end(processes, name):
         others = [process.communicate(timeout=300)[0] for process in processes[1:]]
         result = train.finish(processes[0], name)
-        result.codes, result.output = (
-            [process.returncode for process in processes],
-            "".join([result.output, *others]),
-        )
+        result.output = "".join([result.output, *others])
+        result.codes = [process.returncode for process in processes]
         return result
 
     start.end = end
     with hub_server() as start.hub, hub_server() as start.hub2:
-        for hub in (start.hub, start.hub2):
+        start.hubs = start.hub, start.hub2
+        for hub in start.hubs:
             hub.files.update(files)
         yield start
 
@@ -945,36 +927,38 @@ def wait_until(condition):
 
 
 @pytest.mark.slow
-def test_files_that_arrive_late_change_nothing(stream, tmp_path):
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_files_that_arrive_late_change_nothing(stream, tmp_path, ranks):
     """A run that waits for files, is stopped while it waits and killed inside a file has the same losses."""
-    hub, flags = stream.hub, ("--num-iterations", 50, "--save-every", 4)
-    fast = stream.end(stream("fast", *flags), "fast")
-    assert fast.codes == [0] and len(losses(fast)) == 50, fast.output
+    hub, flags = stream.hub, ("--num-iterations", 46, "--save-every", 4)
+    names = ["train-0.jsonl", "validation.jsonl", "train-1.jsonl", "train-2.jsonl", "train-3.jsonl"]
+    fast = stream.end(stream("fast", *flags, ranks=ranks), "fast")
+    assert fast.codes == [0] * ranks and len(losses(fast)) == 46, fast.output
     assert "while the run trains: about 3 more files" in fast.output
-    assert hub.log == ["train-0.jsonl", "validation.jsonl", "train-1.jsonl", "train-2.jsonl", "train-3.jsonl"]
+    assert hub.log == names  # each is fetched once, and no other
     assert not list((tmp_path / "cache0").rglob("*.jsonl"))  # the text is deleted
     steps = [r for r in fast.log if r["kind"] == "step"]
-    assert 0.6 < steps[-1]["epoch"] < 0.64  # 50 steps of 6 × 13
+    assert 0.56 < steps[-1]["epoch"] < 0.59  # 46 steps of 6 × 13.4
 
-    hub.log.clear()
-    processes = stream("slow", *flags, cache="other")
-    wait_until(lambda: "train-0.jsonl" in hub.log)
-    hub.rate = 2_000  # bytes per second
+    processes = stream("slow", *flags, ranks=ranks, cache="other")
+    wait_until(lambda: hub.log[5:] == names[:1])
+    hub.rate = 2_000  # bytes per second, of 30,000
     assert wait_for(processes[0], "data     waiting for train-1.jsonl for 5 s")
-    processes[0].send_signal(signal.SIGTERM)
+    processes[-1].send_signal(signal.SIGTERM)
     stopped = stream.end(processes, "slow")
-    assert stopped.codes == [143] and "stopped  by SIGTERM after step 13" in stopped.output, stopped.output
+    assert stopped.codes == [143] * ranks and "stopped  by SIGTERM after step 13" in stopped.output, (
+        stopped.output
+    )
 
     hub.rate = 20_000
-    processes = stream("slow", "--resume", cache="other")
-    wait_until(lambda: "train-3.jsonl" in hub.log)
-    processes[0].kill()
+    processes = stream("slow", "--resume", ranks=ranks, cache="other")
+    wait_until(lambda: "train-2.jsonl" in hub.log[5:])
+    for process in processes:
+        process.kill()
     stream.end(processes, "slow")
     hub.rate = 1e9
-    slow = stream.end(stream("slow", "--resume", cache="other"), "slow")
-    assert slow.codes == [0] and losses(slow) == losses(fast), slow.output
-    waits = [r["data_wait"] for r in slow.log if r["kind"] == "step"]
-    assert max(waits) > 0.8
+    slow = stream.end(stream("slow", "--resume", ranks=ranks, cache="other"), "slow")
+    assert slow.codes == [0] * ranks and losses(slow) == losses(fast), slow.output
 
 
 @pytest.mark.slow
