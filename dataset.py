@@ -1476,8 +1476,8 @@ def find_public(data):
     The PublicSet of NAME[@COMMIT] or of hf:OWNER/NAME[@COMMIT][/FOLDER-OR-FILE]. The newest commit is looked
     up once and kept. DataError if the set cannot be listed, contains no text, or contains several sets.
     """
-    public, _, commit = data.partition("@")
-    public = PUBLIC.get(public)
+    known, _, commit = data.partition("@")
+    public = PUBLIC.get(known)
     if public:
         name, repository, inside = public.name, public.repository, ""
     else:
@@ -1853,8 +1853,9 @@ class Fetcher:
             self.process = subprocess.Popen(command, **options)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-        os.set_blocking(self.process.stdout.fileno(), False)
         self.process.stdin.write(content)
+        for end in (self.process.stdin, self.process.stdout):  # training never waits for the process
+            os.set_blocking(end.fileno(), False)
 
     def failure(self):
         """Why the next file will not arrive, two lines; None as long as it may. Prints failed tries."""
@@ -1862,7 +1863,7 @@ class Fetcher:
             for line in (self.process.stdout.read() or b"").decode(errors="replace").splitlines():
                 try:
                     error, pause = json.loads(line)
-                except ValueError:  # a warning of a library, or the traceback of a bug
+                except (ValueError, TypeError):  # a warning of a library, or the traceback of a bug
                     self.say(line)
                     continue
                 if pause:
@@ -1896,20 +1897,19 @@ def fetch_files(content):
         os._exit(0)  # the download did not notice
 
     def fetch(file):
-        """Add a file -> whether that went well in the end."""
-        tries = 0
+        """Add a file, in as many tries as it takes. SystemExit after the last one."""
+        tries, pause = 0, FIRST_PAUSE
         while True:
             tries, is_last = tries + 1, is_needed.is_set() and tries + 1 >= TRIES
             try:
-                add_file(corpus, "train", file)
-                return True
+                return add_file(corpus, "train", file)
             except Exception as error:
                 message = str(error) if isinstance(error, DataError) else f"{file}: {error}.\n{FIX_FILE}"
-            pause = 0 if is_last else min(FIRST_PAUSE * 2 ** (tries - 1), LONGEST_PAUSE)
-            os.write(1, json.dumps([message, pause]).encode() + b"\n")
+            os.write(1, json.dumps([message, 0 if is_last else pause]).encode() + b"\n")
             if is_last:
-                return False
+                sys.exit()
             is_needed.wait(pause) if tries >= TRIES else time.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE)
 
     threading.Thread(target=listen, daemon=True).start()
     with suppress(KeyboardInterrupt):
@@ -1917,8 +1917,7 @@ def fetch_files(content):
         for file in corpus.more:
             while rows >= wanted[0]:
                 time.sleep(0.1)
-            if not fetch(file):
-                return
+            fetch(file)
             rows += sum(corpus.rows_per_shard("train", T, first=shards))
             shards = len(corpus.shards["train"])
 
