@@ -1438,6 +1438,7 @@ def test_files_in_the_cache_of_the_hub_or_put_there_by_hand_are_used_and_stay(
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
 
 
+@pytest.mark.slow  # the process gets only what other programs leave of the CPU
 def test_a_fetcher_is_a_process_that_ends_with_the_run(hub, climbmix, home, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", hub.address)
     corpus, said, pause = prepare("climbmix", 500), [], threading.Event()
