@@ -5,9 +5,10 @@ A row is <|bos|> and T tokens. In each epoch every token of the training split i
 less than one row at the end of each shard. The order of the rows depends only on the corpus, the seed and T:
 with any number of ranks and any batch size the same rows are read in the same order.
 
-A corpus is any object with `name`, `fingerprint`, `bos`, `more` (None if no file can be added later),
-`spread_val`, `token_bytes` (uint16 (n_vocab,)), `shards` ({split: list}), `rows_per_shard(split, T)` and
-`open_shard(split, index)` (uint16 (tokens,), verified).
+A corpus is any object with `name`, `fingerprint`, `bos`, `more`, `spread_val`, `token_bytes` (uint16
+(n_vocab,)), `shards` ({split: list}), `rows_per_shard(split, T, first=0)` and `open_shard(split, index)`
+(uint16 (tokens,), verified). `more` is None, or a list of the training files that will be added, in order.
+Such a corpus also has `unique_tokens`, `next_file()` and `use_next_file()`.
 """
 
 import codecs
@@ -19,6 +20,8 @@ from itertools import islice
 
 import numpy as np
 import torch
+
+FEW_BATCHES = 1000  # more than in a log interval: with so many at hand nobody asks for the next file
 
 
 class NotEnoughText(Exception):
@@ -34,10 +37,13 @@ class NotEnoughText(Exception):
 class DataLoader:
     """
     Iterates over this rank's rows of each global batch: int64 (rows_per_batch / world_size, T + 1) on device.
-    Inputs are [:, :-1], targets are [:, 1:]. A thread prepares two batches ahead.
+    Inputs are [:, :-1], targets are [:, 1:]. A thread prepares two batches ahead. If the corpus has more
+    files, call add_files() before each log interval, and next() for at most `batches_ready` batches.
 
-    cursor: rows read so far by all ranks together; epoch: passes over the training split so far, a float
+    cursor: rows read so far by all ranks together
+    epoch: passes over the training split so far, a float; at most 1, and an estimate, while files are missing
     wait_time: seconds that the training loop has waited for batches
+    waiting_since: time.perf_counter() when the training loop began to wait for a file, or None
 
     NotEnoughText if the corpus is smaller than a batch; the corpus raises its own error for a damaged shard.
     """
@@ -48,25 +54,74 @@ class DataLoader:
         self.corpus, self.T, self.seed, self.device = corpus, T, seed, torch.device(device)
         self.rows_per_batch, self.rank, self.world_size = rows_per_batch, rank, world_size
         self.rows_per_shard = corpus.rows_per_shard("train", T)
-        self.rows_per_epoch = sum(self.rows_per_shard)
-        if self.rows_per_epoch < rows_per_batch:
-            what = f"the training split has {self.rows_per_epoch} rows, and a batch has {rows_per_batch}"
-            advice = "Provide more text, or a smaller --total-batch-size and --max-seq-len (from 32 on)."
-            raise NotEnoughText(f"{what}.\n{advice}")
-        self.cursor, self.wait_time = 0, 0.0
+        self.check_size()
+        self.cursor, self.wait_time, self.waiting_since = 0, 0.0, None
         self.stream, self.ahead = self.batches(), deque()
         self.thread = ThreadPoolExecutor(max_workers=1)
+
+    def check_size(self):
+        """NotEnoughText if the corpus has all its files, and less than a batch."""
+        if not self.corpus.more and self.rows_per_epoch < self.rows_per_batch:
+            what = f"the training split has {self.rows_per_epoch} rows, and a batch has {self.rows_per_batch}"
+            advice = "Provide more text, or a smaller --total-batch-size and --max-seq-len (from 32 on)."
+            raise NotEnoughText(f"{what}.\n{advice}")
+
+    @property
+    def rows_per_epoch(self):
+        if self.corpus.more:
+            return max(self.cursor, self.corpus.unique_tokens / self.T)
+        return sum(self.rows_per_shard)
 
     @property
     def epoch(self):
         return self.cursor / self.rows_per_epoch
 
+    @property
+    def batches_ready(self):
+        """The number of batches that can be read now: all, once the corpus has all its files."""
+        ready = (sum(self.rows_per_shard) - self.cursor) // self.rows_per_batch
+        return max(0, ready) if self.corpus.more else math.inf
+
+    def add_files(self, fetcher, all_gather, stop=0):
+        """
+        Use the files that have arrived on all ranks; if there is no batch without another file, wait for it
+        for a tenth of a second -> (why it will not arrive, two lines, or None; stop, or 0). Both are the same
+        on all ranks, and None and 0 if a batch is ready. This is a collective call: while files are missing
+        and few batches are ready, all_gather(value) returns the values of all ranks.
+
+        fetcher: has want(rows, is_waiting), and failure() -> two lines or None; say(line) prints
+        stop: above 0 if this rank has got the signal to stop
+        """
+        fault, faults, stops = fetcher.failure(), (), ()
+        while self.corpus.more and self.batches_ready < FEW_BATCHES:
+            try:
+                digest = self.corpus.next_file()
+            except Exception as error:  # a damaged file of the cache: all ranks must learn of it
+                digest, fault = None, str(error)
+            digests, faults, stops = zip(*all_gather((digest, fault, stop)))
+            if not all(digests):
+                break
+            if len(set(digests)) > 1:
+                what = f"{self.corpus.more[0]} of {self.corpus.name} is not the same on all nodes"
+                faults = (f"{what}.\nDelete it and its tokens in the caches of all nodes, and start again.",)
+                break
+            for line in self.corpus.use_next_file():
+                fetcher.say(line)
+            self.rows_per_shard += self.corpus.rows_per_shard("train", self.T, first=len(self.rows_per_shard))
+            self.check_size()
+        if self.batches_ready:
+            return None, 0
+        self.waiting_since = self.waiting_since or time.perf_counter()
+        fetcher.want(self.cursor + self.rows_per_batch, is_waiting=True)
+        time.sleep(0.1)
+        return next(filter(None, faults), None), max(stops)
+
     def __iter__(self):
         return self
 
     def __next__(self):
-        start = time.perf_counter()
-        while len(self.ahead) < 3:  # this batch and the two after it
+        start, self.waiting_since = self.waiting_since or time.perf_counter(), None
+        while len(self.ahead) < min(3, self.batches_ready):  # this batch and the two after it
             self.ahead.append(self.thread.submit(next, self.stream))
         batch = self.ahead.popleft().result()
         self.wait_time += time.perf_counter() - start
@@ -108,17 +163,21 @@ def row_order(rows_per_shard, seed, cursor=0, can_grow=False):
     """
     Yield (shard, row) without end, starting at position `cursor` of the global order. In each epoch the
     shards are shuffled, and the rows within each shard. If can_grow, epoch 0 takes the shards in the order of
-    the list, so that others can be added to its end later.
+    the list, and others can be added to its end until the first row of epoch 1 is taken.
     """
-    epoch, skip = divmod(cursor, sum(rows_per_shard))
+    epoch, skip = (0, cursor) if can_grow else divmod(cursor, sum(rows_per_shard))
     while True:
-        shards = shuffled(len(rows_per_shard), seed, epoch)
-        for shard in range(len(shards)) if can_grow and epoch == 0 else shards:
+        if epoch == 0 and can_grow:
+            shards = (shard for shard, _ in enumerate(rows_per_shard))  # also those that are added meanwhile
+        else:
+            shards = shuffled(len(rows_per_shard), seed, epoch)
+        for shard in shards:
             if skip < rows_per_shard[shard]:
                 rows = shuffled(rows_per_shard[shard], seed, epoch, shard)
                 yield from ((shard, row) for row in rows[skip:])
             skip = max(0, skip - rows_per_shard[shard])
-        epoch += 1
+        epochs, skip = divmod(skip, sum(rows_per_shard))
+        epoch += 1 + epochs
 
 
 def shuffled(n, *seed):

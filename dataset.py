@@ -9,6 +9,7 @@ shards in the layout of the public GPT-2-tokenized FineWeb.
     python dataset.py --cache    list what the cache folder contains
 """
 
+import _thread
 import argparse
 import base64
 import bz2
@@ -23,9 +24,12 @@ import json
 import lzma
 import math
 import os
+import pickle
 import re
 import shutil
+import signal
 import socket
+import subprocess
 import sys
 import sysconfig
 import tempfile
@@ -37,7 +41,7 @@ from array import array
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import chain, islice
 from pathlib import Path
@@ -130,7 +134,8 @@ class PublicSet:
     repository: str
     train: dict  # {file: size in MB}, in the order of epoch 0
     val: str | None  # None: the only training file is split like local text
-    revision: str = "main"
+    revision: str = "main"  # a commit, once the set has been listed
+    sha256: dict = field(default_factory=dict)  # {file: sha256}, where the listing has one
     inside: str = ""  # the folder, file or configuration of the repository that was asked for
     unused: list = field(default_factory=list)  # held-out files besides `val`
     left_out: list = field(default_factory=list)  # [(file, reason)]
@@ -155,7 +160,7 @@ SHORT_NAMES = {"tinystories": "hf:roneneldan/TinyStories/data"}
 
 def is_public(data):
     """Whether `data` names a public data set; otherwise it is a path or `stdlib`."""
-    return data in PUBLIC or data in SHORT_NAMES or data.startswith("hf:")
+    return data.partition("@")[0] in PUBLIC or data in SHORT_NAMES or data.startswith("hf:")
 
 
 # -----------------------------------------------------------------------------
@@ -196,11 +201,17 @@ class Corpus:
     def data(self):
         """The value of --data that names the same commit of a hub data set; None for other corpora."""
         if self.public and self.public.revision != "main":
+            if self.public.name in PUBLIC:
+                return f"{self.public.name}@{self.public.revision}"
             return f"hf:{self.public.repository}@{self.public.revision}/{self.public.inside}".rstrip("/")
 
     @property
     def unique_tokens(self):
-        """Training tokens once all files are fetched; estimated from file sizes while some are missing."""
+        """
+        Training tokens once all files are fetched. While some are missing this is an estimate from the sizes
+        in the listing and the tokens of the files used so far. Epochs are counted with it, and the limit of
+        epochs of a timed run is planned with it before step 1, when at every start the first file is used.
+        """
         tokens = self.counts["train"]["tokens"]
         if not self.more:
             return tokens
@@ -216,10 +227,13 @@ class Corpus:
             longest //= 2
         return longest
 
-    def rows_per_shard(self, split, T):
-        """The number of rows of T tokens in each shard of a split, a list. DataError if there are no rows."""
-        rows = [len(open_shard(path)) // T for path, _ in self.shards[split]]
-        if not any(rows):
+    def rows_per_shard(self, split, T, first=0):
+        """
+        The number of rows of T tokens in each shard of a split, or from shard `first` on, a list. DataError
+        if the split has no rows.
+        """
+        rows = [len(open_shard(path)) // T for path, _ in self.shards[split][first:]]
+        if not first and not any(rows):
             what = f"{self.name}: the {split} split is shorter than one row of {T} tokens"
             smaller = ", or a smaller --max-seq-len (from 32 on) and --total-batch-size" if T > 32 else ""
             raise DataError(f"{what}.\nProvide more text{smaller}.")
@@ -230,11 +244,37 @@ class Corpus:
         return open_shard(*self.shards[split][index])
 
     def add(self, root, split, entry):
-        """Add a manifest's entry for a split: its counts, and its shards, which are in the folder `root`."""
+        """
+        Add a manifest's entry for a split: its counts, and its shards, which are in the folder `root`
+        -> lines about it that a user should see.
+        """
         self.shards[split] += [(root / shard["file"], shard["sha256"]) for shard in entry["shards"]]
         self.counts[split].update(
             {key: n for key, n in entry.items() if key in ("documents", "bytes", "tokens")}
         )
+        self.held_out.update({checksum: size for checksum, size in entry.get("pieces", [])})
+        left_out = list(map(tuple, entry.get("left_out", [])))
+        notes = [note for note in entry.get("notes", []) if note not in self.notes]
+        self.left_out, self.notes = self.left_out + left_out, self.notes + notes
+        return notes + [f"left out: {path}: {why}" for path, why in left_out]
+
+    def content(self):
+        """A short hash of all shards: the same on two nodes only if both have the same tokens."""
+        return fingerprint(self.fingerprint, [[sha256 for _, sha256 in self.shards[k]] for k in self.shards])
+
+    def next_file(self):
+        """A hash of the next training file's tokens, None until they are in the cache. Raises DataError."""
+        found = find_entry(self, self.more[0])
+        if found:
+            root, entry = found
+            for shard in entry["shards"]:
+                open_shard(root / shard["file"])
+            return fingerprint([shard["sha256"] for shard in entry["shards"]])
+
+    def use_next_file(self):
+        """Add the next training file, which is in the cache -> lines about it that a user should see."""
+        root, entry = find_entry(self, self.more.pop(0))
+        return self.add(root, "train", entry)
 
 
 def prepare(
@@ -251,7 +291,7 @@ def prepare(
     reading: text_field and separator of TextReader
 
     One process does the work and the others wait. Of a public data set only the validation file and the
-    first training file are fetched; fetch_more adds others.
+    first training file are fetched; a Fetcher fetches the others while the run trains.
     """
     folder, public = Path(data).expanduser(), None
     options = reading | {"plain": data == "stdlib"}, vocab_size, say, largest_vocab, tokenizer
@@ -1433,17 +1473,20 @@ def open_shard(path, expected=None):
 
 def find_public(data):
     """
-    The PublicSet of a short name or of hf:OWNER/NAME[@COMMIT][/FOLDER-OR-FILE]. The newest commit is looked
+    The PublicSet of NAME[@COMMIT] or of hf:OWNER/NAME[@COMMIT][/FOLDER-OR-FILE]. The newest commit is looked
     up once and kept. DataError if the set cannot be listed, contains no text, or contains several sets.
     """
-    if data in PUBLIC:
-        return PUBLIC[data]
-    data = SHORT_NAMES.get(data, data)
-    match = re.fullmatch(r"hf:([^/@]+/[^/@]+)(@[^/]+)?(/.+)?", data.rstrip("/"))
-    if not match:
-        raise DataError(f"--data {data} is not a data set's name.\nUse hf:OWNER/NAME[/FOLDER-OR-FILE].")
-    repository, commit, inside = (part.strip("@/") for part in match.groups(""))
-    name = repository.replace("/", "--")
+    known, _, commit = data.partition("@")
+    public = PUBLIC.get(known)
+    if public:
+        name, repository, inside = public.name, public.repository, ""
+    else:
+        data = SHORT_NAMES.get(data, data)
+        match = re.fullmatch(r"hf:([^/@]+/[^/@]+)(@[^/]+)?(/.+)?", data.rstrip("/"))
+        if not match:
+            raise DataError(f"--data {data} is not a data set's name.\nUse hf:OWNER/NAME[/FOLDER-OR-FILE].")
+        repository, commit, inside = (part.strip("@/") for part in match.groups(""))
+        name = repository.replace("/", "--")
 
     def make(temporary):
         import huggingface_hub  # slow to import and rarely needed
@@ -1456,17 +1499,30 @@ def find_public(data):
             raise DataError(f"{data} cannot be listed: {hub_reason(error)}.\n{advice}") from None
         sizes = {file.rfilename: (file.size or 0) / 1e6 for file in info.siblings}
         configs = (getattr(info, "card_data", None) or {}).get("configs") or []
-        return {"commit": info.sha, **choose_files(data, inside, sizes, configs)}
+        if public:
+            train = {file: sizes.get(file, size) for file, size in public.train.items()}
+            chosen = {"train": train, "val": public.val, "unused": [], "left_out": []}
+        else:
+            chosen = choose_files(data, inside, sizes, configs)
+        large = {file.rfilename: file.lfs for file in info.siblings if getattr(file, "lfs", None)}
+        sha256 = {file: large[file].sha256 for file in [*chosen["train"], chosen["val"]] if file in large}
+        return {"commit": info.sha, **chosen, "sha256": sha256}
 
     def listed(commit, make):
         folder = cache_folder() / "listed" / f"{name}-{fingerprint(LAYOUT, repository, commit, inside)}"
         return make_once(folder, make)
 
-    found = listed(commit, make)
+    try:
+        found = listed(commit, make)
+    except DataError:
+        if public:  # its files are known, and may be in the cache
+            return replace(public, revision=commit or "main")
+        raise
     commit = found["commit"]
     listed(commit, lambda temporary: found)  # a resumed run asks for this commit
-    rest = {key: found[key] for key in ("train", "val", "unused", "left_out")}
-    return PublicSet(f"{name}-{commit[:12]}", repository, revision=commit, inside=inside, **rest)
+    rest = {key: found[key] for key in ("train", "val", "unused", "left_out", "sha256") if key in found}
+    name = name if public else f"{name}-{commit[:12]}"
+    return PublicSet(name, repository, revision=commit, inside=inside, **rest)
 
 
 def choose_files(data, inside, sizes, configs=()):
@@ -1581,6 +1637,7 @@ def files_of(public, say):
         train, val = [root / name for name in public.train], [root / public.val]
     else:
         train = [fetch_file(public, *public.train, say)]
+        root = train[0].parents[len(Path(*public.train).parents) - 1]
     return FoundFiles(root, train, val, unused, public.left_out)
 
 
@@ -1604,68 +1661,67 @@ def prepare_public(public, reading, vocab_size, say, largest_vocab, tokenizer):
         folder = cache_folder() / "tokens" / f"{public.name}-tokenizer-{vocab_size}-{fingerprint(options)}"
         identity = make_once(folder, make, say)
         encoding = load_tokenizer(folder, identity)
-    content = fingerprint(public.name, public.repository, public.revision, identity, *options)
+    # of fineweb and climbmix the same for every commit: a run that began without a network has none
+    revision = "main" if public.name in PUBLIC else public.revision
+    content = fingerprint(public.name, public.repository, revision, identity, *options)
     corpus = Corpus(public.name, content, encoding, more=more, public=public, reading=reading)
-    add_file(corpus, "val", cache_folder() / public.name / public.val, say)
-    add_file(corpus, "train", cache_folder() / public.name / first, say)
+    add_file(corpus, "val", public.val, say)
+    add_file(corpus, "train", first, say)
     return corpus
 
 
-def fetch_more(corpus, rows, T, say=lambda line: None):
+def add_file(corpus, split, file, say=lambda line: None):
     """
-    Add files of a public data set until it has `rows` training rows of T tokens, or no more files. They are
-    added in the order of the list, so rows keep their places in epoch 0. Other corpora do not change.
+    Add a file to a split -> lines about it that a user should see. `file` is the name of a public data set's
+    file, which is fetched first if it is not on this machine, or the path of a local shard. A .bin shard is
+    checked once and used where it is; a text file is tokenized once into the cache. Raises DataError.
     """
-    available = corpus.rows_per_shard("train", T)
-    if corpus.more and sum(available) < rows:
-        missing = (rows - sum(available)) * len(available) / sum(available)
-        count = min(len(corpus.more), math.ceil(missing))
-        size = sum(corpus.public.train[name] for name in corpus.more[:count]) / 1000
-        say(f"this run needs {plural(count, 'more file')} of {corpus.name}, {size:.1f} GB in total")
-    available, notes, left_out = sum(available), len(corpus.notes), len(corpus.left_out)
-    while corpus.more and available < rows:
-        before = len(corpus.shards["train"])
-        add_file(corpus, "train", cache_folder() / corpus.name / corpus.more.pop(0), say)
-        available += sum(len(open_shard(path)) // T for path, _ in corpus.shards["train"][before:])
-    for note in corpus.notes[notes:] + [
-        f"left out: {path}: {why}" for path, why in corpus.left_out[left_out:]
-    ]:
-        say(note)
-
-
-def add_file(corpus, split, path, say):
-    """
-    Add a file to a split, fetching it first if it belongs to a public data set. A .bin shard is checked once
-    and used where it is; a text file is tokenized once into the cache. Raises DataError.
-    """
-    is_shard = path.suffix == ".bin"
-    place = os.path.relpath(path.resolve(), cache_folder().resolve())
-    identity = fingerprint(LAYOUT, place, corpus.fingerprint)
-    folder = cache_folder() / ("checked" if is_shard else "tokens") / f"{short_name(path)}-{identity}"
-    if is_shard and not path.exists():  # it was checked, and then deleted
+    place, folder, public = *places_of(corpus, file), corpus.public
+    is_shard = place.suffix == ".bin"
+    if is_shard and not find_entry(corpus, file):  # it was checked, and then deleted
         shutil.rmtree(folder, ignore_errors=True)
 
     def make(temporary):
-        if corpus.public:
-            fetch_file(corpus.public, str(path.relative_to(cache_folder() / corpus.name)), say)
+        path = fetch_file(public, file, say) if public else place
         if is_shard:
-            say(f"checking {path.name}")
+            say(f"checking {place.name}")
             return check_shard(path, corpus.bos)
-        say(f"tokenizing {path.name}")
+        say(f"tokenizing {place.name}")
         text, reader = Text(temporary), TextReader(**corpus.reading)
         reader.read(path, text)
         places = text.documents()
         entry = encode_texts(corpus.tokenizer, text, places, temporary, split, say)
         if split == "val":  # the smallest checksums are a random sample
             entry["pieces"] = sorted(sum_pieces(text, places).items())[:10_000]
-        shared = describe_shared(text, places, corpus.held_out, path.name)
+        shared = describe_shared(text, places, corpus.held_out, place.name)
         return entry | {"left_out": reader.left_out, "notes": [*reader.note_lines(), *shared]}
 
-    entry = make_once(folder, make, say)
-    corpus.add(path.parent if is_shard else folder, split, entry)
-    corpus.held_out.update({checksum: size for checksum, size in entry.get("pieces", [])})
-    corpus.left_out += map(tuple, entry.get("left_out", []))
-    corpus.notes += [note for note in entry.get("notes", []) if note not in corpus.notes]
+    make_once(folder, make, say)
+    if public and not is_shard:
+        with suppress(OSError):  # its tokens are all that is needed
+            download_path(public, file).unlink()
+    root, entry = find_entry(corpus, file)
+    return corpus.add(root, split, entry)
+
+
+def places_of(corpus, file):
+    """Where add_file looks for a file first, and the folder of the cache for what it finds out about it."""
+    place = cache_folder() / corpus.name / file if corpus.public else file
+    relative = os.path.relpath(place.resolve(), cache_folder().resolve())
+    identity = fingerprint(LAYOUT, relative, corpus.fingerprint)
+    kind = "checked" if place.suffix == ".bin" else "tokens"
+    return place, cache_folder() / kind / f"{short_name(place)}-{identity}"
+
+
+def find_entry(corpus, file):
+    """(folder of the shards, manifest's entry) of a file that has been checked or tokenized, else None."""
+    place, folder = places_of(corpus, file)
+    if not (folder / "manifest.json").exists():
+        return None
+    if place.suffix != ".bin":
+        return folder, read_manifest(folder)
+    path = find_file(corpus.public, file) if corpus.public else place
+    return (path.parent, read_manifest(folder)) if path else None
 
 
 def check_shard(path, bos):
@@ -1676,9 +1732,30 @@ def check_shard(path, bos):
     return {"tokens": len(tokens), "shards": [{"file": path.name, "sha256": digest}]}
 
 
+def find_file(public, name):
+    """The path of a public data set's file, put into the cache or fetched by any program, or None."""
+    for path in (cache_folder() / public.name / name, download_path(public, name)):
+        if path.exists():
+            return path
+    import huggingface_hub  # slow to import and rarely needed
+
+    options = {"revision": public.revision, "repo_type": "dataset"}
+    path = huggingface_hub.try_to_load_from_cache(public.repository, name, **options)
+    return Path(path) if isinstance(path, str) else None
+
+
+def download_path(public, name):
+    """Where a file is downloaded to. Text has a folder of its own: only what lies there is ever deleted."""
+    folder = cache_folder() if name.endswith(".bin") else cache_folder() / "downloads"
+    return folder / public.name / name
+
+
 def fetch_file(public, name, say):
-    """The path of a public data set's file in the cache; downloaded if necessary. Raises DataError."""
-    path = cache_folder() / public.name / name
+    """The path of a public data set's file; downloaded if it is not on this machine. Raises DataError."""
+    path = find_file(public, name)
+    if path:
+        return path
+    path = download_path(public, name)
 
     def make(temporary):
         download(public, name, temporary, say)
@@ -1696,7 +1773,7 @@ def download(public, name, folder, say):
 
     place = cache_folder() / public.name
     megabytes = public.train.get(name) or max(public.train.values())
-    free = shutil.disk_usage(place).free / 1e6
+    free = shutil.disk_usage(folder).free / 1e6
     say(f"downloading {name} of {public.repository}, about {megabytes:,.0f} MB")
     if public.revision != "main" and megabytes > free:  # the sizes in PUBLIC are rough
         what = f"{place / name} needs {megabytes:,.0f} MB of disk space, and {free:,.0f} MB are free"
@@ -1704,12 +1781,15 @@ def download(public, name, folder, say):
     try:
         options = {"repo_type": "dataset", "revision": public.revision, "local_dir": folder}
         huggingface_hub.hf_hub_download(public.repository, name, **options)  # checks the size
+        why = "its sha256 is not that of the listing"
+        failed = name in public.sha256 and file_sha256(folder / name) != public.sha256[name]
     except Exception as error:  # the hub raises any network error
         if type(error) in (OSError, PermissionError) and error.errno:
             raise  # an error of the disk
-        what = f"{name} of {public.repository} cannot be downloaded: {hub_reason(error)}"
+        why, failed = hub_reason(error), True
+    if failed:
         advice = f"Copy it (and the next files, for a long run) into {place} yourself, {OTHER_TEXT}"
-        raise DataError(f"{what}.\n{advice}") from None
+        raise DataError(f"{name} of {public.repository} cannot be downloaded: {why}.\n{advice}")
 
 
 def hub_reason(error):
@@ -1718,6 +1798,128 @@ def hub_reason(error):
     if status in (401, 403):
         return f"status {status}: it is private, does not exist, or your login may not read it"
     return str(error.__cause__ or error).split("\n")[0].rstrip(".") or type(error).__name__
+
+
+# Limits of a Fetcher
+TRIES = 5  # of a file that the run waits for, at least
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 300.0  # seconds between two tries of a file; each pause is twice as long
+
+
+class Fetcher:
+    """
+    Fetches and tokenizes further files of a public data set while the run trains, in the order of the list.
+    One rank on each node has an active one; all ranks find the tokens in the cache.
+
+    This is a process of its own with the lowest priority: a thread would hold up the training loop, because
+    only one thread of a process at a time can run Python. It ends with the run, however that ends.
+    """
+
+    def __init__(self, corpus, T, say, is_active=True):
+        self.corpus, self.T, self.say, self.is_active = corpus, T, say, is_active and bool(corpus.more)
+        self.request = sum(corpus.rows_per_shard("train", T)), False  # (rows, is_waiting); these are there
+        self.process, self.fault = None, None
+
+    def want(self, rows, is_waiting=False):
+        """
+        Fetch until there are `rows` training rows of T tokens. is_waiting: the run waits for the next file.
+        """
+        rows = max(rows, self.request[0])
+        if not self.is_active or self.request == (rows, is_waiting):
+            return
+        if not self.process:
+            self.start(rows / self.request[0])
+        self.request = rows, is_waiting
+        with suppress(OSError):  # the process may have ended
+            self.process.stdin.write(json.dumps(self.request).encode() + b"\n")
+
+    def start(self, factor):
+        """Start the process. `factor` times as many rows are wanted as there are."""
+        sizes, more = self.corpus.public.train, self.corpus.more
+        more = more[: math.ceil((factor - 1) * (len(sizes) - len(more)))]
+        size = f"{plural(len(more), 'more file')} of {self.corpus.name}, {sum(map(sizes.get, more)):,.0f} MB"
+        self.say(f"while the run trains: about {size}")
+        content = pickle.dumps((self.corpus, self.T))
+        code = "import os, sys; os.nice(19); sys.path[0] = sys.argv[1]; "
+        code += "content = sys.stdin.buffer.read(int(sys.argv[2])); "  # before the import, which is slow
+        code += "import dataset; dataset.fetch_files(content)"
+        command = [sys.executable, "-c", code, str(Path(__file__).absolute().parent), str(len(content))]
+        quiet = os.environ | {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_VERBOSITY": "error"}
+        pipe = subprocess.PIPE
+        options = {"stdin": pipe, "stdout": pipe, "stderr": subprocess.STDOUT, "bufsize": 0, "env": quiet}
+        # Ctrl-C and a batch system signal all processes, so signals are blocked. Not in a session of its own:
+        # Linux gives each session the same share of the CPU, whatever the priority of its processes
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        try:
+            self.process = subprocess.Popen(command, **options)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        self.process.stdin.write(content)
+        for end in (self.process.stdin, self.process.stdout):  # training never waits for the process
+            os.set_blocking(end.fileno(), False)
+
+    def failure(self):
+        """Why the next file will not arrive, two lines; None as long as it may. Prints failed tries."""
+        if self.process:
+            for line in (self.process.stdout.read() or b"").decode(errors="replace").splitlines():
+                try:
+                    error, pause = json.loads(line)
+                except (ValueError, TypeError):  # a warning of a library, or the traceback of a bug
+                    self.say(line)
+                    continue
+                if pause:
+                    self.say(f"{error.splitlines()[0]} Next try in {pause:.0f} s")
+                else:
+                    self.fault = error
+            if self.process.poll() and not self.fault:
+                what = f"the process that fetches {self.corpus.name} has ended with status"
+                self.fault = f"{what} {self.process.returncode}.\nContinue with --resume."
+        return self.fault
+
+
+def fetch_files(content):
+    """
+    The process of a Fetcher: add files to a pickled (corpus, T) until it has the rows that the last line of
+    stdin asks for. A file that fails is tried again without end while the run has other rows; when it waits,
+    TRIES times at least. Prints [error, seconds until the next try, or 0] for each try that fails.
+    """
+    # on two cores, tokenizing all the time makes a training step 3% slower; 12% with nice alone
+    with suppress(AttributeError, OSError):  # macOS does not have it
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    corpus, T = pickle.loads(content)
+    wanted, is_needed = [0], threading.Event()
+
+    def listen():
+        for line in sys.stdin:
+            wanted[0], is_waiting = json.loads(line)
+            is_needed.set() if is_waiting else is_needed.clear()
+        _thread.interrupt_main()  # the run has ended: leave no unfinished file behind
+        time.sleep(5)
+        os._exit(0)  # the download did not notice
+
+    def fetch(file):
+        """Add a file, in as many tries as it takes. SystemExit after the last one."""
+        tries, pause = 0, FIRST_PAUSE
+        while True:
+            tries, is_last = tries + 1, is_needed.is_set() and tries + 1 >= TRIES
+            try:
+                return add_file(corpus, "train", file)
+            except Exception as error:
+                message = str(error) if isinstance(error, DataError) else f"{file}: {error}.\n{FIX_FILE}"
+            os.write(1, json.dumps([message, 0 if is_last else pause]).encode() + b"\n")
+            if is_last:
+                sys.exit()
+            is_needed.wait(pause) if tries >= TRIES else time.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE)
+
+    threading.Thread(target=listen, daemon=True).start()
+    with suppress(KeyboardInterrupt):
+        rows, shards = sum(corpus.rows_per_shard("train", T)), len(corpus.shards["train"])
+        for file in corpus.more:
+            while rows >= wanted[0]:
+                time.sleep(0.1)
+            fetch(file)
+            rows += sum(corpus.rows_per_shard("train", T, first=shards))
+            shards = len(corpus.shards["train"])
 
 
 # -----------------------------------------------------------------------------

@@ -397,7 +397,7 @@ def read_ranks(environment):
 class Ranks:
     """
     The processes that train together, numbered by torchrun: rank, local_rank, world_size. broadcast,
-    all_reduce_max and all_reduce_sum are collective calls; a single process gets its own values back.
+    all_gather, all_reduce_max and all_reduce_sum are collective calls; a single process gets its own values.
     warnings: a line on each variable that is ignored. MachineError if the variables contradict each other.
     """
 
@@ -422,6 +422,13 @@ class Ranks:
         if self.world_size > 1:
             dist.broadcast_object_list(values, 0)
         return values[0]
+
+    def all_gather(self, value):
+        """-> the values of all ranks, any objects that can be pickled, as a list."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value)
+        return values
 
     def broadcast_tensors(self, tensors):
         """Overwrite tensors with those of rank 0."""

@@ -195,6 +195,9 @@ num_rows = math.inf if corpus.more else sum(corpus.rows_per_shard("train", max_s
 validation = dataloader.ValidationRows(corpus, eval_bytes, max_seq_len)
 clock.lap("corpus")
 ranks.connect(device)
+if len(set(ranks.all_gather(corpus.content()))) > 1:
+    what = f"--data {data} is not the same on all nodes"
+    raise dataset.DataError(f"{what}.\nCopy it, and the cache of prepared text, from one node to the others.")
 if rank > 0 and ranks.local_rank == 0:
     console.print("node", f"{socket.gethostname()} has joined with rank {rank} of {world_size}")
 peak_flops, peak_source = machine.find_peak_flops(device, compute_dtype, peak_tflops)
@@ -515,8 +518,9 @@ print0("plan", f"5) evaluations: at the start and the end{between}")
 
 clock.lap("setup")
 margin = 1.25 if minutes else 1.0  # a timed run may become faster than planned
-dataset.fetch_more(corpus, int(margin * planned_tokens / max_seq_len), max_seq_len, print_data)
-clock.lap("corpus")  # a download is no training time
+# the other files of a public data set arrive while the run trains. One process on each node fetches them
+fetcher = dataset.Fetcher(corpus, max_seq_len, print_data, is_active=ranks.local_rank == 0)
+fetcher.want(int(margin * planned_tokens / max_seq_len))
 loader = dataloader.DataLoader(corpus, max_seq_len, rows_per_step, seed, device, rank, world_size)
 
 timeline = plan.ProgressBySteps(last_step, total_batch_size, step, tokens)
@@ -545,7 +549,14 @@ elif init_from:
         model.load_state_dict(initial_weights)
     ranks.broadcast_tensors(model.state_dict().values())  # the other run may have saved since rank 0 chose
     del initial_weights
-corpus_size = report.short(corpus.counts["train"]["tokens"])
+clock.lap("setup")
+with console.waiting("data", f"waiting for the next file of {corpus.name}"):
+    while step < last_step and loader.batches_ready == 0:
+        data_error, _ = loader.add_files(fetcher, ranks.all_gather)
+        if data_error:
+            raise dataset.DataError(data_error)
+clock.lap("corpus")  # until here, waiting for data is no training time
+corpus_size = f"{'about ' if corpus.more else ''}{report.short(corpus.unique_tokens)}"
 epochs = planned_tokens / corpus.unique_tokens
 corpus_name = f"{corpus.name} · vocabulary of {vocab_size:,} · fingerprint {corpus.fingerprint}"
 print0("data", f"{corpus_name} · {corpus_size} training tokens, for {epochs:.2g} epochs")
@@ -606,6 +617,7 @@ dt = planned_dt  # seconds per step in the last interval
 mean_dt = mean_dt or planned_dt  # on average since warm_from; if no step is left, that of the start before
 samples, sample_step, sample_seconds = [], -1, 0.0
 skips_in_a_row, failure = 0, None  # failure: why the run cannot continue
+data_error, wait_line = None, 5  # why the next file of a public set does not arrive; seconds until a line
 evaluation_due = val_step < 0 or (eval_every > 0 and step % eval_every == 0)
 save_due = sample_due = finished = stop = False
 signals = machine.Signals()  # they take effect at the end of an interval; signals.stop: its number, or 0
@@ -677,12 +689,13 @@ while True:
         console.samples(samples)
         sample_seconds = time.monotonic() - begin
         clock.lap("sampling")
-    if finished or stop:
+    if finished or stop or data_error:
         break
 
     # how many steps until the next report: rank 0 decides
     max_steps = plan.interval_steps(step, warm_from, dt, log_every, (eval_every, sample_every, save_every))
     closing_time = eval_seconds + closing_seconds
+    max_steps = min(max_steps, max(1, loader.batches_ready))
     interval = timeline.next_interval(step, dt, max_steps, time.monotonic(), closing_time)
     interval = ranks.broadcast(interval)
     progress = interval.progress[0]
@@ -695,8 +708,18 @@ while True:
         continue
 
     ranks.heartbeat()
+    # the next file of a public data set. A run without rows waits here, and saves if it waits in vain
+    data_error, stop = loader.add_files(fetcher, ranks.all_gather, signals.stop)
+    if loader.batches_ready == 0:
+        save_due = bool(data_error or stop)
+        if time.perf_counter() > loader.waiting_since + wait_line:
+            print0("data", f"waiting for {corpus.more[0]} for {wait_line} s")
+            wait_line *= 2
+        continue
+
+    wait_line = 5
     loss_sums, grad_norms, skips, scale_skipped = [], [], [], []  # per step, 0-D tensors on the device
-    wait_before, interval_start = loader.wait_time, time.perf_counter()
+    wait_before, interval_start = loader.wait_time, loader.waiting_since or time.perf_counter()
     for next_progress in interval.progress[1:]:
         # one step of training: accumulate gradients, set what the schedules say, update, clear the gradients
         rows = next(loader)  # of this rank: (rows_per_rank, T + 1)
@@ -779,6 +802,7 @@ while True:
     log.saves(saver.outcomes(), step)
     seconds_left = timeline.seconds_left(step, mean_dt, time.monotonic())
     console.step(record, None if minutes else last_step, peak_source, seconds_left)
+    fetcher.want(int(loader.cursor + margin * rows_per_step * seconds_left / mean_dt + 0.5))
     if failure:
         culprit = optimizer.first_nonfinite_parameter() or "the loss"
         failure = f"{failure}, first in {culprit}"
@@ -817,14 +841,18 @@ if checkpoint.is_full(save_error) and last_saved == step != start_step:  # the w
     if not log.saves(saver.outcomes(), step, "the weights alone do not fit either"):
         print0("save", f"saved the weights alone: step_{step:06d} can be sampled from, but not resumed")
 failed = bool(failure or save_error or last_saved != step)
-event = "failed" if failure else "interrupted" if stop else "finished"
-log.write("event", step=step, event=event, **({"reason": failure} if failure else {}))
+reason = failure or data_error
+event = "failed" if reason else "interrupted" if stop else "finished"
+log.write("event", step=step, event=event, **({"reason": reason} if reason else {}))
 if failure and rank == 0:
     good, _ = checkpoint.newest_valid(run.checkpoints)
     console.show(f"error: {failure}.\nThe last good checkpoint is {good or 'none'}.")
-if stop:
+if data_error:
+    console.show(f"error: {data_error}")
+if stop or data_error:
+    why = f"by {signal.Signals(stop).name}" if stop else "without the next file"
     call = {"out_dir": run.path.parent, "run_name": run.path.name, "resume": True}
-    print0("stopped", f"by {signal.Signals(stop).name} after step {step}; to continue:")
+    print0("stopped", f"{why} after step {step}; to continue:")
     console.show(report.command_line(f"{ranks.launcher()} {report.quoted(Path(__file__).absolute())}", call))
 clock.lap("saving")
 if peak_source == "measured":  # the better of two: another program may have slowed the first one
@@ -844,4 +872,4 @@ if rank == 0:
     )
     failed = not report.finish(run.path, summary, console) or failed
     log.close()
-sys.exit(1 if failed else 128 + stop if stop else 0)
+sys.exit(1 if failed else 128 + stop if stop else 2 if data_error else 0)

@@ -1,11 +1,15 @@
 """Shared by the tests: the path to the scripts, a small corpus, and a fixture that runs train.py."""
 
+import contextlib
+import hashlib
+import http.server
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -116,3 +120,77 @@ def wait_for_progress(folder, share):
     while not any(record.get("progress", 0) > share for record in report.read_log(folder)):
         assert time.monotonic() < deadline, f"no progress above {share} in 120 s"
         time.sleep(0.05)
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """
+    The part of the hub that a download needs, on this machine. files: {name: content}. listing: whether it
+    lists them, too, with commit, sizes and sha256. mode: how it fails, or {name: mode}. changed: {name:
+    another content that is sent}. rate: bytes per second. delays: {name: seconds until it is sent}. log: the
+    names of the files sent.
+    """
+
+    files, changed, delays, log, mode, rate = {}, {}, {}, [], "good", 1e9
+    commit, listing = "c0ffee" + "0" * 34, True
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        name, get = self.path.split("/")[-1].split("?")[0], self.command == "GET"
+        mode = self.mode if isinstance(self.mode, str) else self.mode.get(name, "good")
+        if mode == "drops":
+            self.close_connection = True
+            return
+        is_listing, known = self.path.startswith("/api/"), name in self.files and "nobody" not in self.path
+        troubled = mode in ("404", "429", "500", "503") or (mode == "500 on GET" and get)
+        status = int(mode[:3]) if troubled else 200 if known or (is_listing and self.listing) else 404
+        content = b"{}"
+        if status == 200:
+            content = self.listed() if is_listing else self.changed.get(name, self.files[name])
+        if get and known:
+            self.log.append(name)
+            SLEEP(self.delays.get(name, 0))
+        length = len(content) // 2 if mode == "short" and get else len(content)
+        self.send_response(status)
+        self.send_header("Content-Length", str(length))
+        self.send_header("X-Repo-Commit", self.commit)
+        self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+        if status == 404:
+            self.send_header("X-Error-Code", "EntryNotFound")
+        self.end_headers()
+        if get and mode == "truncates":  # sends half of the announced length, and nothing on a retry
+            self.wfile.write(b"" if "Range" in self.headers else content[: length // 2])
+            self.close_connection = True
+        elif get:
+            block = 10_000
+            for at in range(0, length, block):
+                self.wfile.write(content[at : min(length, at + block)])
+                SLEEP(block / self.rate)
+
+    do_HEAD = do_POST = do_GET
+
+    def listed(self):
+        """The answer to HfApi().dataset_info."""
+        siblings = []
+        for name, content in self.files.items():
+            size, digest = len(content), hashlib.sha256(content).hexdigest()
+            lfs = {"sha256": digest, "size": size, "pointerSize": 100}
+            siblings.append({"rfilename": name, "size": size, "lfs": lfs})
+        return json.dumps({"id": "some/set", "sha": self.commit, "siblings": siblings}).encode()
+
+    def log_message(self, *arguments):
+        pass
+
+
+SLEEP = time.sleep  # a test may replace that of the module
+
+
+@contextlib.contextmanager
+def hub_server():
+    """A Hub that serves, a class of its own; `address` is for HF_ENDPOINT."""
+    kind = type("Hub", (Hub,), {"files": {}, "changed": {}, "delays": {}, "log": []})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), kind)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    kind.address = f"http://127.0.0.1:{server.server_port}"
+    yield kind
+    server.shutdown()
+    server.server_close()

@@ -144,6 +144,72 @@ def test_shards_and_rows_are_shuffled_each_epoch_but_a_growing_set_starts_as_lis
         assert len({tuple(row for s, row in rows if s == shard) for rows in plain} | {tuple(range(30))}) == 4
 
 
+def growing(counts, present=1):
+    """A corpus whose files have so many rows of 8 tokens; `present` of them are there."""
+    files = [
+        np.arange(1 + 1000 * n, 1 + 1000 * n + 8 * count, dtype=np.uint16) for n, count in enumerate(counts)
+    ]
+    corpus = SimpleNamespace(
+        name="set", fingerprint="c0ffee", bos=0, unique_tokens=8 * sum(counts), arrived=present
+    )
+    corpus.more, shards = list(range(present, len(files))), files[:present]
+    corpus.rows_per_shard = lambda split, T, first=0: [len(tokens) // T for tokens in shards[first:]]
+    corpus.open_shard = lambda split, index: shards[index]
+    corpus.next_file = lambda: "digest" if corpus.arrived > len(shards) else None
+
+    def use_next_file():
+        shards.append(files[corpus.more.pop(0)])
+        return [f"used {len(shards) - 1}"]
+
+    corpus.use_next_file = use_next_file
+    return corpus
+
+
+def test_files_that_arrive_later_keep_the_order_and_all_ranks_use_them_together():
+    counts, said, asked = [10, 7, 9], [], []
+    fetcher = SimpleNamespace(
+        want=lambda rows, is_waiting: asked.append((rows, is_waiting)),
+        say=said.append,
+        failure=lambda: fetcher.fault,
+    )
+    fetcher.fault = None
+    whole = DataLoader(growing(counts, 3), 8, 4, 0, "cpu")
+    assert whole.batches_ready == math.inf
+    expected = take(whole, 13)  # two epochs
+    corpus = growing(counts)
+    loader, others = DataLoader(corpus, 8, 4, 0, "cpu"), []
+    add = lambda stop=0: loader.add_files(fetcher, lambda value: [value, *others], stop)  # noqa: E731
+    assert add() == (None, 0) and loader.batches_ready == 2 and loader.epoch == 0
+    rows = [take(loader, 2)]
+    assert loader.epoch == pytest.approx(8 / 26) and loader.waiting_since is None
+    assert add() == (None, 0) and add(stop=15) == (None, 15) and asked == [(12, True)] * 2
+    assert loader.waiting_since is not None
+    fetcher.fault = "the disk\nis full"
+    assert add() == (fetcher.fault, 0)
+    fetcher.fault, corpus.arrived = None, 3
+    others = [(None, None, 0)]  # the other node does not have it yet
+    assert add() == (None, 0) and loader.batches_ready == 0
+    others = [(None, "no\nnetwork", 2)]
+    assert add() == ("no\nnetwork", 2) and not said
+    others = [("other", None, 0)]
+    assert "1 of set is not the same on all nodes" in add()[0]
+    others = [("digest", None, 0)]
+    assert add() == (None, 0) and loader.batches_ready == math.inf and said == ["used 1", "used 2"]
+    rows.append(take(loader, 11))
+    assert loader.wait_time > 0.1 and loader.waiting_since is None  # it has waited for a file
+    assert np.array_equal(np.concatenate(rows), expected) and loader.epoch == 2
+    late = DataLoader(growing(counts, 1), 8, 2, 0, "cpu", 1, 2)
+    late.load_state_dict({**late.state_dict(), "cursor": 30})
+    assert late.batches_ready == 0
+    late.corpus.arrived = 3
+    late.add_files(fetcher, lambda value: [value])
+    assert np.array_equal(take(late, 11), expected[31::2])
+    small = DataLoader(growing([3, 4]), 8, 8, 0, "cpu")
+    small.corpus.arrived = 2
+    with pytest.raises(NotEnoughText, match="has 7 rows, and a batch has 8"):
+        small.add_files(fetcher, lambda value: [value])
+
+
 def test_a_batch_larger_than_the_corpus_is_an_error_of_two_lines(corpus):
     with pytest.raises(NotEnoughText, match="rows, and a batch has 100000") as error:
         DataLoader(corpus, 32, 100_000, 0, "cpu")

@@ -7,7 +7,6 @@ import errno
 import fcntl
 import gzip
 import hashlib
-import http.server
 import io
 import json
 import lzma
@@ -33,6 +32,8 @@ import tiktoken
 
 os.environ.update(HF_HUB_DISABLE_XET="1", HF_HUB_DISABLE_TELEMETRY="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
 os.environ.update(HF_HUB_ETAG_TIMEOUT="2", HF_HUB_DOWNLOAD_TIMEOUT="2")  # read when the hub is imported
+
+from conftest import hub_server
 
 import dataset
 from dataloader import DataLoader, NotEnoughText, ValidationRows
@@ -125,6 +126,14 @@ def two_lines(error):
     assert error.value.exit_status == 2
     assert message.count("\n") == 1 and all(message.split("\n")), message
     return message
+
+
+def add_files(corpus, rows, T):
+    """What a Fetcher and a DataLoader do while a run trains -> the lines that they print."""
+    lines = []
+    while corpus.more and sum(corpus.rows_per_shard("train", T)) < rows:
+        lines += dataset.add_file(corpus, "train", corpus.more.pop(0))
+    return lines
 
 
 def take(loader, count):
@@ -1210,6 +1219,7 @@ def test_full_disk(small_disk, tmp_path):
 def test_full_disk_while_fetching(small_disk, hub, tmp_path):
     assert small_disk("remount", "size=2m")
     gpt2_vocabulary(small_disk.folder / "home")
+    hub.listing = False  # else the size is known before
     hub.files["fineweb_train_000001.bin"] = shard_bytes(tmp_path, 0, 1_000_000)
     with pytest.raises(DataError) as error:
         prepare("fineweb")
@@ -1235,70 +1245,23 @@ def test_read_only_cache(small_disk, text, tmp_path):
 PATH = "/{repo_id}/resolve/{revision}/{filename}"
 
 
-class Hub(http.server.BaseHTTPRequestHandler):
-    """The part of the hub that a download needs, with modes of failure; log: the names of the files sent."""
-
-    files, mode, log = {}, "good", []
-    protocol_version = "HTTP/1.1"
-
-    def do_GET(self):
-        name, get = self.path.split("/")[-1].split("?")[0], self.command == "GET"
-        repository = "/".join(self.path.removeprefix("/datasets").split("/")[1:3])
-        public = "kjj0/fineweb10B-gpt2", "karpathy/climbmix-400b-shuffle"
-        known = name in self.files and (repository in public or repository.startswith("some/"))
-        if get and known:
-            self.log.append(name)
-        if self.mode == "drops":
-            self.close_connection = True
-            return
-        troubled = self.mode in ("404", "429", "500") or (self.mode == "500 on GET" and get)
-        status = int(self.mode[:3]) if troubled else 200 if known else 404
-        content = self.files[name] if status == 200 else b"{}"
-        length = len(content) // 2 if self.mode == "short" and get else len(content)
-        self.send_response(status)
-        self.send_header("Content-Length", str(length))
-        self.send_header("X-Repo-Commit", "0" * 40)
-        self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
-        if status == 404:
-            self.send_header("X-Error-Code", "EntryNotFound")
-        self.end_headers()
-        if get:
-            if self.mode == "truncates":  # sends half of the announced length, and nothing on a retry
-                self.wfile.write(b"" if "Range" in self.headers else content[: length // 2])
-                self.close_connection = True
-            else:
-                self.wfile.write(content[:length])
-
-    do_HEAD = do_POST = do_GET
-
-    def log_message(self, *arguments):
-        pass
-
-
 @pytest.fixture
 def hub(monkeypatch, tmp_path, home):
     """A local hub with three small FineWeb shards; waiting is skipped."""
     from huggingface_hub import constants
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    address = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setattr(constants, "ENDPOINT", address)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + PATH)
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)
     names = ["fineweb_val_000000.bin"] + [f"fineweb_train_{n:06}.bin" for n in range(1, 104)]
-    files = {name: shard_bytes(tmp_path, n, 4000) for n, name in enumerate(names[:5])}
-    monkeypatch.setattr(Hub, "files", files)
-    monkeypatch.setattr(Hub, "log", [])
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
     gpt2_vocabulary(home)
-    Hub.address = address
-    yield Hub
-    Hub.mode = "good"
-    server.shutdown()
-    server.server_close()
+    with hub_server() as server:
+        server.files.update({name: shard_bytes(tmp_path, n, 4000) for n, name in enumerate(names[:5])})
+        monkeypatch.setattr(constants, "ENDPOINT", server.address)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.address + PATH)
+        yield server
 
 
-def test_fineweb_fetches_what_the_horizon_needs(hub, home):
+def test_fineweb_is_fetched_file_by_file(hub, home):
+    hub.listing = False  # names and rough sizes are known
     said, partial = [], home / "fineweb" / ".tmp-fineweb_train_000001.bin" / "half"
     partial.mkdir(parents=True)  # left by a process that was killed
     corpus = prepare("fineweb", say=said.append)
@@ -1308,12 +1271,8 @@ def test_fineweb_fetches_what_the_horizon_needs(hub, home):
     rows = take(DataLoader(corpus, 50, 8, 0, "cpu"), 10)  # all of the first shard
     first = corpus.fingerprint
     assert corpus.unique_tokens == 103 * 4000  # estimated: all files have the same size in the listing
-    dataset.fetch_more(corpus, 80, 50, said.append)  # the corpus has 80 rows
-    assert len(hub.log) == 2
-    said.clear()
-    dataset.fetch_more(corpus, 170, 50, said.append)
+    add_files(corpus, 170, 50)
     assert hub.log[2:] == ["fineweb_train_000002.bin", "fineweb_train_000003.bin"]
-    assert "2 more files" in said[0] and "0.4 GB" in said[0]
     assert corpus.fingerprint == first and corpus.counts["train"]["tokens"] == 12_000
     more = take(DataLoader(corpus, 50, 8, 0, "cpu"), 30)
     assert np.array_equal(more[:80], rows)  # earlier rows keep their places
@@ -1322,6 +1281,7 @@ def test_fineweb_fetches_what_the_horizon_needs(hub, home):
     ]
     again = prepare("fineweb", say=said.clear)
     assert again.fingerprint == first and len(hub.log) == 4
+    corpus.more = []
     late = take(DataLoader(corpus, 50, 80, 0, "cpu"), 6)[240:]  # in epoch 1 shards are shuffled too
     assert Counter(map(tuple, late.tolist())) == Counter(map(tuple, more.tolist()))
 
@@ -1345,7 +1305,7 @@ def test_a_failing_hub_is_an_error_of_two_lines(hub, home, monkeypatch, mode):
 
 
 def test_a_damaged_download_is_not_kept(hub, home):
-    good = hub.files["fineweb_train_000001.bin"]
+    hub.listing, good = False, hub.files["fineweb_train_000001.bin"]
     for bad in (good[:-2], b"<html>" + good[6:], b""):
         hub.files["fineweb_train_000001.bin"] = bad
         with pytest.raises(DataError, match="fineweb_train_000001.bin is damaged"):
@@ -1399,19 +1359,19 @@ def test_climbmix_is_tokenized_file_by_file(hub, climbmix, home):
     assert corpus.tokenizer._mergeable_ranks == only_first._mergeable_ranks
     rows = take(DataLoader(corpus, 32, 4, 0, "cpu"), 20)
     first, have = corpus.fingerprint, sum(corpus.rows_per_shard("train", 32))
-    dataset.fetch_more(corpus, have + 1, 32)
+    add_files(corpus, have + 1, 32)
     assert corpus.fingerprint == first and corpus.counts["train"]["documents"] == 40
     found = documents(corpus, "train")
     assert Counter(found[:20]) == Counter(climbmix["shard_00000.parquet"])  # shuffled within each file
     assert Counter(found[20:]) == Counter(climbmix["shard_00001.parquet"])
     assert found[:20] != climbmix["shard_00000.parquet"]
     assert np.array_equal(take(DataLoader(corpus, 32, 4, 0, "cpu"), 20), rows)
-    for path in (home / "climbmix").glob("*.parquet"):  # the text is not needed any more
-        path.unlink()
+    assert not list(home.rglob("*.parquet"))  # the text is not needed any more
     hub.mode = "500"
     assert prepare("climbmix", 500).fingerprint == first
     with pytest.raises(DataError, match="shard_00000.parquet"):
         prepare("climbmix", 600)
+    (home / "climbmix").mkdir()
     (home / "climbmix" / "shard_00000.parquet").write_bytes(hub.files["shard_00000.parquet"][:-100])
     with pytest.raises(DataError, match="shard_00000.parquet cannot be read"):
         prepare("climbmix", 600)
@@ -1420,6 +1380,89 @@ def test_climbmix_is_tokenized_file_by_file(hub, climbmix, home):
     with pytest.raises(DataError) as error:
         take(DataLoader(corpus, 32, 4, 0, "cpu"), 1)
     assert f"{path} is damaged" in two_lines(error) and f"delete {path.parent}" in str(error.value)
+
+
+def test_a_short_name_keeps_its_commit(hub, home, monkeypatch):
+    corpus = prepare("fineweb")
+    assert corpus.data == f"fineweb@{hub.commit}" and corpus.public.revision == hub.commit
+    assert corpus.unique_tokens > 103 * 4000  # files that are not listed have their rough size
+    first, hub.commit = hub.commit, "f" * 40
+    assert prepare("fineweb").public.revision == prepare(corpus.data).public.revision == first
+    monkeypatch.setenv("ONEDIAL_HOME", str(home / "new"))  # on another machine
+    gpt2_vocabulary(home / "new")
+    assert prepare("fineweb").public.revision == "f" * 40
+    assert prepare(corpus.data).fingerprint == corpus.fingerprint  # and without a listing:
+    hub.listing = False
+    monkeypatch.setenv("ONEDIAL_HOME", str(home / "newer"))
+    gpt2_vocabulary(home / "newer")
+    assert prepare("fineweb").fingerprint == corpus.fingerprint and prepare("fineweb").data is None
+
+
+@pytest.mark.parametrize("name", ["fineweb_train_000001.bin", "shard_00000.parquet"])
+def test_a_file_that_is_not_the_listed_one_is_not_kept(hub, climbmix, home, name):
+    data, good = "fineweb" if name.endswith(".bin") else "climbmix", hub.files[name]
+    hub.changed[name] = good[:-1] + bytes([good[-1] ^ 1])
+    with pytest.raises(DataError, match=f"{name} of .* cannot be downloaded: its sha256 is not that"):
+        prepare(data)
+    assert not list(home.rglob(name))
+    hub.changed.clear()
+    prepare(data)
+
+
+def test_files_in_the_cache_of_the_hub_or_put_there_by_hand_are_used_and_stay(
+    hub, climbmix, home, monkeypatch
+):
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hf"))
+    for data, names in (
+        ("fineweb", ["fineweb_val_000000.bin", "fineweb_train_000001.bin"]),
+        ("climbmix", ["shard_06542.parquet", "shard_00000.parquet"]),
+    ):
+        for name in names:  # another program fetches them
+            repository = dataset.PUBLIC[data].repository
+            path = Path(huggingface_hub.hf_hub_download(repository, name, repo_type="dataset"))
+        hub.log.clear()
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        corpus = prepare(data)
+        take(DataLoader(corpus, 32, 8, 0, "cpu"), 2)
+        assert path.exists() and not list((home / data).glob("*.*")) and not hub.log
+        next_file = corpus.more[0]
+        with pytest.raises(DataError, match=f"{next_file} of .* cannot be downloaded: .*[Oo]ffline"):
+            dataset.add_file(corpus, "train", next_file)
+        (home / data).mkdir(exist_ok=True)
+        (home / data / next_file).write_bytes(hub.files[next_file])
+        dataset.add_file(corpus, "train", next_file)
+        assert (home / data / next_file).exists() and not hub.log
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+
+
+@pytest.mark.slow  # the process gets only what other programs leave of the CPU
+def test_a_fetcher_is_a_process_that_ends_with_the_run(hub, climbmix, home, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", hub.address)
+    corpus, said, pause = prepare("climbmix", 500), [], threading.Event()
+    have = sum(corpus.rows_per_shard("train", 32))
+    fetcher = dataset.Fetcher(corpus, 32, said.append)
+    fetcher.want(have)
+    assert fetcher.process is None and fetcher.failure() is None  # nothing to do
+    fetcher.want(have + 1)
+    assert "about 1 more file of climbmix" in said[0]
+    while not corpus.next_file():
+        assert fetcher.failure() is None and not pause.wait(0.05)
+    corpus.use_next_file()
+    assert corpus.counts["train"]["documents"] == 40 and corpus.more[0] == "shard_00002.parquet"
+    assert os.getpriority(os.PRIO_PROCESS, fetcher.process.pid) == 19
+    assert os.getsid(fetcher.process.pid) == os.getsid(0)  # in another session its priority would not count
+    os.kill(fetcher.process.pid, signal.SIGTERM)  # a batch system signals all processes
+    assert pause.wait(0.3) or fetcher.process.poll() is None
+    fetcher.process.stdin.close()  # the run has ended
+    assert fetcher.process.wait(20) == 0
+    killed = dataset.Fetcher(corpus, 32, said.append)
+    killed.want(10**6)
+    killed.process.kill()
+    killed.process.wait()
+    assert "ended with status -9" in killed.failure() and killed.failure().count("\n") == 1
 
 
 COMMIT = "c0ffee" + "0" * 34
@@ -1489,7 +1532,7 @@ def test_any_data_set_of_the_hub_by_its_name(hub_files, hub, home):
     assert first_words(corpus, "val") == ["data/validation.jsonl"] and "validation.jsonl" in corpus.notes[0]
     assert any("downloading data/train-0" in line and "MB" in line for line in said)
     estimate = corpus.unique_tokens
-    dataset.fetch_more(corpus, sum(corpus.rows_per_shard("train", 32)) + 1, 32)
+    add_files(corpus, sum(corpus.rows_per_shard("train", 32)) + 1, 32)
     assert first_words(corpus, "train")[1] == "data/train-00001-of-00002.jsonl" and corpus.more == []
     # once all files are fetched their tokens are known, so a limit of epochs can hold
     assert corpus.unique_tokens == sum(map(len, read(corpus, "train")))
@@ -1580,10 +1623,9 @@ def test_what_a_public_set_leaves_out_is_reported(hub_files):
     assert dict(corpus.left_out)["../up.jsonl"] == "its path leads out of the data set"
     assert dict(corpus.left_out)["other.csv"] == "not .jsonl, the format with most text"
     hub_files({"train-0.txt": b"a text " * 900, "train-1.txt": b"\0" * 900, "val.txt": prose(1, 99).encode()})
-    corpus, said = prepare("hf:some/texts", 300), []
-    dataset.fetch_more(corpus, 10**6, 16, said.append)
-    for again in (corpus, prepare("hf:some/texts", 300)):  # and again from the cache
-        dataset.fetch_more(again, 10**6, 16)
+    for _ in range(2):  # and again from the cache
+        again = prepare("hf:some/texts", 300)
+        assert any("left out: " in line and "train-1.txt" in line for line in add_files(again, 10**6, 16))
         assert [Path(path).name for path, _ in again.left_out] == ["train-1.txt"]
 
 
@@ -1592,9 +1634,9 @@ def test_held_out_text_of_a_public_set_that_is_also_trained_on_is_reported(hub_f
     files = [texts[:100], texts[100:200] + texts[250:], texts[200:]]
     hub_files({name: json_lines(rows) for name, rows in zip(("a.jsonl", "b.jsonl", "val.jsonl"), files)})
     for _ in range(2):  # and again from the cache
-        corpus, said = prepare("hf:some/set", 300), []
+        corpus = prepare("hf:some/set", 300)
         assert not any("also occurs" in note for note in corpus.notes)
-        dataset.fetch_more(corpus, 10**6, 16, said.append)
+        said = add_files(corpus, 10**6, 16)
         assert any(re.match(r"(4|5)\d% of the held-out text also occurs in b.jsonl", line) for line in said)
 
 
@@ -1662,16 +1704,6 @@ def test_the_configurations_of_a_data_card_are_used(hub_files, hub):
     assert prepare("hf:some/other").public.train == english.train
     hub.card["configs"] = [{"config_name": "gone", "data_files": "gone/*"}, {"config_name": "default"}, "odd"]
     assert list(prepare("hf:some/third/de").public.train) == ["de/x-train.jsonl"]
-
-
-def test_fetching_more_opens_each_shard_a_few_times(hub, monkeypatch):
-    for n in range(1, 31):
-        hub.files[f"fineweb_train_{n:06}.bin"] = hub.files["fineweb_train_000001.bin"]
-    opened, open_shard = [], dataset.open_shard
-    monkeypatch.setattr(dataset, "open_shard", lambda *place: opened.append(place) or open_shard(*place))
-    corpus = prepare("fineweb")
-    dataset.fetch_more(corpus, 30 * 80, 50)
-    assert sum(corpus.rows_per_shard("train", 50)) == 30 * 80 and len(opened) < 30 * 5
 
 
 def test_pyarrow_that_runs_pickles_of_a_parquet_file_is_not_accepted():

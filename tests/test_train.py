@@ -7,14 +7,16 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from conftest import REPO, TINY, edited_copy, losses, wait_for, wait_for_progress
+from conftest import REPO, TINY, edited_copy, hub_server, losses, wait_for, wait_for_progress
 
 STEP_FIELDS = (
     "kind step train_loss train_loss_ema progress lrm muon_momentum weight_decay grad_norm dt tok_per_sec "
@@ -795,16 +797,6 @@ def test_init_from_is_ignored_by_a_run_that_has_begun(reference, train, tmp_path
 
 
 @pytest.mark.slow
-def test_a_download_is_no_training_time(train, tmp_path):
-    edited_copy(tmp_path, "def fetch_more(", "def fetch_more_quickly(", file="dataset.py")
-    slow = "\ndef fetch_more(*_):\n    time.sleep(3)\n\n\nif __name__ =="
-    source = (tmp_path / "dataset.py").read_text().replace("\nif __name__ ==", slow)
-    (tmp_path / "dataset.py").write_text(source)
-    run = train("--num-iterations", 2, script=tmp_path / "train.py")
-    assert run.code == 0 and run.summary["time"]["corpus"] > 3 > run.summary["time"]["setup"], run.output
-
-
-@pytest.mark.slow
 def test_an_exception_in_the_loop_is_in_the_log_and_the_report(train, tmp_path):
     line = "self.cursor += self.rows_per_batch"
     broken = f"{line}\n        if self.cursor == 8 * 12: raise OSError('a bad disk')"
@@ -983,3 +975,143 @@ def test_a_run_in_fp16_can_be_sampled_scored_and_be_a_beginning(half, train, tmp
     assert other.code == 0 and other.log[1]["val_bpb"] == pytest.approx(expected, rel=0.01), other.output
     back = train("--init-from", other.folder, "--num-iterations", 2, "--dtype", "float16")
     assert back.code == 0 and steps_of(back.folder)[-1]["loss_scale"] == 2.0**16, back.output
+
+
+# -----------------------------------------------------------------------------
+# A public data set arrives while the run trains
+
+
+@pytest.fixture
+def stream(train, tmp_path):
+    """
+    stream(name, *flags) starts a run on hf:some/set, whose six training files of 13 steps come from
+    stream.hub -> its processes, `ranks` on each of `nodes`. Each node has a cache of its own, and the second
+    one uses stream.hub2. stream.end(processes, name) waits for their end -> the result of rank 0, with the
+    codes and the output of all.
+    """
+    rng, words = np.random.RandomState(0), [a + b for a in "bdfgklmnprst" for b in ("ee", "oa", "un", "i")]
+
+    def texts(count):
+        return "\n".join(
+            json.dumps({"text": " ".join(rng.choice(words, 120))}) for _ in range(count)
+        ).encode()
+
+    files = {f"train-{n}.jsonl": texts(57) for n in range(6)} | {"validation.jsonl": texts(30)}
+    script = edited_copy(tmp_path, "LONGEST_PAUSE = 1.0", "LONGEST_PAUSE = 0.05", "dataset.py")
+    always = [*TINY, "--data", "hf:some/set", "--out-dir", train.out, "--log-every", 1, "--eval-every", -1]
+
+    def start(name, *flags, nodes=1, ranks=1, cache="cache"):
+        command = [sys.executable, script, *always, "--run-name", name, *flags]
+        hidden, port = {"PYTHONPATH": str(train.home / "hidden")}, free_port()  # no time for matplotlib
+        processes = []
+        for rank in range(nodes * ranks):
+            node, local_rank = divmod(rank, ranks)
+            env = os.environ | hidden | {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}
+            env |= {"HF_ENDPOINT": start.hubs[node].address, "ONEDIAL_HOME": str(tmp_path / f"{cache}{node}")}
+            env |= {"RANK": str(rank), "WORLD_SIZE": str(nodes * ranks), "LOCAL_RANK": str(local_rank)}
+            env |= {"LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+            processes.append(subprocess.Popen([str(c) for c in command], env=env, cwd=tmp_path, **pipes))
+        return processes
+
+    def end(processes, name):
+        others = [process.communicate(timeout=300)[0] for process in processes[1:]]
+        result = train.finish(processes[0], name)
+        result.output = "".join([result.output, *others])
+        result.codes = [process.returncode for process in processes]
+        return result
+
+    start.end = end
+    with hub_server() as start.hub, hub_server() as start.hub2:
+        start.hubs = start.hub, start.hub2
+        for hub in start.hubs:
+            hub.files.update(files)
+        yield start
+
+
+def free_port():
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + 200
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_files_that_arrive_late_change_nothing(stream, tmp_path, ranks):
+    """A run that waits for files, is stopped while it waits and killed inside a file has the same losses."""
+    hub, flags = stream.hub, ("--num-iterations", 46, "--save-every", 4)
+    names = ["train-0.jsonl", "validation.jsonl", "train-1.jsonl", "train-2.jsonl", "train-3.jsonl"]
+    fast = stream.end(stream("fast", *flags, ranks=ranks), "fast")
+    assert fast.codes == [0] * ranks and len(losses(fast)) == 46, fast.output
+    assert "while the run trains: about 3 more files" in fast.output
+    assert hub.log == names  # each is fetched once, and no other
+    assert not list((tmp_path / "cache0").rglob("*.jsonl"))  # the text is deleted
+    steps = [r for r in fast.log if r["kind"] == "step"]
+    assert 0.56 < steps[-1]["epoch"] < 0.59  # 46 steps of 6 × 13.4
+
+    processes = stream("slow", *flags, ranks=ranks, cache="other")
+    wait_until(lambda: hub.log[5:] == names[:1])
+    hub.rate = 2_000  # bytes per second, of 30,000
+    assert wait_for(processes[0], "data     waiting for train-1.jsonl for 5 s")
+    processes[-1].send_signal(signal.SIGTERM)
+    stopped = stream.end(processes, "slow")
+    assert stopped.codes == [143] * ranks and "stopped  by SIGTERM after step 13" in stopped.output, (
+        stopped.output
+    )
+
+    hub.rate = 20_000
+    processes = stream("slow", "--resume", ranks=ranks, cache="other")
+    wait_until(lambda: "train-2.jsonl" in hub.log[5:])
+    for process in processes:
+        process.kill()
+    stream.end(processes, "slow")
+    hub.rate = 1e9
+    slow = stream.end(stream("slow", "--resume", ranks=ranks, cache="other"), "slow")
+    assert slow.codes == [0] * ranks and losses(slow) == losses(fast), slow.output
+
+
+@pytest.mark.slow
+def test_a_file_that_cannot_be_fetched_on_one_node_ends_all_and_they_can_resume(stream):
+    stream.hub2.mode = {"train-2.jsonl": "404"}
+    failed = stream.end(stream("a", "--num-iterations", 30, nodes=2), "a")
+    assert failed.codes == [2, 2] and max(losses(failed)) == 26, failed.output  # all that there is
+    assert len(re.findall(r"Next\s+try\s+in", failed.output)) >= 4
+    (error,) = re.findall(r"^error: .*\n.*", failed.output, re.MULTILINE)
+    assert "train-2.jsonl of some/set cannot be downloaded" in error and "404" in error
+    assert failed.log[-1]["event"] == "failed" and "--run-name a --resume" in failed.output
+    stream.hub2.mode = "good"
+    rest = stream.end(stream("a", "--resume", nodes=2), "a")
+    assert rest.codes == [0, 0] and max(losses(rest)) == 30, rest.output
+
+
+@pytest.mark.slow
+def test_files_that_differ_between_nodes_end_the_run(stream):
+    stream.hub2.files["train-1.jsonl"] = stream.hub2.files["train-2.jsonl"]
+    run = stream.end(stream("a", "--num-iterations", 30, nodes=2), "a")
+    assert run.codes == [2, 2] and max(losses(run)) == 13, run.output
+    assert (
+        "error: train-1.jsonl of some--set-c0ffee000000 is not the same on all nodes.\nDelete" in run.output
+    )
+    assert (run.folder / "checkpoints" / "step_000013").exists()
+    stream.hub2.files["validation.jsonl"] = stream.hub2.files["train-2.jsonl"]
+    first = stream.end(stream("b", "--num-iterations", 30, nodes=2, cache="other"), "b")
+    assert first.codes == [2, 2] and "is not the same on all nodes.\nCopy" in first.output, first.output
+
+
+@pytest.mark.slow
+def test_waiting_for_a_file_counts_as_time(stream):
+    stream.hub.delays["train-1.jsonl"] = 5.0
+    begin = time.monotonic()
+    run = stream.end(stream("a", "--minutes", 0.6), "a")
+    assert run.codes == [0] and time.monotonic() - begin < 36 + 4, run.output
+    assert "suspended" not in run.output
+    steps = [r for r in run.log if r["kind"] == "step"]
+    waited = sum(r["data_wait"] * r["dt"] for r in steps if r["data_wait"] > 0.5)
+    assert waited > 3 and steps[-1]["lrm"] < 0.1 and run.summary["time"]["training"] > waited
