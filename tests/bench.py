@@ -26,7 +26,7 @@ What a GPU has to confirm; nothing since commit 5725d61 has run on one. In brack
 - the memory estimate, within 5% of the peak  [estimated, beside the memory of each speed]
 - time of the loss kernel, of attention with look_back, of ReLU²  [profile]
 - causality, the optimizer without synchronization (with a loss scale, too)  [tests]
-- one graph with recomputed blocks: train.py --depth 12 --max-seq-len 65536 on 24 GB
+- one graph with recomputed blocks: train.py --depth 16 --max-seq-len 65536 on 24 GB
 - gradients reduced during the backward pass:
   torchrun --standalone --nproc_per_node=2 train.py --depth 12 --num-iterations 40
 - the dial: whether train.py --minutes 3 ends lower than --minutes 3 --depth D for the two neighbours of its D

@@ -231,6 +231,12 @@ def test_recomputed_blocks_compile(how):
         assert (p.grad - q.grad).norm() < (1e-5 if p.dim() > 1 else 1e-3) * p.grad.norm(), name
 
 
+def test_activation_bytes_of_recomputed_blocks_match_pytorch_plans_for_an_h100():
+    with torch.device("meta"):
+        model = GPT(GPTConfig(50_257, 2048, n_layer=4, n_head=6, n_embd=768), torch.bfloat16)
+    assert model.activation_bytes(16 * 2048, recompute=True) == pytest.approx(2.31e9, rel=0.05)
+
+
 def test_recomputing_blocks_needs_less_memory_in_every_model():
     for depth, T in [(depth, T) for depth in (1, 2, 12, 32) for T in (64, 2048, 65_536)]:
         with torch.device("meta"):
