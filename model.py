@@ -216,17 +216,44 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer. First the stream x and the embedding x0 are mixed: lambdas[0] * x + lambdas[1] * x0."""
+    """
+    One layer. First the stream x and the embedding x0 are mixed: lambdas[0] * x + lambdas[1] * x0. With keys
+    a share `dropout` of the stream is dropped, and twice that of the value embeddings, which memorize first.
+    """
+
+    dropout = 0.0
 
     def __init__(self, config, has_value_embedding):
         super().__init__()
         self.attn = CausalSelfAttention(config, has_value_embedding)
         self.mlp = MLP(config)
 
-    def forward(self, x, x0, lambdas, tokens, value_table, cos, sin, attention):
+    def forward(self, x, x0, lambdas, tokens, value_table, cos, sin, attention, keys=None):
         x = lambdas[0] * x + lambdas[1] * x0  # (B, T, C)
         values = F.embedding(tokens, value_table).to(x.dtype) if value_table is not None else None
+        if keys is not None:
+            x = dropout(x, self.dropout, keys)
+            values = dropout(values, 2 * self.dropout, keys + 1) if values is not None else None
         return self.mlp(self.attn(x, values, cos, sin, attention))
+
+
+def dropout(x, p, keys):
+    """
+    Dropout (JMLR 15, p. 1929): each element of x (B, T, C) becomes 0 with probability p, and the others are
+    multiplied by 1 / (1 - p). The mask depends only on keys, (B,) int32, one for each row. So it is the same
+    on any device, for any number of ranks and any micro-batch.
+    """
+    places = torch.arange(x[0].numel(), dtype=torch.int32, device=x.device).view_as(x[0])
+    bits = mix_bits(places + mix_bits(keys)[:, None, None])
+    keep = (bits & 0xFFFF) >= p * 2**16
+    return x * (keep.to(x.dtype) / (1 - p))
+
+
+def mix_bits(numbers):
+    """int32 -> int32 whose bits look random: a hash. The products may wrap around."""
+    for _ in range(2):
+        numbers = (numbers ^ (numbers >> 16)) * 0x45D9F3B
+    return numbers ^ (numbers >> 16)
 
 
 class Head(Linear):
@@ -329,13 +356,14 @@ class GPT(nn.Module):
         self.smear_lambda.zero_()
         self.backout_lambda.fill_(0.2)
 
-    def forward(self, tokens, targets=None):
+    def forward(self, tokens, targets=None, keys=None):
         """
         tokens: (B, T) integers, T ≤ max_seq_len. Without targets: fp32 logits (B, T, vocab_size).
         With targets (B, T), int64: the sum of -ln p (nats) over all targets ≥ 0, a 0-D fp32 tensor.
+        keys: int32 (B,), with dropout: another number for each row and epoch.
         """
         T, attentions = tokens.size(1), [self.attention] * self.config.n_layer
-        x = self.run_blocks(self.embed(tokens), tokens, self.cos[:T], self.sin[:T], attentions)
+        x = self.run_blocks(self.embed(tokens), tokens, self.cos[:T], self.sin[:T], attentions, keys)
         return self.head(x, targets)
 
     def embed(self, tokens):
@@ -345,13 +373,14 @@ class GPT(nn.Module):
         smear = spread(self.smear_lambda, x[:, 1:]) * gate
         return torch.cat([x[:, :1], x[:, 1:] + smear * x[:, :-1]], dim=1)  # add some of the previous token
 
-    def run_blocks(self, x, tokens, cos, sin, attentions):
-        """x = embed(tokens) -> input of the head (B, T, C). attentions: one for each layer."""
+    def run_blocks(self, x, tokens, cos, sin, attentions, keys=None):
+        """x = embed(tokens) -> input of the head (B, T, C). attentions: one per layer; keys: see forward."""
         x0 = x.view_as(x)  # a new tensor object: torch.compile makes a separate graph for the same one twice
         lambdas = spread(torch.stack([self.resid_lambdas, self.x0_lambdas], dim=1), x).unbind()
         for i, (block, attention) in enumerate(zip(self.blocks, attentions)):
             value_table = self.value_embeddings[str(i)].weight if str(i) in self.value_embeddings else None
-            arguments = x, x0, lambdas[i], tokens, value_table, cos, sin, attention
+            block_keys = mix_bits(keys + i) if keys is not None else None  # another mask in each layer
+            arguments = x, x0, lambdas[i], tokens, value_table, cos, sin, attention, block_keys
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:

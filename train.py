@@ -64,6 +64,7 @@ init_from: str | None = None  # start with weights, shape and tokenizer of anoth
 depth: int | None = None  # layers; width, heads and batch follow (auto: from the time, or 12 on CUDA, or 4)
 aspect_ratio: int | None = None  # width / depth, rounded up to whole heads (auto: 64; 128 for depth 1)
 head_dim: int | None = None  # width of an attention head (auto: 64; 128 from depth 8 on)
+dropout: float | None = None  # share of a layer's input (auto: 0; with --minutes more for a small text)
 max_seq_len: int | None = None  # T, tokens in a row (auto: 2048 on CUDA, else 512; less for a short text)
 # horizon: at most one of these four (auto: compute-optimal on CUDA, else five minutes)
 num_iterations: int | None = None  # steps
@@ -102,6 +103,7 @@ LIMITS = {  # lowest and highest value; all other numbers must be above 0
     **{"seed": (0, 2**31), "vocab_size": (257, 65_535), "max_seq_len": (32, 2**20), "minutes": (0.05, 1e6)},
     **dict.fromkeys(("weight_decay", "warmup_steps"), (0, 1e9)),
     **dict.fromkeys(("warmdown_ratio", "final_lr_frac"), (0, 1)),
+    "dropout": (0, 0.45),
     **dict.fromkeys(("eval_every", "sample_every", "save_every", "save_minutes"), (-1, 1e9)),
 }
 
@@ -367,6 +369,21 @@ elif target_flops:  # 1.5e18 FLOPs at depth 12, 1e9 per token -> 1.5e9 tokens
 elif target_param_data_ratio:  # ratio 12 at depth 12, vocabulary 50,257: 12 × 124e6 -> 1.5e9 tokens
     planned_tokens = target_param_data_ratio * model.num_scaling_params()
 
+# dropout, for a text that a timed run reads several times: 10 epochs -> 0.2
+if dropout is None:
+    epochs = ranks.broadcast(affordable_tokens(model)) / corpus.unique_tokens if minutes else 0
+    dropout = plan.best_dropout(epochs)
+for block in model.blocks:
+    block.dropout = dropout
+
+
+def dropout_keys(first_row, rows):
+    """For each row a number that depends only on the seed and its place in the order of all rows, or None."""
+    if dropout:
+        places = torch.arange(first_row, first_row + rows, device=device)
+        return (seed + 7919 * places).int()  # a step larger than the number of layers
+
+
 planned_flops = None if minutes else num_flops_per_token * planned_tokens
 compile_mode = plan.compile_mode(device_type, minutes, planned_flops)
 if compile is None:
@@ -387,7 +404,7 @@ def benchmark_step(compile):
     def micro_step(size):
         rows, model.recompute = size
         random_rows = torch.randint(vocab_size, (rows, max_seq_len + 1), device=device)
-        loss = model(random_rows[:, :-1], random_rows[:, 1:])
+        loss = model(random_rows[:, :-1], random_rows[:, 1:], dropout_keys(0, rows))
         optimizer.scale(loss / (rows * max_seq_len)).backward()
         return loss.detach()
 
@@ -504,7 +521,7 @@ print0("plan", f"3) learning rates: {scales}; {report.plural(round(warmup), 'ste
 # 4) weight decay: 2,840 steps × 2^19 tokens -> 0.28; four times as many steps -> 0.07
 if weight_decay is None:
     weight_decay = plan.best_weight_decay(total_batch_size, planned_tokens)
-print0("plan", f"4) weight decay: {weight_decay:.3g}")
+print0("plan", f"4) weight decay: {weight_decay:.3g}; dropout: {dropout:.2g}")
 
 # 5) evaluations: about ten; in a timed run for at most 5% of its time
 if eval_every is None:
@@ -723,9 +740,11 @@ while True:
     for next_progress in interval.progress[1:]:
         # one step of training: accumulate gradients, set what the schedules say, update, clear the gradients
         rows = next(loader)  # of this rank: (rows_per_rank, T + 1)
+        first_row = loader.cursor - rows_per_step + rank * rows_per_rank  # its place in the order of all rows
         loss_sum = torch.zeros((), device=device)
         for micro_step, micro_batch in enumerate(rows.split(device_batch_size), 1):
-            loss = model(micro_batch[:, :-1], micro_batch[:, 1:])  # summed over its targets
+            keys = dropout_keys(first_row + (micro_step - 1) * device_batch_size, len(micro_batch))
+            loss = model(micro_batch[:, :-1], micro_batch[:, 1:], keys)  # summed over its targets
             if micro_step == micro_steps:
                 optimizer.reduce_early()  # ranks average each gradient while the backward pass runs
             mean_loss = loss / (rows_per_rank * max_seq_len)  # over the rank; step() averages over ranks

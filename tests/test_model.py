@@ -18,6 +18,7 @@ from model import (
     apply_rotary,
     attention_backend,
     causal_attention,
+    dropout,
     look_back,
     norm,
     rotary_tables,
@@ -342,6 +343,20 @@ def test_one_layer_learns_to_copy():
         optimizer.step()
         optimizer.zero_grad()
     assert loss < 0.2 * math.log(300), loss
+
+
+def test_dropout_drops_a_share_at_random_and_keeps_the_mean():
+    x, keys = torch.ones(4, 256, 64), torch.arange(4, dtype=torch.int32)
+    y = dropout(x, 0.4, keys)
+    assert torch.unique(y).tolist() == pytest.approx([0, 1 / 0.6])
+    dropped = (y == 0).float()
+    for share in (dropped.mean((1, 2)), dropped.mean((0, 2)), dropped.mean((0, 1))):  # rows, places, channels
+        deviations = (share - 0.4) / math.sqrt(0.24 / (dropped.numel() / share.numel()))
+        assert deviations.square().mean() < 2
+    others = dropout(x, 0.4, keys + 4) == 0, dropped.roll(1, 0), dropped.roll(1, 1), dropped.roll(1, 2)
+    for other in others:  # independent: both drop a place with probability 0.16
+        assert (dropped * other.float()).mean() == pytest.approx(0.16, abs=0.005)
+    assert torch.equal(dropout(x[2:], 0.4, keys[2:]), y[2:])
 
 
 @pytest.mark.parametrize("T", [1, 128, 300])

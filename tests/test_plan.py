@@ -11,6 +11,7 @@ from plan import (
     ProgressByClock,
     ProgressBySteps,
     best_batch_size,
+    best_dropout,
     best_weight_decay,
     compile_mode,
     deepest,
@@ -127,6 +128,11 @@ def test_learning_rates_and_weight_decay_for_a_batch():
     assert best_weight_decay(2**19, 6e9) == pytest.approx(0.07)
     assert best_weight_decay(2**21, 6e9) == pytest.approx(0.14)
     assert best_weight_decay(2**12, 2e6) == 0.28
+
+
+def test_best_dropout_only_for_a_text_read_several_times():
+    assert [best_dropout(epochs) for epochs in (0, 0.5, 1)] == [0, 0, 0]
+    assert 0 < best_dropout(2) < best_dropout(5) < best_dropout(10) == best_dropout(1000) <= 0.3
 
 
 @pytest.mark.parametrize(

@@ -145,6 +145,21 @@ def test_more_processes_train_the_same_model(reference, train, processes):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+def test_dropout_depends_on_seed_and_row_alone(reference, train):
+    """With another number of processes and another micro-batch; and there is none in an evaluation."""
+    flags = "--num-iterations", 6, "--dropout", 0.3
+    one = train(*flags)
+    two = train(*flags, "--device-batch-size", 1, "--run-name", "b", run="b", processes=2)
+    assert losses(one).keys() == losses(two).keys() and losses(one)[6] < losses(one)[1]
+    assert all(losses(two)[step] == pytest.approx(loss, rel=1e-5) for step, loss in losses(one).items())
+    without = {r["step"]: r for r in reference[1] if r["kind"] == "step"}
+    assert losses(one)[3] != pytest.approx(without[3]["train_loss"], rel=1e-5)
+    before = [next(r for r in log if r["kind"] == "val")["val_bpb"] for log in (one.log, reference[1])]
+    assert before[0] == before[1]
+    assert two.summary["val_bpb"] == pytest.approx(one.summary["val_bpb"], rel=1e-5)
+
+
 def test_a_batch_that_the_processes_cannot_share_names_the_nearest_sizes(train):
     result = train("--num-iterations", 20, processes=3)
     assert result.code == 1 and "384 and 576" in result.output and result.config is None
