@@ -96,9 +96,9 @@ def test_largest_vocab(minutes, vocab):
 )
 def test_needed_tokens(params, tokens):
     assert needed_tokens(params, math.inf) == pytest.approx(tokens)
-    assert needed_tokens(params, tokens / 5) == pytest.approx(tokens)  # five epochs
-    assert needed_tokens(params, tokens / 9) == pytest.approx(tokens / 9 * 5)
-    assert needed_tokens(params, tokens / 11) == math.inf
+    assert needed_tokens(params, tokens / 10) == pytest.approx(tokens)  # ten epochs
+    assert needed_tokens(params, tokens / 18) == pytest.approx(tokens / 18 * 10)
+    assert needed_tokens(params, tokens / 22) == math.inf
 
 
 @pytest.mark.parametrize("width, measured", [(256, 0.285), (768, 0.474)])  # on an H100, README
