@@ -1448,13 +1448,19 @@ def test_a_fetcher_is_a_process_that_ends_with_the_run(hub, climbmix, home, monk
     assert fetcher.process is None and fetcher.failure() is None  # nothing to do
     fetcher.want(have + 1)
     assert "about 1 more file of climbmix" in said[0]
+    process, nice = fetcher.process.pid, os.getpriority(os.PRIO_PROCESS, 0)
+    assert os.getpriority(os.PRIO_PROCESS, process) == 19
+    assert os.sched_getscheduler(process) == os.SCHED_IDLE
+    assert os.getsid(process) == os.getsid(0)  # in another session its priority would not count
+    fetcher.want(have + 1, is_waiting=True)  # no other program can starve it now
+    if os.getuid() == 0:
+        assert os.getpriority(os.PRIO_PROCESS, process) == nice
+        assert os.sched_getscheduler(process) == os.SCHED_OTHER
     while not corpus.next_file():
         assert fetcher.failure() is None and not pause.wait(0.05)
     corpus.use_next_file()
     assert corpus.counts["train"]["documents"] == 40 and corpus.more[0] == "shard_00002.parquet"
-    assert os.getpriority(os.PRIO_PROCESS, fetcher.process.pid) == 19
-    assert os.getsid(fetcher.process.pid) == os.getsid(0)  # in another session its priority would not count
-    os.kill(fetcher.process.pid, signal.SIGTERM)  # a batch system signals all processes
+    os.kill(process, signal.SIGTERM)  # a batch system signals all processes
     assert pause.wait(0.3) or fetcher.process.poll() is None
     fetcher.process.stdin.close()  # the run has ended
     assert fetcher.process.wait(20) == 0
