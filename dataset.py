@@ -1835,7 +1835,7 @@ class Fetcher:
             self.process.stdin.write(json.dumps(self.request).encode() + b"\n")
 
     def set_priority(self, is_waiting):
-        """The lowest priority while the run trains; with it, other programs could hold up a run that waits."""
+        """The lowest priority while the run trains. With it, other programs could hold up one that waits."""
         nice = os.getpriority(os.PRIO_PROCESS, 0) if is_waiting else 19
         with suppress(AttributeError, OSError):  # macOS has only the first; raising is for root
             os.setpriority(os.PRIO_PROCESS, self.process.pid, nice)
