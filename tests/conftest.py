@@ -159,7 +159,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
             self.wfile.write(b"" if "Range" in self.headers else content[: length // 2])
             self.close_connection = True
         elif get:
-            block = 10_000
+            block = 1_000  # at a low rate, too, a client gets some within its timeout
             for at in range(0, length, block):
                 self.wfile.write(content[at : min(length, at + block)])
                 SLEEP(block / self.rates.get(name, 1e9))

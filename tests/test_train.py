@@ -997,6 +997,7 @@ def stream(train, tmp_path):
         for rank in range(nodes * ranks):
             node, local_rank = divmod(rank, ranks)
             env = os.environ | hidden | {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}
+            env |= {"HF_HUB_DOWNLOAD_TIMEOUT": "10", "HF_HUB_ETAG_TIMEOUT": "10"}  # not test_dataset.py's 2 s
             env |= {"HF_ENDPOINT": start.hubs[node].address, "ONEDIAL_HOME": str(tmp_path / f"{cache}{node}")}
             env |= {"RANK": str(rank), "WORLD_SIZE": str(nodes * ranks), "LOCAL_RANK": str(local_rank)}
             env |= {"LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
