@@ -11,6 +11,7 @@ import io
 import json
 import lzma
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -1469,6 +1470,32 @@ def test_a_fetcher_is_a_process_that_ends_with_the_run(hub, climbmix, home, monk
     killed.process.kill()
     killed.process.wait()
     assert "ended with status -9" in killed.failure() and killed.failure().count("\n") == 1
+
+
+# fetch_files in a process of its own, without its pauses
+FETCH = """
+import sys, dataset
+dataset.FIRST_PAUSE = dataset.LONGEST_PAUSE = 0.01
+dataset.fetch_files(sys.stdin.buffer.read(int(sys.argv[1])))
+"""
+
+
+def test_a_file_that_fails_is_tried_without_end_while_the_run_has_rows(hub, climbmix, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", hub.address)
+    corpus, pause = prepare("climbmix", 500), threading.Event()
+    hub.mode, content = {"shard_00001.parquet": "404"}, pickle.dumps((corpus, 32))
+    command = [sys.executable, "-c", FETCH, str(len(content))]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=REPO)
+    process.stdin.write(content + b"[1000000, false]\n")
+    process.stdin.flush()
+    for _ in range(dataset.TRIES + 2):
+        error, seconds = json.loads(process.stdout.readline())
+        assert "404" in error and seconds > 0
+    hub.mode = "good"
+    while not corpus.next_file():
+        assert process.poll() is None and not pause.wait(0.05)
+    process.communicate(timeout=60)  # closes stdin: the run has ended
+    assert process.returncode == 0
 
 
 COMMIT = "c0ffee" + "0" * 34
