@@ -1811,7 +1811,8 @@ class Fetcher:
     One rank on each node has an active one; all ranks find the tokens in the cache.
 
     This is a process of its own with the lowest priority: a thread would hold up the training loop, because
-    only one thread of a process at a time can run Python. It ends with the run, however that ends.
+    only one thread of a process at a time can run Python. It ends with the run, however that ends. While the
+    run waits for a file the process has the run's priority, where the user may raise one (as root).
     """
 
     def __init__(self, corpus, T, say, is_active=True):
@@ -1829,8 +1830,18 @@ class Fetcher:
         if not self.process:
             self.start(rows / self.request[0])
         self.request = rows, is_waiting
+        self.set_priority(is_waiting)
         with suppress(OSError):  # the process may have ended
             self.process.stdin.write(json.dumps(self.request).encode() + b"\n")
+
+    def set_priority(self, is_waiting):
+        """The lowest priority while the run trains. With it, other programs could hold up one that waits."""
+        nice = os.getpriority(os.PRIO_PROCESS, 0) if is_waiting else 19
+        with suppress(AttributeError, OSError):  # macOS has only the first; raising is for root
+            os.setpriority(os.PRIO_PROCESS, self.process.pid, nice)
+            # on two cores, tokenizing all the time makes a training step 3% slower; 12% with nice alone
+            policy = os.SCHED_OTHER if is_waiting else os.SCHED_IDLE
+            os.sched_setscheduler(self.process.pid, policy, os.sched_param(0))
 
     def start(self, factor):
         """Start the process. `factor` times as many rows are wanted as there are."""
@@ -1839,7 +1850,7 @@ class Fetcher:
         size = f"{plural(len(more), 'more file')} of {self.corpus.name}, {sum(map(sizes.get, more)):,.0f} MB"
         self.say(f"while the run trains: about {size}")
         content = pickle.dumps((self.corpus, self.T))
-        code = "import os, sys; os.nice(19); sys.path[0] = sys.argv[1]; "
+        code = "import sys; sys.path[0] = sys.argv[1]; "
         code += "content = sys.stdin.buffer.read(int(sys.argv[2])); "  # before the import, which is slow
         code += "import dataset; dataset.fetch_files(content)"
         command = [sys.executable, "-c", code, str(Path(__file__).absolute().parent), str(len(content))]
@@ -1882,9 +1893,6 @@ def fetch_files(content):
     stdin asks for. A file that fails is tried again without end while the run has other rows; when it waits,
     TRIES times at least. Prints [error, seconds until the next try, or 0] for each try that fails.
     """
-    # on two cores, tokenizing all the time makes a training step 3% slower; 12% with nice alone
-    with suppress(AttributeError, OSError):  # macOS does not have it
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     corpus, T = pickle.loads(content)
     wanted, is_needed = [0], threading.Event()
 

@@ -126,11 +126,10 @@ class Hub(http.server.BaseHTTPRequestHandler):
     """
     The part of the hub that a download needs, on this machine. files: {name: content}. listing: whether it
     lists them, too, with commit, sizes and sha256. mode: how it fails, or {name: mode}. changed: {name:
-    another content that is sent}. rate: bytes per second. delays: {name: seconds until it is sent}. log: the
-    names of the files sent.
+    another content that is sent}. rates: {name: bytes per second}. log: the names of the files sent.
     """
 
-    files, changed, delays, log, mode, rate = {}, {}, {}, [], "good", 1e9
+    files, changed, rates, log, mode = {}, {}, {}, [], "good"
     commit, listing = "c0ffee" + "0" * 34, True
     protocol_version = "HTTP/1.1"
 
@@ -148,7 +147,6 @@ class Hub(http.server.BaseHTTPRequestHandler):
             content = self.listed() if is_listing else self.changed.get(name, self.files[name])
         if get and known:
             self.log.append(name)
-            SLEEP(self.delays.get(name, 0))
         length = len(content) // 2 if mode == "short" and get else len(content)
         self.send_response(status)
         self.send_header("Content-Length", str(length))
@@ -161,10 +159,10 @@ class Hub(http.server.BaseHTTPRequestHandler):
             self.wfile.write(b"" if "Range" in self.headers else content[: length // 2])
             self.close_connection = True
         elif get:
-            block = 10_000
+            block = 1_000  # at a low rate, too, a client gets some within its timeout
             for at in range(0, length, block):
                 self.wfile.write(content[at : min(length, at + block)])
-                SLEEP(block / self.rate)
+                SLEEP(block / self.rates.get(name, 1e9))
 
     do_HEAD = do_POST = do_GET
 
@@ -187,7 +185,7 @@ SLEEP = time.sleep  # a test may replace that of the module
 @contextlib.contextmanager
 def hub_server():
     """A Hub that serves, a class of its own; `address` is for HF_ENDPOINT."""
-    kind = type("Hub", (Hub,), {"files": {}, "changed": {}, "delays": {}, "log": []})
+    kind = type("Hub", (Hub,), {"files": {}, "changed": {}, "rates": {}, "log": []})
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), kind)
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     kind.address = f"http://127.0.0.1:{server.server_port}"

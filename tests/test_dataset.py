@@ -11,6 +11,7 @@ import io
 import json
 import lzma
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -1448,13 +1449,19 @@ def test_a_fetcher_is_a_process_that_ends_with_the_run(hub, climbmix, home, monk
     assert fetcher.process is None and fetcher.failure() is None  # nothing to do
     fetcher.want(have + 1)
     assert "about 1 more file of climbmix" in said[0]
+    process, nice = fetcher.process.pid, os.getpriority(os.PRIO_PROCESS, 0)
+    assert os.getpriority(os.PRIO_PROCESS, process) == 19
+    assert os.sched_getscheduler(process) == os.SCHED_IDLE
+    assert os.getsid(process) == os.getsid(0)  # in another session its priority would not count
+    fetcher.want(have + 1, is_waiting=True)  # no other program can starve it now
+    if os.getuid() == 0:
+        assert os.getpriority(os.PRIO_PROCESS, process) == nice
+        assert os.sched_getscheduler(process) == os.SCHED_OTHER
     while not corpus.next_file():
         assert fetcher.failure() is None and not pause.wait(0.05)
     corpus.use_next_file()
     assert corpus.counts["train"]["documents"] == 40 and corpus.more[0] == "shard_00002.parquet"
-    assert os.getpriority(os.PRIO_PROCESS, fetcher.process.pid) == 19
-    assert os.getsid(fetcher.process.pid) == os.getsid(0)  # in another session its priority would not count
-    os.kill(fetcher.process.pid, signal.SIGTERM)  # a batch system signals all processes
+    os.kill(process, signal.SIGTERM)  # a batch system signals all processes
     assert pause.wait(0.3) or fetcher.process.poll() is None
     fetcher.process.stdin.close()  # the run has ended
     assert fetcher.process.wait(20) == 0
@@ -1463,6 +1470,32 @@ def test_a_fetcher_is_a_process_that_ends_with_the_run(hub, climbmix, home, monk
     killed.process.kill()
     killed.process.wait()
     assert "ended with status -9" in killed.failure() and killed.failure().count("\n") == 1
+
+
+# fetch_files in a process of its own, without its pauses
+FETCH = """
+import sys, dataset
+dataset.FIRST_PAUSE = dataset.LONGEST_PAUSE = 0.01
+dataset.fetch_files(sys.stdin.buffer.read(int(sys.argv[1])))
+"""
+
+
+def test_a_file_that_fails_is_tried_without_end_while_the_run_has_rows(hub, climbmix, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", hub.address)
+    corpus, pause = prepare("climbmix", 500), threading.Event()
+    hub.mode, content = {"shard_00001.parquet": "404"}, pickle.dumps((corpus, 32))
+    command = [sys.executable, "-c", FETCH, str(len(content))]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=REPO)
+    process.stdin.write(content + b"[1000000, false]\n")
+    process.stdin.flush()
+    for _ in range(dataset.TRIES + 2):
+        error, seconds = json.loads(process.stdout.readline())
+        assert "404" in error and seconds > 0
+    hub.mode = "good"
+    while not corpus.next_file():
+        assert process.poll() is None and not pause.wait(0.05)
+    process.communicate(timeout=60)  # closes stdin: the run has ended
+    assert process.returncode == 0
 
 
 COMMIT = "c0ffee" + "0" * 34

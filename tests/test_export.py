@@ -60,7 +60,7 @@ def theirs(model, inputs, count, **options):
     return model.generate(**inputs, max_new_tokens=count, **GREEDY, **options)[:, width:].tolist()
 
 
-@pytest.mark.parametrize("length", [1, 2, 8, 15, 16, 17, 18, 40])
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 40])
 def test_greedy_tokens_are_those_of_sample_py_also_beyond_max_seq_len(model, length):
     rows = random_rows(length, length)
     found = theirs(model, {"input_ids": torch.tensor(rows)}, 30)

@@ -332,6 +332,14 @@ def test_a_suspended_process_moves_progress_by_a_fifth_and_extends_the_deadline(
     assert_in_time(late - extended, steps, 100)
 
 
+def test_waiting_for_data_is_time_and_no_suspension():
+    timeline = ProgressByClock(end=100.0)
+    timeline.next_interval(0, 0.01, 10, 0.0, 0.0)
+    waits = [timeline.next_interval(10, 0.01, 10, now / 10, 0.0) for now in range(1, 900)]  # it asks on
+    assert all(wait.suspended == 0 and wait.steps for wait in waits)
+    assert waits[-1].progress[0] == pytest.approx(0.9, abs=0.01)
+
+
 @pytest.mark.parametrize("resume_at", [NEVER, 20.0])
 def test_a_run_limited_by_its_text_progresses_by_steps(resume_at):
     late, steps, _ = timed_run(100, lambda s: 0.1, random.Random(0), resume_at=resume_at, last_step=400)

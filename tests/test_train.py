@@ -497,15 +497,17 @@ runpy.run_path({repo!r} + "/train.py", run_name="__main__")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", [[], ["--device-batch-size", 4]])
-def test_blocks_are_recomputed_before_a_run_is_refused(reference, train, tmp_path, flags):
+def test_blocks_are_recomputed_before_a_run_is_refused(reference, train, tmp_path):
     (tmp_path / "tight.py").write_text(TIGHT.format(repo=str(REPO)))
-    tight = train("--num-iterations", 20, "--eval-every", 10, *flags, script=tmp_path / "tight.py")
-    assert tight.code == 0 and "uncompiled, blocks are recomputed in the backward pass" in tight.output
-    if not flags:  # with the same micro-batch all losses and weights are those of a run without
-        assert all(losses(tight)[r["step"]] == r["train_loss"] for r in reference[1] if r["kind"] == "step")
-        one, other = (f / "checkpoints" / "step_000020" / "model.pt" for f in (tight.folder, reference[0]))
-        assert one.read_bytes() == other.read_bytes()
+    script, fixed = tmp_path / "tight.py", ("--device-batch-size", 4, "--run-name", "b")
+    tight = train("--num-iterations", 20, "--eval-every", 10, script=script)
+    for run in (tight, train("--num-iterations", 1, *fixed, script=script, run="b")):
+        assert run.code == 0 and "uncompiled, blocks are recomputed in the backward pass" in run.output
+    # with the same micro-batch all losses and weights are those of a run without
+    found, expected = losses(tight), {r["step"]: r["train_loss"] for r in reference[1] if r["kind"] == "step"}
+    assert all(found[s] == expected[s] for s in found.keys() & expected.keys())
+    one, other = (f / "checkpoints" / "step_000020" / "model.pt" for f in (tight.folder, reference[0]))
+    assert one.read_bytes() == other.read_bytes()
 
 
 # train.py with an error in the first optimizer step, which is the benchmark's
@@ -917,7 +919,7 @@ def half(home, tmp_path_factory):
     folder = tmp_path_factory.mktemp("half")
     script = edited_copy(folder, "(1.0, 2.0**16, 2.0**32)", "(1.0, 2.0**28, 2.0**32)", "optim_muon.py")
     flags = ["--data", home / "text", "--out-dir", folder / "out", "--run-name", "a", "--num-iterations", 24]
-    flags += ["--dtype", "float16", "--save-every", 8, "--keep-checkpoints", 9]
+    flags += ["--dtype", "float16", "--save-every", 8, "--keep-checkpoints", 9, "--eval-every", -1]
     env = {**os.environ, "ONEDIAL_HOME": str(home / "cache"), "PYTHONPATH": str(home / "hidden")}
     command = [str(word) for word in (sys.executable, script, *TINY, *flags)]
     done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=folder)
@@ -931,23 +933,23 @@ def steps_of(folder):
 
 
 @pytest.mark.slow
-def test_fp16_trains_like_fp32_once_its_loss_scale_fits(half, train):
+def test_fp16_trains_like_fp32_once_its_loss_scale_fits(half, reference, train):
     steps = steps_of(half[0])
     last = steps[-1]
     skips = last["scale_skips"]
     assert 5 < skips < 20 and last["loss_scale"] == 2.0 ** (28 - skips)  # it goes on after 5
     assert last["skipped_steps"] == 0 and not any(r["train_loss"] is None for r in steps)
     assert any(r["grad_norm"] is None for r in steps) and 0 < last["grad_norm"] < 10  # of the true gradient
-    full = train("--num-iterations", 60)
-    expected = losses(full)
+    full = reference[1]
+    expected = {r["step"]: r["train_loss"] for r in full if r["kind"] == "step"}
     assert expected[1] == pytest.approx(steps[0]["train_loss"], rel=1e-3)
-    good = train("--num-iterations", 60, "--dtype", "float16", "--run-name", "b", run="b")
+    good = train("--num-iterations", 20, "--dtype", "float16", "--eval-every", -1)
     found = losses(good)
-    assert all(found[s] == pytest.approx(expected[s], rel=0.02) for s in found.keys() & expected.keys())
-    assert good.summary["val_bpb"] == pytest.approx(full.summary["val_bpb"], rel=0.02)
+    assert all(found[s] == pytest.approx(expected[s], rel=0.005) for s in found.keys() & expected.keys())
+    assert good.summary["val_bpb"] == pytest.approx(reference[2]["val_bpb"], rel=0.005)
     end = steps_of(good.folder)[-1]
     assert end["scale_skips"] == 0 and end["loss_scale"] == 2.0**16
-    assert not any("scale" in name for name in steps_of(full.folder)[-1])
+    assert not any("scale" in name for r in full for name in r)
 
 
 @pytest.mark.slow
@@ -967,16 +969,6 @@ def test_a_resume_in_fp16_keeps_the_loss_scale_and_ends_with_the_same_bits(half,
 
 
 @pytest.mark.slow
-def test_two_ranks_in_fp16_agree(half, train):
-    many = train("--num-iterations", 24, "--dtype", "float16", processes=2, script=half[1])
-    assert many.code == 0, many.output
-    one, two = (steps_of(f)[-1] for f in (half[0], many.folder))
-    assert two["scale_skips"] > 5 and two["loss_scale"] == 2.0 ** (28 - two["scale_skips"])
-    assert two["skipped_steps"] == 0 and two["train_loss"] == pytest.approx(one["train_loss"], rel=0.02)
-    assert many.log[-1]["event"] == "finished"  # before the save the ranks have compared their weights
-
-
-@pytest.mark.slow
 def test_a_run_in_fp16_can_be_sampled_scored_and_be_a_beginning(half, train, tmp_path):
     folder = half[0]
     (tmp_path / "text.py").write_text("import os\n\n\ndef main():\n    pass\n")
@@ -989,8 +981,6 @@ def test_a_run_in_fp16_can_be_sampled_scored_and_be_a_beginning(half, train, tmp
     other = train("--init-from", folder, "--num-iterations", 2, "--run-name", "b", run="b")  # in fp32
     expected = json.loads((folder / "summary.json").read_text())["val_bpb"]
     assert other.code == 0 and other.log[1]["val_bpb"] == pytest.approx(expected, rel=0.01), other.output
-    back = train("--init-from", other.folder, "--num-iterations", 2, "--dtype", "float16")
-    assert back.code == 0 and steps_of(back.folder)[-1]["loss_scale"] == 2.0**16, back.output
 
 
 # -----------------------------------------------------------------------------
@@ -1023,6 +1013,7 @@ def stream(train, tmp_path):
         for rank in range(nodes * ranks):
             node, local_rank = divmod(rank, ranks)
             env = os.environ | hidden | {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}
+            env |= {"HF_HUB_DOWNLOAD_TIMEOUT": "10", "HF_HUB_ETAG_TIMEOUT": "10"}  # not test_dataset.py's 2 s
             env |= {"HF_ENDPOINT": start.hubs[node].address, "ONEDIAL_HOME": str(tmp_path / f"{cache}{node}")}
             env |= {"RANK": str(rank), "WORLD_SIZE": str(nodes * ranks), "LOCAL_RANK": str(local_rank)}
             env |= {"LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -1059,44 +1050,45 @@ def wait_until(condition):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_files_that_arrive_late_change_nothing(stream, tmp_path, ranks):
-    """A run that waits for files, is stopped while it waits and killed inside a file has the same losses."""
+def test_files_that_arrive_late_change_nothing(stream, tmp_path):
+    """Ranks that wait for files, are stopped while they wait and killed inside a file: the losses of one."""
     hub, flags = stream.hub, ("--num-iterations", 46, "--save-every", 4)
     names = ["train-0.jsonl", "validation.jsonl", "train-1.jsonl", "train-2.jsonl", "train-3.jsonl"]
-    fast = stream.end(stream("fast", *flags, ranks=ranks), "fast")
-    assert fast.codes == [0] * ranks and len(losses(fast)) == 46, fast.output
+    fast = stream.end(stream("fast", *flags), "fast")
+    assert fast.codes == [0] and len(losses(fast)) == 46, fast.output
     assert "while the run trains: about 3 more files" in fast.output
     assert hub.log == names  # each is fetched once, and no other
     assert not list((tmp_path / "cache0").rglob("*.jsonl"))  # the text is deleted
     steps = [r for r in fast.log if r["kind"] == "step"]
     assert 0.56 < steps[-1]["epoch"] < 0.59  # 46 steps of 6 × 13.4
 
-    processes = stream("slow", *flags, ranks=ranks, cache="other")
-    wait_until(lambda: hub.log[5:] == names[:1])
-    hub.rate = 2_000  # bytes per second, of 30,000
+    hub.rates["train-1.jsonl"] = 2_000  # bytes per second, of 30,000
+    processes = stream("slow", *flags, ranks=2, cache="other")
     assert wait_for(processes[0], "data     waiting for train-1.jsonl for 5 s")
-    processes[-1].send_signal(signal.SIGTERM)
+    processes[1].send_signal(signal.SIGTERM)
     stopped = stream.end(processes, "slow")
-    assert stopped.codes == [143] * ranks and "stopped  by SIGTERM after step 13" in stopped.output, (
-        stopped.output
-    )
+    words = "stopped  by SIGTERM after step 13"
+    assert stopped.codes == [143, 143] and words in stopped.output, stopped.output
 
-    hub.rate = 20_000
-    processes = stream("slow", "--resume", ranks=ranks, cache="other")
+    hub.rates = {"train-2.jsonl": 2_000}
+    processes = stream("slow", "--resume", cache="other")
     wait_until(lambda: "train-2.jsonl" in hub.log[5:])
-    for process in processes:
-        process.kill()
+    processes[0].kill()
     stream.end(processes, "slow")
-    hub.rate = 1e9
-    slow = stream.end(stream("slow", "--resume", ranks=ranks, cache="other"), "slow")
-    assert slow.codes == [0] * ranks and losses(slow) == losses(fast), slow.output
+
+    hub.rates = {"train-3.jsonl": 2_000}
+    slow = stream.end(stream("slow", "--resume", ranks=2, cache="other"), "slow")
+    assert slow.codes == [0, 0] and losses(slow) == pytest.approx(losses(fast), rel=1e-4), slow.output
+    steps = [r for r in slow.log if r["kind"] == "step"]
+    waited = sum(r["data_wait"] * r["dt"] for r in steps if r["data_wait"] > 0.5)
+    assert waited > 3 and slow.summary["time"]["training"] > waited  # waiting counts as time
 
 
 @pytest.mark.slow
-def test_a_file_that_cannot_be_fetched_on_one_node_ends_all_and_they_can_resume(stream):
+def test_a_file_that_fails_or_differs_on_one_node_ends_all_and_they_can_resume(stream):
     stream.hub2.mode = {"train-2.jsonl": "404"}
-    failed = stream.end(stream("a", "--num-iterations", 30, nodes=2), "a")
+    stream.hub2.files["train-3.jsonl"] = stream.hub2.files["train-4.jsonl"]
+    failed = stream.end(stream("a", "--num-iterations", 46, nodes=2), "a")
     assert failed.codes == [2, 2] and max(losses(failed)) == 26, failed.output  # all that there is
     assert len(re.findall(r"Next\s+try\s+in", failed.output)) >= 4
     (error,) = re.findall(r"^error: .*\n.*", failed.output, re.MULTILINE)
@@ -1104,30 +1096,9 @@ def test_a_file_that_cannot_be_fetched_on_one_node_ends_all_and_they_can_resume(
     assert failed.log[-1]["event"] == "failed" and "--run-name a --resume" in failed.output
     stream.hub2.mode = "good"
     rest = stream.end(stream("a", "--resume", nodes=2), "a")
-    assert rest.codes == [0, 0] and max(losses(rest)) == 30, rest.output
-
-
-@pytest.mark.slow
-def test_files_that_differ_between_nodes_end_the_run(stream):
-    stream.hub2.files["train-1.jsonl"] = stream.hub2.files["train-2.jsonl"]
-    run = stream.end(stream("a", "--num-iterations", 30, nodes=2), "a")
-    assert run.codes == [2, 2] and max(losses(run)) == 13, run.output
-    assert (
-        "error: train-1.jsonl of some--set-c0ffee000000 is not the same on all nodes.\nDelete" in run.output
-    )
-    assert (run.folder / "checkpoints" / "step_000013").exists()
-    stream.hub2.files["validation.jsonl"] = stream.hub2.files["train-2.jsonl"]
-    first = stream.end(stream("b", "--num-iterations", 30, nodes=2, cache="other"), "b")
+    assert rest.codes == [2, 2] and max(losses(rest)) == 40, rest.output
+    error = "error: train-3.jsonl of some--set-c0ffee000000 is not the same on all nodes.\nDelete"
+    assert error in rest.output and (rest.folder / "checkpoints" / "step_000040").exists()
+    stream.hub2.files["validation.jsonl"] = stream.hub2.files["train-4.jsonl"]
+    first = stream.end(stream("b", "--num-iterations", 46, nodes=2, cache="other"), "b")
     assert first.codes == [2, 2] and "is not the same on all nodes.\nCopy" in first.output, first.output
-
-
-@pytest.mark.slow
-def test_waiting_for_a_file_counts_as_time(stream):
-    stream.hub.delays["train-1.jsonl"] = 5.0
-    begin = time.monotonic()
-    run = stream.end(stream("a", "--minutes", 0.6), "a")
-    assert run.codes == [0] and time.monotonic() - begin < 36 + 4, run.output
-    assert "suspended" not in run.output
-    steps = [r for r in run.log if r["kind"] == "step"]
-    waited = sum(r["data_wait"] * r["dt"] for r in steps if r["data_wait"] > 0.5)
-    assert waited > 3 and steps[-1]["lrm"] < 0.1 and run.summary["time"]["training"] > waited
