@@ -1060,7 +1060,7 @@ def test_files_that_arrive_late_change_nothing(stream, tmp_path):
     processes[0].kill()
     stream.end(processes, "slow")
 
-    hub.rates = {"train-3.jsonl": 2_000}
+    hub.rates = {"train-3.jsonl": 4_000}
     slow = stream.end(stream("slow", "--resume", ranks=2, cache="other"), "slow")
     assert slow.codes == [0, 0] and losses(slow) == pytest.approx(losses(fast), rel=1e-4), slow.output
     steps = [r for r in slow.log if r["kind"] == "step"]
