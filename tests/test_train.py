@@ -261,6 +261,7 @@ def test_editing_a_constant_is_the_same_as_a_flag(train, tmp_path):
     assert edited.summary["val_bpb"] == flagged.summary["val_bpb"]
 
 
+@pytest.mark.slow
 def test_a_setting_without_a_comment_is_a_flag_too(train, tmp_path):
     script = edited_copy(tmp_path, "warmup_steps: int = 40  # steps", "warmup_steps: int = 40\n# steps")
     result = train("--num-iterations", 2, "--warmup-steps", 7, script=script)
