@@ -1611,6 +1611,7 @@ def test_a_data_set_that_cannot_be_used_is_an_error_of_two_lines(hub_files, hub,
     assert not hub.log
 
 
+@pytest.mark.slow
 def test_the_vocabulary_of_a_hub_data_set_follows_the_time(hub_files, monkeypatch):
     hub_files(parts(["a.jsonl", "b.jsonl", "c.jsonl"], 4000))  # 2.7 MB: 2,048 by its size
     said = []

@@ -1737,6 +1737,7 @@ def test_a_page_shows_names_as_they_are(make, monkeypatch):
     assert report.write_report(folders[1], CONSOLE).read_text().startswith("# \\_c_d\\_\n")
 
 
+@pytest.mark.slow
 def test_letters_that_no_font_has_are_escaped_in_pictures(make, legends, monkeypatch, tmp_path):
     from fontTools.fontBuilder import FontBuilder
     from fontTools.pens.ttGlyphPen import TTGlyphPen

@@ -353,6 +353,7 @@ def test_user_fixable_errors_print_two_lines(out, tmp_path):
     assert status == 2 and "no run in out/ has saved" in error and len(error.splitlines()) == 2
 
 
+@pytest.mark.slow
 def test_unusual_prompts_and_settings_work(out):
     long = (REPO / "model.py").read_text()
     prompts = ["", "def main(", "<|bos|>", os.fsdecode(b"caf\xe9"), long]

@@ -276,6 +276,7 @@ def test_editing_a_constant_is_the_same_as_a_flag(train, tmp_path):
     assert edited.summary["val_bpb"] == flagged.summary["val_bpb"]
 
 
+@pytest.mark.slow
 def test_a_setting_without_a_comment_is_a_flag_too(train, tmp_path):
     script = edited_copy(tmp_path, "warmup_steps: int = 40  # steps", "warmup_steps: int = 40\n# steps")
     result = train("--num-iterations", 2, "--warmup-steps", 7, script=script)
@@ -1076,7 +1077,7 @@ def test_files_that_arrive_late_change_nothing(stream, tmp_path):
     processes[0].kill()
     stream.end(processes, "slow")
 
-    hub.rates = {"train-3.jsonl": 2_000}
+    hub.rates = {"train-3.jsonl": 4_000}
     slow = stream.end(stream("slow", "--resume", ranks=2, cache="other"), "slow")
     assert slow.codes == [0, 0] and losses(slow) == pytest.approx(losses(fast), rel=1e-4), slow.output
     steps = [r for r in slow.log if r["kind"] == "step"]
