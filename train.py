@@ -371,8 +371,8 @@ elif target_param_data_ratio:  # ratio 12 at depth 12, vocabulary 50,257: 12 × 
 
 # dropout, for a text that a timed run reads several times: 10 epochs -> 0.2
 if dropout is None:
-    epochs = ranks.broadcast(affordable_tokens(model)) / corpus.unique_tokens if minutes else 0
-    dropout = plan.best_dropout(epochs)
+    affordable = ranks.broadcast(affordable_tokens(model)) if minutes else 0
+    dropout = plan.best_dropout(affordable / corpus.unique_tokens)
 for block in model.blocks:
     block.dropout = dropout
 
