@@ -96,9 +96,8 @@ def test_largest_vocab(minutes, vocab):
 )
 def test_needed_tokens(params, tokens):
     assert needed_tokens(params, math.inf) == pytest.approx(tokens)
-    assert needed_tokens(params, tokens / 10) == pytest.approx(tokens)  # ten epochs
-    assert needed_tokens(params, tokens / 18) == pytest.approx(tokens / 18 * 10)
-    assert needed_tokens(params, tokens / 22) == math.inf
+    assert needed_tokens(params, tokens / 3.9) == pytest.approx(tokens)
+    assert needed_tokens(params, tokens / 4.1) == math.inf  # more than four epochs
 
 
 @pytest.mark.parametrize("width, measured", [(256, 0.285), (768, 0.474)])  # on an H100, README
