@@ -216,7 +216,7 @@ def test_recomputed_blocks_change_no_bit(dtype):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
-@pytest.mark.parametrize("how", ["graph", "parts", "blocks"])
+@pytest.mark.parametrize("how", ["graph", "parts"])
 def test_recomputed_blocks_compile(how):
     model = wake(build(n_layer=2))
     compiled, tokens = copy.deepcopy(model), tokens_of(model)
@@ -225,7 +225,7 @@ def test_recomputed_blocks_compile(how):
     if how == "graph":
         compiled.compile(dynamic=False)
     else:
-        compiled.compile_parts(blocks=how == "blocks")
+        compiled.compile_parts()
     for m in (model, compiled):
         m(tokens, tokens).backward()
     for (name, p), q in zip(model.named_parameters(), compiled.parameters()):

@@ -369,7 +369,7 @@ def test_unusual_prompts_and_settings_work(out):
     shown = [*prompts[:3], "caf\ufffd", long]
     assert all(written.startswith(text) for (_, written, _), text in zip(results, shown))
     assert results[6][1] == results[7][1] != results[5][1]
-    assert "<|bos|>" not in results[10][1] and len(results[10][1]) < 1500  # a bos ends it
+    assert "<|bos|>" not in results[10][1] and len(results[10][1]) < 3000  # a bos ends it
     first, *others = re.split(r"\n--- \d\n", results[8][1])
     assert len({first.rstrip("\n"), *others}) == 3 and all(text.startswith("x") for text in others)
 
