@@ -29,7 +29,7 @@ status=$?
 
 # only if this start has got as far as training: a start that fails earlier would be requeued for ever
 log="out/$name/log.jsonl"
-if [ $status != 0 ] && [ "$log" -nt "out/$name/.started" ] && tail -n 1 "$log" | grep -q '"event": "interrupted"'; then
+if [ $status != 0 ] && [ ! "$log" -ot "out/$name/.started" ] && tail -n 1 "$log" | grep -q '"event": "interrupted"'; then
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit $status
