@@ -28,6 +28,8 @@ SMEAR_GATE_CHANNELS = 24
 GENERATION_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 # fp16 reaches from 6e-8 to 65,504. The gradients of the logits lie in ±1, and many are smaller than the first
 FP16_GRAD_SCALE = 256
+# logits at a time: on a GPU 1 GB in bf16; on a CPU what its caches hold, which is twice as fast
+CPU_LOGITS, GPU_LOGITS = 2**20, 2**29
 CPU_BLOCK = 128  # queries per block in BlockedAttention
 CPU_LENGTH = 2048  # longest row that uses BlockedAttention
 
@@ -259,18 +261,22 @@ def mix_bits(numbers):
 class Head(Linear):
     """
     The last norm and the untied head. Without targets it returns fp32 logits, bounded to ±SOFTCAP; with
-    targets the sum of the losses. A batch of more than `max_logits` logits is processed in chunks.
+    targets the sum of the losses. A batch with more than `max_logits` logits is processed in chunks.
     """
 
-    def __init__(self, config, max_logits):
+    max_logits = None  # CPU_LOGITS or GPU_LOGITS
+
+    def __init__(self, config):
         super().__init__(config.n_embd, config.padded_vocab_size)
-        self.vocab_size, self.max_logits = config.vocab_size, max_logits
+        self.vocab_size = config.vocab_size
 
     def num_chunks(self, tokens):
         """Number of chunks for the loss of `tokens` tokens: a power of two, except on a CPU at most 8."""
-        chunks = 2 ** max(0, math.ceil(math.log2(tokens * self.out_features / self.max_logits)))
+        on_cpu = self.weight.device.type == "cpu"
+        max_logits = self.max_logits or (CPU_LOGITS if on_cpu else GPU_LOGITS)
+        chunks = 2 ** max(0, math.ceil(math.log2(tokens * self.out_features / max_logits)))
         # with 16 chunks Inductor keeps the gradients of seven chunks until the end: 5 GB more on an H100
-        return chunks if self.weight.device.type == "cpu" else min(8, chunks)
+        return chunks if on_cpu else min(8, chunks)
 
     def forward(self, x, targets=None):
         x = norm(x)  # (B, T, C)
@@ -298,12 +304,12 @@ def softcap(logits):
 class GPT(nn.Module):
     """
     A decoder-only transformer. Build it under `torch.device("meta")`, then call `init_weights(device, seed)`.
-    Parameters are fp32, activations have `compute_dtype`, and the loss is computed in fp32, from at most
-    `max_logits` logits at a time. With `recompute` the backward pass computes each block's forward pass
-    again, instead of keeping its activations: a third more operations, for a fraction of the memory.
+    Parameters are fp32, activations have `compute_dtype`, and the loss is computed in fp32. With `recompute`
+    the backward pass computes each block's forward pass again, instead of keeping its activations: a third
+    more operations, for a fraction of the memory.
     """
 
-    def __init__(self, config, compute_dtype=torch.float32, max_logits=2**29):
+    def __init__(self, config, compute_dtype=torch.float32):
         super().__init__()
         self.config, self.recompute = config, False
         self.compute_dtype, self.has_compiled_parts = compute_dtype, False
@@ -318,7 +324,7 @@ class GPT(nn.Module):
         self.value_embeddings = nn.ModuleDict({str(i): table() for i in value_layers})
         self.blocks = nn.ModuleList(Block(config, i in value_layers) for i in range(config.n_layer))
         self.attention = RotaryAttention(config.n_look_back)  # shared by all layers: it has no weights
-        self.head = Head(config, max_logits)
+        self.head = Head(config)
         self.resid_lambdas = nn.Parameter(torch.empty(config.n_layer))  # weight of the stream, per layer
         self.x0_lambdas = nn.Parameter(torch.empty(config.n_layer))  # weight of the embedding, per layer
         self.smear_gate = Linear(SMEAR_GATE_CHANNELS, 1)
@@ -659,19 +665,16 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets, vocab_size, chunks, training):
         w, losses, grad_x, grad_w = weight.to(x.dtype), [], [], 0.0
+        is_half = x.dtype == torch.float16
         in_place = x.device.type == "cpu" and not torch.compiler.is_compiling()
         loss_and_grad = loss_and_grad_in_place if in_place else loss_and_grad_fused
         for rows, target in zip(x.chunk(chunks), targets.chunk(chunks)):
             loss, grad = loss_and_grad((rows @ w.T).float(), target[:, None], vocab_size)
             losses.append(loss)
-            if training and x.dtype == torch.float16:
-                grad = (grad * FP16_GRAD_SCALE).to(x.dtype)
+            if training:
+                grad = (grad * FP16_GRAD_SCALE if is_half else grad).to(x.dtype)
                 grad_x.append(grad @ w)
-                grad_w = grad_w + product_in_fp32(grad.T, rows)
-            elif training:
-                grad = grad.to(x.dtype)
-                grad_x.append(grad @ w)
-                grad_w = grad_w + (grad.T @ rows).float()
+                grad_w = grad_w + (product_in_fp32(grad.T, rows) if is_half else (grad.T @ rows).float())
         if training:
             ctx.save_for_backward(torch.cat(grad_x), grad_w)
         return torch.cat(losses).sum()  # only here: Inductor delays a sum per chunk and keeps N × V logits
