@@ -149,14 +149,15 @@ def find_device(wanted=None, local_rank=0, world_size=1):
     """
     -> the torch.device of this rank, prepared for training: `wanted` (cuda, mps or cpu), or the first of
     these that is available. MachineError if that device cannot be used.
+
+    What MPS computes wrong (torch 2.13) is avoided in find_dtype, check_matmul_length, MuonAdamW.step and the
+    evaluation in train.py. It has all other operators of a training step.
     """
     kinds = {"cuda": torch.cuda, "mps": torch.backends.mps, "cpu": torch.cpu}
     available = [name for name in kinds if kinds[name].is_available()]
     kind = wanted or available[0]
     if kind not in kinds:
         raise MachineError(f"--device-type {kind} is unknown.\nChoose one of: {', '.join(kinds)}.")
-    # On MPS each operator of a training step has a kernel or is composed of such (torch 2.13). Where one is
-    # wrong or does less: find_dtype, check_matmul_length, MuonAdamW.step, and the evaluation in train.py
     if kind not in available:
         advice = f"Choose one of: {', '.join(available)}."
         raise MachineError(f"--device-type {kind} is not available on this machine.\n{advice}")
