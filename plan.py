@@ -238,15 +238,15 @@ def compile_mode(device_type, minutes=None, flops=None):
     "graph", the whole forward pass.
 
     On two cores, depth 3, the parts take 45 s and make a step 1.2 times as fast; the graph takes 70 s and
-    gains another 3%. 5e13 and 1.5e14 FLOPs are 6 and 20 minutes there. On an H100 the graph of depth 12 takes
-    a minute, 20 s more than its parts, and gains 1.5%; 5e17 FLOPs are 20 minutes there. On MPS nothing is
+    gains another 3%. 8e13 and 4e14 FLOPs are 6 and 30 minutes there. On an H100 the graph of depth 12 takes a
+    minute, 20 s more than its parts, and gains 1.5%; 5e17 FLOPs are 20 minutes there. On MPS nothing is
     compiled.
     """
     on_gpu = device_type == "cuda"
     if minutes:
         parts_pay, graph_pays = minutes >= (2 if on_gpu else 6), minutes >= (20 if on_gpu else 30)
     else:
-        parts_pay, graph_pays = flops >= (2e16 if on_gpu else 5e13), flops >= (5e17 if on_gpu else 2.5e14)
+        parts_pay, graph_pays = flops >= (2e16 if on_gpu else 8e13), flops >= (5e17 if on_gpu else 4e14)
     if device_type == "mps" or not parts_pay:
         return "nothing"
     return "graph" if graph_pays else "parts"

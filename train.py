@@ -26,7 +26,7 @@ import math
 import signal
 import socket
 import sys
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -215,8 +215,7 @@ def build_model(depth):
     """The model of a depth, without weights yet."""
     config = GPTConfig.of_depth(depth, vocab_size, max_seq_len, aspect_ratio, head_dim)
     with torch.device("meta"):
-        # at most 1 GB of logits at a time in bf16; on a CPU as many as its caches hold: twice as fast
-        return GPT(config, compute_dtype, max_logits=2**20 if device_type == "cpu" else 2**29)
+        return GPT(config, compute_dtype)
 
 
 def optimizer_bytes(model):
@@ -242,26 +241,30 @@ def does_not_fit(depth, rows):
     return SettingError(f"{what}.\nTry {advice}.")
 
 
-def affordable_tokens(model):
+@cache
+def affordable_tokens(depth):
     """Tokens for target_flops, or for the time: estimated from peak FLOP/s on a GPU, else measured."""
+    model = build_model(depth)
     if target_flops:
         return target_flops / model.num_flops_per_token()
     # the other quarter: updates, evaluations, closing work
-    training_time = 0.75 * (60 * minutes - clock.elapsed(without="corpus"))
+    training_time = 0.75 * max(1.0, 60 * minutes - clock.elapsed(without="corpus"))
     if on_gpu:
         flop_per_sec = world_size * peak_flops * plan.expected_mfu(model.config.n_embd)
-        return training_time * flop_per_sec / model.num_flops_per_token()
-    model.init_weights(device, seed)
-    batch = torch.randint(vocab_size, (4, max_seq_len + 1), device=device)
-    pass_times = machine.timings(lambda: model(batch[:, :-1], batch[:, 1:]).backward(), device, 4)
-    return training_time * world_size * 4 * max_seq_len / min(pass_times)
+        tok_per_sec = flop_per_sec / model.num_flops_per_token()
+    else:
+        model.init_weights(device, seed)
+        batch = torch.randint(vocab_size, (4, max_seq_len + 1), device=device)
+        pass_times = machine.timings(lambda: model(batch[:, :-1], batch[:, 1:]).backward(), device, 4)
+        tok_per_sec = world_size * 4 * max_seq_len / min(pass_times)
+    return ranks.broadcast(training_time * tok_per_sec)
 
 
 def is_affordable(depth):
     """Whether a model of this depth fits, and can be trained on as many tokens as its parameters need."""
     model = build_model(depth)
     needed = plan.needed_tokens(model.num_scaling_params(), corpus.unique_tokens)
-    return fits(model, 1) and ranks.broadcast(affordable_tokens(model)) >= needed
+    return fits(model, 1) and affordable_tokens(depth) >= needed
 
 
 memory = -ranks.all_reduce_max(-machine.free_memory(device))[0]  # bytes, of the device that has least
@@ -369,10 +372,11 @@ elif target_flops:  # 1.5e18 FLOPs at depth 12, 1e9 per token -> 1.5e9 tokens
 elif target_param_data_ratio:  # ratio 12 at depth 12, vocabulary 50,257: 12 × 124e6 -> 1.5e9 tokens
     planned_tokens = target_param_data_ratio * model.num_scaling_params()
 
-# dropout, for a text that a timed run reads several times: 10 epochs -> 0.2
+# a timed run ends before it memorizes a small text, and reads it with dropout: 10 epochs -> 0.2
+max_tokens = plan.MAX_EPOCHS * corpus.unique_tokens if minutes else math.inf
+share_of_time = min(1.0, max_tokens / affordable_tokens(depth)) if minutes else 1.0
 if dropout is None:
-    affordable = ranks.broadcast(affordable_tokens(model)) if minutes else 0
-    dropout = plan.best_dropout(affordable / corpus.unique_tokens)
+    dropout = plan.best_dropout(affordable_tokens(depth) / corpus.unique_tokens) if minutes else 0.0
 for block in model.blocks:
     block.dropout = dropout
 
@@ -385,7 +389,7 @@ def dropout_keys(first_row, rows):
 
 
 planned_flops = None if minutes else num_flops_per_token * planned_tokens
-compile_mode = plan.compile_mode(device_type, minutes, planned_flops)
+compile_mode = plan.compile_mode(device_type, minutes and minutes * share_of_time, planned_flops)
 if compile is None:
     compile = compile_mode != "nothing"
 if compile and compile_mode == "graph" and world_size == 1:
@@ -470,8 +474,6 @@ if minutes:
     rows_per_second = micro_batch_size * world_size / micro_step_time
     planned_tokens = tokens + training_seconds * rows_per_second * max_seq_len
 
-# a timed run ends before it memorizes a small text
-max_tokens = plan.MAX_EPOCHS * corpus.unique_tokens if minutes else math.inf
 planned_tokens = min(planned_tokens, max_tokens)
 
 # 2) batch: 1.5e9 tokens -> 2^19; five minutes of a CPU, 4e6 tokens -> 2^12

@@ -331,7 +331,7 @@ def test_without_a_compiler_it_trains_uncompiled(train, tmp_path, monkeypatch, r
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     strict = train("--num-iterations", 20, "--compile", "--run-name", "b", run="b")
     assert strict.code == 1 and "InvalidCxxCompiler" in strict.output and strict.summary is None
-    script = edited_copy(tmp_path, "else 5e13)", "else 0)", file="plan.py")
+    script = edited_copy(tmp_path, "else 8e13)", "else 0)", file="plan.py")
     monkeypatch.setattr("conftest.TINY", [flag for flag in TINY if flag != "--no-compile"])
     result = train("--num-iterations", 20, script=script)
     assert result.code == 0, result.output
@@ -670,7 +670,7 @@ def test_ranks_do_not_wait_for_the_last_save(train, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_an_update_that_does_not_compile_runs_uncompiled(train, tmp_path, processes):
-    script = edited_copy(tmp_path, "else 5e13)", "else 0)", file="plan.py")
+    script = edited_copy(tmp_path, "else 8e13)", "else 0)", file="plan.py")
     with open(tmp_path / "machine.py", "a") as file:
         file.write("""
 import optim_muon
@@ -861,7 +861,7 @@ def test_the_better_of_two_measured_peaks_counts(train, tmp_path):
 @pytest.mark.slow
 def test_whether_to_compile_is_decided_once(train, tmp_path):
     """By the FLOPs of the run. A resume decides again only if the horizon is another one."""
-    script = edited_copy(tmp_path, "else 5e13)", "else 2e10)", file="plan.py")
+    script = edited_copy(tmp_path, "else 8e13)", "else 2e10)", file="plan.py")
     text = script.read_text()
     assert text.count("    model.compile_parts()\n") == 1
     script.write_text(text.replace("    model.compile_parts()\n", "    pass\n"))
