@@ -311,14 +311,12 @@ def share_batch(total_batch_size, T, world_size, was_given):
 
 def lr_scales(batch_size):
     """
-    Factors for the learning rates of AdamW, of the head and of Muon with batch_size tokens per step, relative
-    to 2^19. Above it all grow with √batch (nanochat): 2^20 -> 1.41 each. Below it √batch is far too small:
-    with 2,048 tokens and 549 steps, AdamW was best at half of its rates and Muon at three times its rate. The
-    head is best at its own: at depth 2 and 300 steps of 4,096 tokens 1.238 bits per byte, 1.250 with half of
-    it and 1.259 with twice; at depth 3 and 600 steps 1.083, and 1.086 with half. 2^11 -> 0.5, 1, 3.03.
+    Factors for AdamW's and Muon's learning rates with batch_size tokens per step, relative to 2^19. Above it
+    both grow with √batch (nanochat): 2^20 -> 1.41, 1.41. Below it √batch is far too small: with 2,048 tokens
+    and 549 steps, AdamW was best at half of its rates and Muon at three times its rate: 2^11 -> 0.5, 3.03.
     """
     ratio = batch_size / 2**19
-    return (ratio**0.5,) * 3 if ratio > 1 else (ratio**0.125, 1.0, ratio**-0.2)
+    return (ratio**0.5, ratio**0.5) if ratio > 1 else (ratio**0.125, ratio**-0.2)
 
 
 def best_weight_decay(batch_size, tokens):

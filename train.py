@@ -512,12 +512,12 @@ if abs(total_batch_size - wanted_batch) >= max_seq_len:
     split += f"; {world_size} processes cannot share {wanted_batch:,}"
 print0("plan", f"2) batch: {total_batch_size:,} tokens ({split})")
 
-# 3) learning rates: 2^19 tokens per step -> × 1; 2^20 -> × 1.41; 2^12 -> AdamW × 0.55, head × 1, Muon × 2.6
-adamw_scale, head_scale, muon_scale = plan.lr_scales(total_batch_size)
-for role, options in roles.items():
-    options["lr"] *= {"matrix": muon_scale, "head": head_scale}.get(role, adamw_scale)
+# 3) learning rates: 2^19 tokens per step -> × 1; 2^20 -> × 1.41; 2^12 -> AdamW × 0.55, Muon × 2.6
+adamw_scale, muon_scale = plan.lr_scales(total_batch_size)
+for options in roles.values():
+    options["lr"] *= muon_scale if options["kind"] == "muon" else adamw_scale
 warmup = min(warmup_steps, planned_iterations / 10)
-scales = f"the settings × {adamw_scale:.3g} (AdamW), {head_scale:.3g} (head), {muon_scale:.3g} (Muon)"
+scales = f"the settings × {adamw_scale:.3g} for AdamW, × {muon_scale:.3g} for Muon"
 print0("plan", f"3) learning rates: {scales}; {report.plural(round(warmup), 'step')} of warmup")
 
 # 4) weight decay: 2,840 steps × 2^19 tokens -> 0.28; four times as many steps -> 0.07

@@ -27,7 +27,7 @@ TINY = (
     "--depth 2 --aspect-ratio 32 --head-dim 32 --max-seq-len 64 --total-batch-size 512 --vocab-size 512 "
     "--eval-bytes 4096 --no-compile --peak-tflops 0.1 --device-type cpu --dtype float32 "
     # low learning rates: differences from the order of summation stay small for 20 steps
-    "--matrix-lr 0.004 --embedding-lr 0.06 --unembedding-lr 0.0008 --scalar-lr 0.1"
+    "--matrix-lr 0.004 --embedding-lr 0.06 --unembedding-lr 0.002 --scalar-lr 0.1"
 ).split()
 
 

@@ -120,9 +120,9 @@ def test_whole_rows(batch, T, rows):
 
 
 def test_learning_rates_and_weight_decay_for_a_batch():
-    assert lr_scales(2**19) == (1.0, 1.0, 1.0)
-    assert lr_scales(2**21) == (2.0, 2.0, 2.0)
-    assert lr_scales(2**11) == pytest.approx((0.5, 1.0, 2**1.6))
+    assert lr_scales(2**19) == (1.0, 1.0)
+    assert lr_scales(2**21) == (2.0, 2.0)
+    assert lr_scales(2**11) == pytest.approx((0.5, 2**1.6))
     assert best_weight_decay(2**19, 1.5e9) == pytest.approx(0.28)
     assert best_weight_decay(2**19, 6e9) == pytest.approx(0.07)
     assert best_weight_decay(2**21, 6e9) == pytest.approx(0.14)
